@@ -1,0 +1,234 @@
+"""One call for the common cases, each a thin line over the builder."""
+
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import overload
+
+from torch import Tensor, nn
+
+from mono_quant.base import LayerQuantizer, QuantizedModule, RangeEstimator, Serializer
+from mono_quant.calibration import CalibrationData, Forward
+from mono_quant.checkpoint import ModelT, copy_structure, dequantized, rebuild, to_checkpoint
+from mono_quant.configurable import Kinds, Scalar, find_kind
+from mono_quant.errors import ConfigurationError, InputError, UnknownKindError
+from mono_quant.modules import BareModule
+from mono_quant.numerics.granularity import Granularity
+from mono_quant.numerics.values import QTensor
+from mono_quant.quantizer import Quantizer
+from mono_quant.result import QuantizationResult, Validation, validate
+from mono_quant.selection import Selector
+from mono_quant.serializers import read_state_dict, serializer_for
+
+Path_ = str | PathLike[str]
+
+
+@overload
+def quantize(
+    model: ModelT,
+    bits: int = 8,
+    *,
+    dynamic: bool = False,
+    data: object = None,
+    samples: int = 150,
+    forward: Forward | None = None,
+    symmetric: bool | None = None,
+    granularity: Granularity | str | None = None,
+    group_size: int | None = None,
+    observer: RangeEstimator | str | None = None,
+    skip: tuple[Selector, ...] | list[Selector] = (),
+    only: tuple[Selector, ...] | list[Selector] = (),
+) -> QuantizationResult[ModelT]: ...
+@overload
+def quantize(
+    model: Mapping[str, Tensor] | Path_,
+    bits: int = 8,
+    *,
+    dynamic: bool = False,
+    data: object = None,
+    samples: int = 150,
+    forward: Forward | None = None,
+    symmetric: bool | None = None,
+    granularity: Granularity | str | None = None,
+    group_size: int | None = None,
+    observer: RangeEstimator | str | None = None,
+    skip: tuple[Selector, ...] | list[Selector] = (),
+    only: tuple[Selector, ...] | list[Selector] = (),
+) -> QuantizationResult[BareModule]: ...
+def quantize(
+    model: ModelT | Mapping[str, Tensor] | Path_,
+    bits: int = 8,
+    *,
+    dynamic: bool = False,
+    data: object = None,
+    samples: int = 150,
+    forward: Forward | None = None,
+    symmetric: bool | None = None,
+    granularity: Granularity | str | None = None,
+    group_size: int | None = None,
+    observer: RangeEstimator | str | None = None,
+    skip: tuple[Selector, ...] | list[Selector] = (),
+    only: tuple[Selector, ...] | list[Selector] = (),
+) -> QuantizationResult[ModelT] | QuantizationResult[BareModule]:
+    """Return a quantized model with the evidence; the given one is not changed.
+
+    Args:
+        model: a module, a state dict, or the path of a float checkpoint (.safetensors, .pt, .pth).
+        bits: 2 to 8, or 16 for a cast.
+        dynamic: quantize activations on the fly; needs 8 bits. Until activations are built, weights
+            only, and the report says so.
+        data: batches to calibrate and measure on, as `Quantizer.fit` takes them.
+        samples: how many samples of the data to use.
+        forward: calls the model with a batch.
+        symmetric: by default, symmetric at 8 bits and asymmetric below.
+        granularity: "tensor", "channel", "group" or an object.
+        group_size: values that share one scale.
+        observer: how the range of weights is found; an object, or a name as in `create_observer`.
+        skip: layers to leave in float.
+        only: if not empty, the only layers to quantize.
+
+    Raises:
+        InputError: the model or the data cannot be used.
+        ConfigurationError: the settings contradict each other.
+    """
+    if dynamic and bits != 8:
+        raise ConfigurationError(f"dynamic quantization has 8 bits, not {bits}")
+    if dynamic and data is not None:
+        raise ConfigurationError("dynamic quantization needs no data; static_quantize uses some")
+    quantizer = Quantizer().bits(bits).skip(*skip).only(*only)
+    if symmetric is not None:
+        quantizer = quantizer.symmetric(symmetric)
+    if granularity is not None:
+        quantizer = quantizer.granularity(granularity)
+    if group_size is not None:
+        quantizer = quantizer.group_size(group_size)
+    if observer is not None:
+        chosen = create_observer(observer) if isinstance(observer, str) else observer
+        quantizer = quantizer.observer(chosen)
+    if data is not None:
+        quantizer = quantizer.fit(data, samples=samples, forward=forward)
+    if isinstance(model, str | PathLike):
+        return quantizer.apply(read_state_dict(Path(model)))
+    if isinstance(model, nn.Module):
+        return quantizer.apply(model)
+    return quantizer.apply(model)
+
+
+def dynamic_quantize(model: ModelT) -> QuantizationResult[ModelT]:
+    """Return the model at 8 bits, activations quantized on the fly.
+
+    Until activations are built: weights only, and the report says so.
+    """
+    return quantize(model, 8, dynamic=True)
+
+
+def static_quantize(
+    model: ModelT, data: object, *, samples: int = 150, forward: Forward | None = None
+) -> QuantizationResult[ModelT]:
+    """Return the model at 8 bits, activations quantized on ranges calibrated on `data`.
+
+    Until activations are built: weights only, measured on the data, and the report says so.
+    """
+    return quantize(model, 8, data=data, samples=samples, forward=forward)
+
+
+def dequantize_model(model: ModelT) -> ModelT:
+    """Return a float copy of a quantized model, its weights on the grid."""
+    if not any(isinstance(module, QuantizedModule) for module in model.modules()):
+        raise InputError(f"{type(model).__name__} has no quantized layer")
+    return dequantized(copy_structure(model))
+
+
+def save_model(model: nn.Module, path: Path_, *, serializer: Serializer | None = None) -> Path:
+    """Write a quantized model to a file, whose suffix chooses the format, and return its path.
+
+    `QuantizationResult.save` also writes the quantizer's configuration and the report's figures.
+    """
+    path = Path(path)
+    (serializer or serializer_for(path)).save(to_checkpoint(model), path)
+    return path
+
+
+@overload
+def load_model(
+    path: Path_,
+    model: ModelT | Callable[[], ModelT],
+    *,
+    kinds: Kinds | None = None,
+    layers: tuple[LayerQuantizer, ...] = (),
+    serializer: Serializer | None = None,
+) -> ModelT: ...
+@overload
+def load_model(
+    path: Path_,
+    model: None = None,
+    *,
+    kinds: Kinds | None = None,
+    layers: tuple[LayerQuantizer, ...] = (),
+    serializer: Serializer | None = None,
+) -> dict[str, QTensor | Tensor]: ...
+def load_model(
+    path: Path_,
+    model: ModelT | Callable[[], ModelT] | None = None,
+    *,
+    kinds: Kinds | None = None,
+    layers: tuple[LayerQuantizer, ...] = (),
+    serializer: Serializer | None = None,
+) -> ModelT | dict[str, QTensor | Tensor]:
+    """Return the quantized model of a file, bit for bit as it was saved.
+
+    Args:
+        path: the file; its suffix says the format.
+        model: a float model of the architecture, filled and turned into the quantized one in place (it
+            may be on the meta device, so that no float weight ever exists); or a function that makes
+            one; or nothing, for a dictionary of quantized and float tensors by name.
+        kinds: classes of your own that the file names, by their kind.
+        layers: further layer quantizers to ask.
+        serializer: a format of your own.
+
+    Raises:
+        CheckpointError: the file is not whole, not ours, too new, or does not fit the model.
+        UnsupportedLayerError: no layer quantizer knows a layer of the model.
+    """
+    path = Path(path)
+    checkpoint = (serializer or serializer_for(path)).load(path, kinds=kinds)
+    if model is None:
+        quantized = {key: record.weight.unpack() for key, record in checkpoint.records.items()}
+        return {**checkpoint.tensors, **quantized}
+    skeleton = model if isinstance(model, nn.Module) else model()
+    return rebuild(skeleton, checkpoint, layers=layers, kinds=kinds)
+
+
+def validate_quantization(model: nn.Module, example: object = None) -> Validation:
+    """Save a quantized model, load it into a fresh one, run both on `example`, and compare.
+
+    Args:
+        model: a quantized model, or the `model` of a result.
+        example: a batch, as `Quantizer.fit` takes them; without one the answer is at best
+            "reloaded, not run".
+    """
+    if isinstance(example, tuple | list):
+        example = [example]
+    data = CalibrationData.bind(example, samples=1) if example is not None else None
+    return validate(model, data)
+
+
+def create_observer(name: str, **parameters: Scalar) -> RangeEstimator:
+    """Return the observer of a name: "minmax" or "mse", or one that was registered.
+
+    Args:
+        name: the kind of the observer.
+        parameters: its fields, such as ``steps=100``.
+
+    Raises:
+        ConfigurationError: there is no such observer, or it has no such field.
+    """
+    try:
+        found = find_kind(name)
+    except UnknownKindError as error:
+        raise ConfigurationError(f"there is no observer {name!r}") from error
+    if not issubclass(found, RangeEstimator):
+        raise ConfigurationError(f"{name!r} is a {found.__name__}, which is no observer")
+    return found.from_config({"kind": name, **parameters})
+
+

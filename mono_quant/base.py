@@ -1,0 +1,528 @@
+"""The contract: every class that a third party may subclass, and the values between them.
+
+Post-training quantization is a few independent questions, each one a class here:
+
+=========================================================  =======================
+which grid of values?                                      `Scheme`
+what range do the values take?                             `RangeEstimator`, `Observer`
+which grid point for each weight?                          `Rounding`
+what is done to the float model first?                     `Transform`
+how is this kind of layer read and replaced?               `LayerQuantizer`
+what must a container know of its quantized children?      `Container`
+which code computes the product?                           `Kernel`, `Operation`
+what file?                                                 `Serializer`
+=========================================================  =======================
+
+Instances are handed to the builder; nothing has to be registered to be used. A weight is always seen
+as a stack of matrices ``[G, out, in]`` in float32 (see `Layout`).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Generic, Protocol, TypeVar, cast, final
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from mono_quant.configurable import Config, Configurable, Kinds
+from mono_quant.errors import InputError
+from mono_quant.numerics.blocks import block_counts
+from mono_quant.numerics.granularity import Granularity, Shape
+from mono_quant.numerics.metrics import tensor_bytes
+from mono_quant.numerics.packing import pack_bits, unpack_bits
+from mono_quant.numerics.values import Layout, QParams, QTensor, WeightView
+
+StateT = TypeVar("StateT")
+
+
+class Scheme(Configurable, ABC):
+    """A grid of values: how numbers become codes and codes become numbers.
+
+    Frozen, hashable, and without a tensor of its own. Codes are unpacked integers from `code_min` on
+    (or floats, where `code_bits` is None); `pack` stores them densely.
+    """
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def granularity(self) -> Granularity:
+        """Which values share one scale."""
+
+    @property
+    @abstractmethod
+    def code_bits(self) -> int | None:
+        """Bits of one code in a file; None where codes are low-precision floats, kept as they are."""
+
+    @property
+    def code_min(self) -> int:
+        """The smallest code; files store codes less this."""
+        return 0
+
+    @abstractmethod
+    def nbytes(self, shape: Shape) -> int:
+        """Return the bytes that a packed stack of `shape` takes, scales and zero points counted."""
+
+    @abstractmethod
+    def calculate_qparams(self, min_val: Tensor, max_val: Tensor, *, block_size: Shape) -> QParams:
+        """Return the parameters that cover ``[min_val, max_val]``, each of one value per block.
+
+        Raises:
+            InputError: a bound is NaN or infinite.
+        """
+
+    @abstractmethod
+    def quantize(self, x: Tensor, qparams: QParams) -> QTensor:
+        """Return the nearest grid point of each value of `x`, values beyond the grid clamped to it."""
+
+    @abstractmethod
+    def dequantize(self, q: QTensor) -> Tensor:
+        """Return the float32 values of the codes."""
+
+    def choose_qparams(self, x: Tensor, observer: "RangeEstimator") -> QParams:
+        """Return parameters for `x`, whose range is found by `observer`.
+
+        A scheme that needs no range, or more than one, overrides this.
+        """
+        block_size = self.granularity.block_size(tuple(x.shape))
+        low, high = observer.range_of(x, self, block_size)
+        return self.calculate_qparams(low, high, block_size=block_size)
+
+    def refuse(self, shape: Shape) -> str | None:
+        """Return why a stack of `shape` cannot be quantized by this scheme, or None."""
+        return self.granularity.refuse(shape)
+
+    def describe(self) -> str:
+        """Return the scheme in a few words, for reports."""
+        return self.kind
+
+    def remark(self, q: QTensor) -> str | None:
+        """Return what a reader should know of a tensor that was quantized, or None."""
+        return None
+
+    @final
+    def fake_quantize(self, x: Tensor, qparams: QParams) -> Tensor:
+        """Return `x` on the grid: quantized and dequantized, in float32."""
+        return self.dequantize(self.quantize(x, qparams))
+
+    @final
+    def bits_per_weight(self, shape: Shape) -> float:
+        """Return the bits that one value of a stack of `shape` takes, scales and zero points counted."""
+        count = torch.Size(shape).numel()
+        return 8 * self.nbytes(shape) / count if count else 0.0
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PackedTensor:
+    """A quantized weight as modules and files hold it: dense codes, the same on every machine.
+
+    Attributes:
+        tensors: ``codes`` (``uint8 [G, out, ceil(in * bits / 8)]``, or floats for a cast), ``scale``,
+            ``zero_point`` (codes, packed as densely, or floats) and what else the scheme declares.
+        scheme: the grid.
+        layout: from the native weight to the stack ``[G, out, in]`` and back.
+        dtype: dtype of the float weight.
+    """
+
+    tensors: Mapping[str, Tensor]
+    scheme: Scheme
+    layout: Layout
+    dtype: torch.dtype
+
+    @classmethod
+    def pack(cls, q: QTensor, scheme: Scheme, layout: Layout, dtype: torch.dtype) -> "PackedTensor":
+        """Return `q`, a stack on the grid of `scheme`, with its codes packed."""
+        tensors = {"codes": _pack_codes(q.codes, scheme), **q.qparams.extra}
+        if q.qparams.scale is not None:
+            tensors["scale"] = q.qparams.scale.contiguous()
+        zero_point = q.qparams.zero_point
+        if zero_point is not None:
+            if not zero_point.is_floating_point():
+                zero_point = _pack_codes(zero_point.flatten(), scheme)
+            tensors["zero_point"] = zero_point.contiguous()
+        return cls(tensors, scheme, layout, dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything: codes, scales, zero points and the rest."""
+        return sum(tensor_bytes(tensor) for tensor in self.tensors.values())
+
+    @property
+    def block_size(self) -> Shape:
+        """The block of the stack that shares one scale."""
+        return self.scheme.granularity.block_size(self.layout.stack)
+
+    def unpack(self) -> QTensor:
+        """Return the stack ``[G, out, in]`` of unpacked codes."""
+        codes = _unpack_codes(self.tensors["codes"], self.scheme, self.layout.stack[-1])
+        return QTensor(codes, self._qparams(self.block_size), self.dtype)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the weight in its native shape, in `dtype` or that of the float weight."""
+        values = self.scheme.dequantize(self.unpack())
+        return self.layout.to_native(values).to(dtype or self.dtype)
+
+    def rows(self, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return rows of a single matrix, ``[*indices.shape, in]``, without decoding the others."""
+        _, count, length = self.layout.stack
+        flat = torch.where(indices < 0, indices + count, indices).flatten()
+        codes = _unpack_codes(self.tensors["codes"][0, flat], self.scheme, length)
+        block = self.block_size
+        qparams = self._qparams(block, places=flat // block[1])
+        values = self.scheme.dequantize(QTensor(codes[None], qparams, self.dtype))
+        return values.reshape(*indices.shape, length).to(dtype or self.dtype)
+
+    def _qparams(self, block: Shape, places: Tensor | None = None) -> QParams:
+        counts = block_counts(self.layout.stack, block)
+        scale = self.tensors.get("scale")
+        zero_point = self.tensors.get("zero_point")
+        if zero_point is not None and not zero_point.is_floating_point():
+            count = torch.Size(counts).numel()
+            zero_point = _unpack_codes(zero_point, self.scheme, count).reshape(counts)
+        if places is not None:
+            block = (1, 1, block[2])
+            scale = scale[:, places] if scale is not None else None
+            zero_point = zero_point[:, places] if zero_point is not None else None
+        extra = {
+            name: tensor
+            for name, tensor in self.tensors.items()
+            if name not in {"codes", "scale", "zero_point"}
+        }
+        return QParams(scale, zero_point, block, extra)
+
+
+
+
+def _pack_codes(codes: Tensor, scheme: Scheme) -> Tensor:
+    if scheme.code_bits is None:
+        return codes.contiguous()
+    return pack_bits((codes - scheme.code_min).to(torch.uint8), scheme.code_bits)
+
+
+def _unpack_codes(packed: Tensor, scheme: Scheme, count: int) -> Tensor:
+    if scheme.code_bits is None:
+        return packed
+    codes = unpack_bits(packed, scheme.code_bits, count)
+    return codes.to(torch.int8) + scheme.code_min if scheme.code_min < 0 else codes
+
+
+class AnyStatistic(Configurable, ABC):
+    """Parent of all statistics, whatever their state: what collections of them are typed by."""
+
+    __slots__ = ()
+    order_free: ClassVar[bool] = True
+    """Whether merging in another order gives the same state."""
+
+
+class Statistic(AnyStatistic, Generic[StateT]):
+    """A fold over the inputs of a weight: what one tensor tells, and how two states become one.
+
+    There is no hidden state, so a statistic is a frozen value that may be shared, and calibration on
+    several machines is `merge`.
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    def observe(self, x: Tensor) -> StateT:
+        """Return the state of one tensor: rows of inputs ``[n, features]`` or anything finite."""
+
+    @abstractmethod
+    def merge(self, left: StateT, right: StateT) -> StateT:
+        """Return the state of both; associative."""
+
+
+class RangeEstimator(Configurable, ABC):
+    """Proposes the range that a grid should cover, for a tensor seen whole: a weight."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def range_of(self, x: Tensor, scheme: Scheme, block_size: Shape) -> tuple[Tensor, Tensor]:
+        """Return the low and high end of the range of each block of `x`.
+
+        Args:
+            x: finite float32 values.
+            scheme: the grid that will cover the range.
+            block_size: the block that shares one range.
+
+        Returns:
+            two tensors of one value per block.
+        """
+
+
+class Observer(RangeEstimator, Statistic[StateT]):
+    """Proposes the range of values seen in pieces: activations. Only a `Scheme` makes qparams."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def calculate_range(self, state: StateT, scheme: Scheme) -> tuple[Tensor, Tensor]:
+        """Return the low and high end of the range of what was observed."""
+
+
+@attrs.frozen
+class Grid:
+    """A scheme and how its range is found: all that a `Rounding` needs to make or remake qparams."""
+
+    scheme: Scheme
+    observer: RangeEstimator
+
+    def qparams(self, weight: Tensor) -> QParams:
+        """Return the parameters for a stack of matrices."""
+        return self.scheme.choose_qparams(weight, self.observer)
+
+
+@attrs.frozen(eq=False)
+class Statistics:
+    """The states that calibration gathered for one weight."""
+
+    _states: Mapping[AnyStatistic, object] = attrs.field(factory=dict)
+
+    def state(self, of: Statistic[StateT]) -> StateT:
+        """Return the state of a statistic that was asked for.
+
+        Raises:
+            InputError: it was not gathered; a `Rounding` names what it needs in `needs`.
+        """
+        if of not in self._states:
+            raise InputError(f"{of} was not gathered; name it in `needs`")
+        return cast("StateT", self._states[of])  # a state is stored under the statistic that made it
+
+    def __contains__(self, of: AnyStatistic) -> bool:
+        """Return whether the state of `of` was gathered."""
+        return of in self._states
+
+
+class Rounding(Configurable, ABC):
+    """Chooses a grid point for each weight."""
+
+    __slots__ = ()
+
+    @property
+    def needs(self) -> tuple[AnyStatistic, ...]:
+        """Statistics of the weight's inputs that `round` asks for; none without calibration data."""
+        return ()
+
+    @abstractmethod
+    def round(self, weight: Tensor, grid: Grid, statistics: Statistics) -> QTensor:
+        """Return `weight`, a float32 stack ``[G, out, in]``, on the grid."""
+
+
+class Transform(Configurable, ABC):
+    """Changes the working copy of the float model before it is quantized.
+
+    Exact in float unless it says otherwise. A transform gives parameters new tensors and never writes
+    into the old ones, which the source model shares; it leaves the model's structure as it is.
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    def apply(self, model: nn.Module) -> None:
+        """Change the parameters of `model`."""
+
+
+class QuantizedModule(nn.Module, ABC):
+    """A layer whose weights are quantized."""
+
+    made_by: "LayerQuantizer | None" = None
+    """What replaced the float layer; travels in files, so that loading asks the same one."""
+
+    @abstractmethod
+    def packed_weights(self) -> Mapping[str, PackedTensor]:
+        """Return the weights by name, canonical whatever the kernel."""
+
+    @abstractmethod
+    def dequantize(self) -> nn.Module:
+        """Return the float layer again, its weights on the grid; may be this object, turned back."""
+
+    def qtensors(self) -> Mapping[str, QTensor]:
+        """Return the weights by name as unpacked codes on the stack ``[G, out, in]``."""
+        return {name: packed.unpack() for name, packed in self.packed_weights().items()}
+
+
+class LayerQuantizer(Configurable, ABC):
+    """Knows one kind of layer: how its weights are read, and what stands in for it.
+
+    Layers come as plain `nn.Module`, so that a third party's layer can be known by its looks, without
+    importing its class. `replace` serves quantizing and loading alike.
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    def matches(self, layer: nn.Module) -> bool:
+        """Return whether this is the kind of layer."""
+
+    def refuse(self, layer: nn.Module, scheme: Scheme) -> str | None:
+        """Return why this layer cannot be quantized by `scheme`, or None. Never raises."""
+        return None
+
+    def discourage(self, layer: nn.Module, name: str) -> str | None:
+        """Return why this layer is left in float below 8 bits unless it is asked for, or None."""
+        return None
+
+    @abstractmethod
+    def layouts(self, layer: nn.Module) -> Mapping[str, Layout]:
+        """Return each weight's layout by the weight's name, without touching a tensor."""
+
+    def weights(self, layer: nn.Module) -> Mapping[str, WeightView]:
+        """Return each weight and its layout."""
+        return {
+            name: WeightView(cast("Tensor", getattr(layer, name)), layout)
+            for name, layout in self.layouts(layer).items()
+        }
+
+    def inputs(
+        self, layer: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> Iterable[tuple[str, Tensor]]:
+        """Return each weight's name with its inputs as rows ``[n, in]``, for one call of the layer.
+
+        Nothing by default: a rounding that needs statistics then leaves the layer in float.
+        """
+        return ()
+
+    @abstractmethod
+    def replace(self, layer: nn.Module, weights: Mapping[str, PackedTensor]) -> QuantizedModule:
+        """Return what stands in for `layer`, a working copy: it may be that object, converted."""
+
+
+class Container(Configurable, ABC):
+    """Knows a module that reads its children by attribute instead of calling them."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def matches(self, module: nn.Module) -> bool:
+        """Return whether this is the kind of module."""
+
+    def refuse_child(self, module: nn.Module, name: str) -> str | None:
+        """Return why the child `name` must stay float, or None."""
+        return None
+
+    def adapt(self, module: nn.Module) -> None:
+        """Change `module`, some of whose descendants are quantized, so that it calls them."""
+
+    def revert(self, module: nn.Module) -> None:
+        """Undo `adapt`, for a model that is dequantized."""
+
+
+class Operation(ABC):
+    """What a layer computes with its weight: a frozen value that can be called with any kind of one."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def __call__(self, x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
+        """Return the result for a weight that is dequantized as far as it is needed."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class KernelSpec:
+    """What a kernel is asked to do.
+
+    Attributes:
+        operation: the layer's arithmetic.
+        scheme: the weight's grid.
+        layout: the weight's shape.
+    """
+
+    operation: Operation
+    scheme: Scheme
+    layout: Layout
+
+
+class Kernel(Protocol):
+    """Machine code for an operation on a quantized weight. `reference` is the oracle of all others."""
+
+    @property
+    def name(self) -> str:
+        """Name in reports."""
+
+    def supports(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Return why this kernel cannot do `spec` for inputs of `dtype` on `device`, or None."""
+
+    def __call__(
+        self, spec: KernelSpec, x: Tensor, weight: PackedTensor, bias: Tensor | None
+    ) -> Tensor:
+        """Return the result of the operation, in the dtype of `x` where that is a float."""
+
+
+@attrs.frozen(eq=False)
+class WeightRecord:
+    """One quantized weight of a file.
+
+    Attributes:
+        module: dotted name of the layer; empty for the root.
+        name: the weight's name in the layer.
+        weight: codes, scales and what they mean.
+        layer: configuration of the `LayerQuantizer` that made it.
+    """
+
+    module: str
+    name: str
+    weight: PackedTensor
+    layer: Config
+
+    @property
+    def key(self) -> str:
+        """The weight's dotted name, as in a state dict."""
+        return f"{self.module}.{self.name}" if self.module else self.name
+
+
+@attrs.frozen(eq=False)
+class Checkpoint:
+    """A quantized model as plain data: what serializers turn into bytes and back.
+
+    Attributes:
+        records: quantized weights by their dotted name.
+        tensors: the float rest by dotted name: parameters and buffers.
+        transient: names among `tensors` of buffers that a state dict leaves out.
+        ties: further names of a tensor or record, by alias.
+        containers: configurations of the containers that had to be adapted.
+        config: the quantizer that made it, for the reader.
+        summary: figures of the report, for the reader.
+    """
+
+    records: Mapping[str, WeightRecord]
+    tensors: Mapping[str, Tensor]
+    transient: frozenset[str] = frozenset()
+    ties: Mapping[str, str] = attrs.field(factory=dict)
+    containers: tuple[Config, ...] = ()
+    config: Config = attrs.field(factory=dict)
+    summary: Config = attrs.field(factory=dict)
+
+
+class Serializer(ABC):
+    """Turns a checkpoint into a file and back; knows no modules.
+
+    A file is written beside its place, synced and renamed. Loading never runs code found in a file.
+    """
+
+    format: ClassVar[str]
+    suffixes: ClassVar[tuple[str, ...]]
+
+    def can_express(self, checkpoint: Checkpoint) -> str | None:
+        """Return why this format cannot hold `checkpoint`, or None."""
+        return None
+
+    @abstractmethod
+    def save(self, checkpoint: Checkpoint, path: Path) -> None:
+        """Write the file.
+
+        Raises:
+            CheckpointError: the format cannot hold it.
+            OSError: the file cannot be written; whatever stood at `path` still stands.
+        """
+
+    @abstractmethod
+    def load(self, path: Path, *, kinds: Kinds | None = None) -> Checkpoint:
+        """Return what the file holds, in memory of its own.
+
+        Raises:
+            CheckpointError: the file is not whole, not ours, too new, or names an unknown kind.
+        """

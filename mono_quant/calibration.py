@@ -1,0 +1,286 @@
+"""Running data through a model: batches, outputs, and the statistics of layers' inputs."""
+
+import inspect
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, is_dataclass
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from mono_quant.base import AnyStatistic, LayerQuantizer, Statistic, Statistics
+from mono_quant.errors import CalibrationError, InputError, MonoQuantError
+from mono_quant.numerics.metrics import SquaredError, tensor_bytes
+
+Forward = Callable[[nn.Module, object], object]
+
+DEFAULT_SAMPLES = 150
+DATASET_BATCH = 32
+OUTPUTS_IN_MEMORY = 1 << 28
+"""Bytes of float outputs that are kept in memory; more goes to a temporary folder."""
+
+
+@attrs.frozen(eq=False)
+class CalibrationData:
+    """Batches that can be gone through again and again, and how a model is called with one.
+
+    Attributes:
+        source: what was given.
+        samples: go on until this many samples were seen; the batch that reaches it is still used.
+        forward: calls the model with a batch; None for the rules of `call`.
+    """
+
+    source: Iterable[object]
+    samples: int = DEFAULT_SAMPLES
+    forward: Forward | None = None
+
+    @classmethod
+    def bind(
+        cls, data: object, samples: int = DEFAULT_SAMPLES, forward: Forward | None = None
+    ) -> "CalibrationData":
+        """Return `data` as batches; nothing runs.
+
+        A tensor or a mapping is one batch, a `Dataset` is batched by 32, and anything else is gone
+        through: a `DataLoader`, a list of batches.
+
+        Raises:
+            InputError: it cannot be gone through twice, is empty, or is nothing of the kind.
+        """
+        if samples < 1:
+            raise InputError(f"samples is 1 or more, not {samples}")
+        if isinstance(data, Tensor | Mapping):
+            return cls([data], samples, forward)
+        if isinstance(data, Dataset):
+            loader: DataLoader[object] = DataLoader(data, batch_size=DATASET_BATCH)
+            return cls(loader, samples, forward)
+        if isinstance(data, Iterator):
+            raise InputError(
+                f"a {type(data).__name__} can be gone through only once; give a list of batches, "
+                "a Dataset or a DataLoader"
+            )
+        if isinstance(data, str | bytes) or not isinstance(data, Iterable):
+            raise InputError(
+                f"a {type(data).__name__} holds no batches; give a tensor, a list of tensors, "
+                "tuples or dicts, a Dataset or a DataLoader"
+            )
+        if isinstance(data, Sequence) and not len(data):
+            raise InputError("the data is empty; give one batch or more")
+        return cls(data, samples, forward)
+
+    def batches(self) -> Iterator[object]:
+        """Yield batches until enough samples were seen."""
+        seen = 0
+        for batch in self.source:
+            yield batch
+            seen += count_samples(batch)
+            if seen >= self.samples:
+                return
+        if not seen:
+            raise InputError("the data holds no sample; give one batch or more")
+
+    def first(self) -> object:
+        """Return the first batch."""
+        return next(self.batches())
+
+    def call(self, model: nn.Module, batch: object) -> object:
+        """Return the model's output for one batch, moved to the model's device.
+
+        A tensor is the one argument, a mapping the keyword arguments, a tuple or list the positional
+        ones; of those, what the model's forward has no parameter for is left out, as the labels of
+        (inputs, labels) pairs are.
+        """
+        batch = _to_device(batch, device_of(model))
+        if self.forward is not None:
+            return self.forward(model, batch)
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        if isinstance(batch, tuple | list):
+            return model(*batch[: positional_arguments(model)])
+        return model(batch)
+
+    def outputs(self, model: nn.Module, progress: str | None = None) -> Iterator[list[Tensor]]:
+        """Yield the tensors of the model's output for each batch, in eval mode and without gradients.
+
+        Raises:
+            CalibrationError: a batch holds NaN, or the model failed on it; names the batch.
+        """
+        bar = tqdm(desc=progress, unit="batch", disable=None if progress else True, leave=False)
+        with evaluating(model), torch.no_grad(), bar:
+            for place, batch in enumerate(self.batches()):
+                yield self._run(model, batch, place)
+                bar.update()
+
+    def _run(self, model: nn.Module, batch: object, place: int) -> list[Tensor]:
+        if any(bool(x.isnan().any()) for x in tensors_in(batch) if x.is_floating_point()):
+            raise CalibrationError(f"batch {place} of the data holds NaN")
+        try:
+            output = self.call(model, batch)
+        except MonoQuantError:
+            raise
+        except Exception as error:
+            raise CalibrationError(
+                f"{type(model).__name__} failed on batch {place} of the data: {error}; if it is "
+                "called another way, say how with fit(data, forward=lambda model, batch: ...)"
+            ) from error
+        found = [x.detach() for x in tensors_in(output) if x.is_floating_point()]
+        if not found:
+            raise CalibrationError(f"{type(model).__name__} returned no floating tensor")
+        return found
+
+
+def positional_arguments(model: nn.Module) -> int | None:
+    """Return how many positional arguments the model's forward takes; None for any number."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return None
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(parameter.kind in positional for parameter in parameters)
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists, mappings and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from tensors_in(getattr(value, field.name))
+
+
+def count_samples(batch: object) -> int:
+    """Return the length of the first dimension of the first tensor of a batch."""
+    first = next(tensors_in(batch), None)
+    return 1 if first is None or first.dim() == 0 else first.shape[0]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the model's first tensor."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module in eval mode and back into its own."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+class Outputs:
+    """The float outputs of a model that is about to be changed, to compare with later.
+
+    Kept in memory up to a bound, in a temporary folder past it.
+    """
+
+    def __init__(self, limit: int = OUTPUTS_IN_MEMORY) -> None:
+        """Keep up to `limit` bytes in memory."""
+        self._limit = limit
+        self._kept: list[list[Tensor] | Path] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def add(self, outputs: list[Tensor]) -> None:
+        """Keep the outputs of one more batch."""
+        self._limit -= sum(tensor_bytes(tensor) for tensor in outputs)
+        if self._limit >= 0:
+            self._kept.append([tensor.clone() for tensor in outputs])
+            return
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="mono_quant_")
+        path = Path(self._folder.name) / f"{len(self._kept)}.pt"
+        torch.save(outputs, path)
+        self._kept.append(path)
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        """Yield what was kept, batch by batch."""
+        for item in self._kept:
+            yield torch.load(item, weights_only=True) if isinstance(item, Path) else item
+
+
+def compare(
+    references: Iterable[list[Tensor]], others: Iterable[list[Tensor]]
+) -> SquaredError:
+    """Return the error of outputs against references, over all tensors of all batches."""
+    total = SquaredError()
+    for reference, other in zip(references, others, strict=True):
+        if [x.shape for x in reference] != [x.shape for x in other]:
+            raise CalibrationError("the quantized model's outputs differ in number or shape")
+        pairs = zip(reference, other, strict=True)
+        total = SquaredError.total([total, *(SquaredError.between(x, y) for x, y in pairs)])
+    return total
+
+
+@attrs.frozen(eq=False)
+class Wanted:
+    """The statistics that a layer's roundings ask for.
+
+    Attributes:
+        layer: knows how the layer's inputs are read.
+        needs: statistics by the weight's name.
+    """
+
+    layer: LayerQuantizer
+    needs: Mapping[str, tuple[AnyStatistic, ...]]
+
+
+def gather(
+    model: nn.Module, wanted: Mapping[str, Wanted], data: CalibrationData, progress: str | None
+) -> Mapping[str, Mapping[str, Statistics]]:
+    """Return the statistics of each weight's inputs, by layer and weight, from one pass over the data.
+
+    Weights that no data reached are absent.
+    """
+    states: dict[str, dict[str, dict[AnyStatistic, object]]] = {name: {} for name in wanted}
+
+    def observe(
+        name: str, layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
+        want = wanted[name]
+        for weight, rows in want.layer.inputs(layer, args, kwargs):
+            seen = states[name].setdefault(weight, {})
+            for statistic in want.needs.get(weight, ()):
+                _fold(cast("Statistic[object]", statistic), rows, seen)
+
+    with ExitStack() as hooks:
+        for name in wanted:
+            module = model.get_submodule(name)
+            handle = module.register_forward_pre_hook(partial(observe, name), with_kwargs=True)
+            hooks.callback(handle.remove)
+        for _ in data.outputs(model, progress):
+            pass
+    return {
+        name: {weight: Statistics(seen) for weight, seen in weights.items()}
+        for name, weights in states.items()
+    }
+
+
+def _fold(statistic: Statistic[object], rows: Tensor, seen: dict[AnyStatistic, object]) -> None:
+    state = statistic.observe(rows)
+    seen[statistic] = statistic.merge(seen[statistic], state) if statistic in seen else state
+
+
+def _to_device(value: object, device: torch.device) -> object:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _to_device(item, device) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_to_device(item, device) for item in value]
+    return value

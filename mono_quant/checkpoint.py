@@ -1,0 +1,307 @@
+"""Between a quantized model and its checkpoint, and back into a float skeleton."""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from mono_quant.base import (
+    Checkpoint,
+    Container,
+    LayerQuantizer,
+    PackedTensor,
+    QuantizedModule,
+    WeightRecord,
+)
+from mono_quant.configurable import Config, Kinds
+from mono_quant.errors import CheckpointError, InputError, UnknownKindError, UnsupportedLayerError
+from mono_quant.layers import BUILT_IN_LAYERS
+from mono_quant.modules import QuantizedWeight, tie
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+_ADAPTED_BY = "_adapted_by"  # where an adapted container keeps the `Container` that did it
+
+
+def copy_structure(model: ModelT, device: torch.device | None = None) -> ModelT:
+    """Return a copy of a model whose parameters share the storage of the original's.
+
+    Every module is a new object, every parameter a new `nn.Parameter` on the old storage (one for each
+    tie), every buffer a clone: what is done to the copy (dtype, train mode, buffers) leaves the
+    original alone, and no weight is copied. With a device (meta), tensors are empty ones there.
+
+    Raises:
+        InputError: the model cannot be copied.
+    """
+    memo: dict[int, object] = {}
+    for parameter in model.parameters():
+        data = parameter.detach()
+        if device is not None:
+            data = torch.empty_like(data, device=device)
+        memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+    if device is not None:
+        for buffer in model.buffers():
+            memo[id(buffer)] = torch.empty_like(buffer, device=device)
+    try:
+        return copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError, AttributeError) as error:
+        raise InputError(
+            f"{type(model).__name__} cannot be copied ({error}); quantize it in place with apply_"
+        ) from error
+
+
+def to_checkpoint(
+    model: nn.Module, config: Config | None = None, summary: Config | None = None
+) -> Checkpoint:
+    """Return a quantized model as plain data that shares its memory.
+
+    Raises:
+        CheckpointError: the model keeps something that is not a tensor in its state dict, or a layer
+            does not say what made it.
+    """
+    records: dict[str, WeightRecord] = {}
+    tensors: dict[str, Tensor] = {}
+    ties: dict[str, str] = {}
+    first_names: dict[int, str] = {}
+    transient: set[str] = set()
+    packed_ids: set[int] = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, QuantizedModule):
+            continue
+        for name, packed in module.packed_weights().items():
+            record = WeightRecord(path, name, packed, _maker(path, module).to_config())
+            records[record.key] = record
+            packed_ids.update(id(tensor) for tensor in packed.tensors.values())
+            first = first_names.setdefault(id(packed.tensors["codes"]), record.key)
+            if first != record.key:
+                ties[record.key] = first
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantizedWeight):
+            continue
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise CheckpointError(
+                f"{path or 'the model'} keeps extra state beside its tensors, which files here "
+                "cannot hold; save it yourself and load it with set_extra_state"
+            )
+        for name, tensor in _own_tensors(module):
+            if id(tensor) in packed_ids:
+                continue
+            key = f"{path}.{name}" if path else name
+            tensors[key] = tensor
+            if name in module._non_persistent_buffers_set:
+                transient.add(key)
+            first = first_names.setdefault(id(tensor), key)
+            if first != key:
+                ties[key] = first
+    adapted = {container: None for module in model.modules() for container in _adapted_by(module)}
+    return Checkpoint(
+        records,
+        tensors,
+        frozenset(transient),
+        ties,
+        tuple(container.to_config() for container in adapted),
+        config or {},
+        summary or {},
+    )
+
+
+def rebuild(
+    skeleton: ModelT,
+    checkpoint: Checkpoint,
+    *,
+    layers: Iterable[LayerQuantizer] = (),
+    containers: Iterable[Container] = (),
+    kinds: Kinds | None = None,
+) -> ModelT:
+    """Turn a float skeleton into the quantized model of a checkpoint, in place, and return it.
+
+    The skeleton may be on the meta device. All names and shapes are checked before it is changed.
+    Tensors are taken over, not copied.
+
+    Raises:
+        CheckpointError: names or shapes do not fit.
+        UnsupportedLayerError: no layer quantizer knows a layer.
+    """
+    makers = _makers(skeleton, checkpoint, (*layers, *BUILT_IN_LAYERS), kinds)
+    _check_fit(skeleton, checkpoint)
+    replaced: dict[str, nn.Module] = {}
+    for path, (maker, weights) in makers.items():
+        layer = skeleton.get_submodule(path)
+        if isinstance(layer, QuantizedModule):
+            replaced[path] = layer  # one module under two names
+            continue
+        module = maker.replace(layer, weights)
+        module.made_by = maker
+        put(skeleton, layer, module)
+        replaced[path] = module
+    for alias, first in checkpoint.ties.items():
+        if alias in checkpoint.records:
+            one, other = checkpoint.records[first], checkpoint.records[alias]
+            tie(replaced[one.module], one.name, replaced[other.module], other.name)
+    _fill(skeleton, checkpoint)
+    recorded = [Container.from_config(config, kinds) for config in checkpoint.containers]
+    adapt_containers(skeleton, (*recorded, *containers))
+    return skeleton
+
+
+def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `model` has `old` as a child; nothing to do where they are one object."""
+    if old is new:
+        return
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child is old:
+                setattr(parent, name, new)
+
+
+def adapt_containers(model: nn.Module, containers: Iterable[Container]) -> None:
+    """Let every container that has quantized descendants know of them, by the first that matches."""
+    known = tuple(containers)
+    for module in model.modules():
+        container = next((one for one in known if one.matches(module)), None)
+        below = any(isinstance(child, QuantizedModule) for child in module.modules())
+        if container is not None and below:
+            container.adapt(module)
+            module.__dict__[_ADAPTED_BY] = container
+
+
+def dequantized(model: ModelT) -> ModelT:
+    """Turn every quantized layer of a model back into a float one, in place, and return the model."""
+    floats: dict[tuple[int, str], nn.Parameter] = {}
+    for module in list(model.modules()):
+        if not isinstance(module, QuantizedModule):
+            continue
+        keys = {
+            name: (id(packed.tensors["codes"]), name)
+            for name, packed in module.packed_weights().items()
+        }
+        layer = module.dequantize()
+        put(model, module, layer)
+        for name, key in keys.items():
+            parameter = layer.get_parameter(name)
+            layer.register_parameter(name, floats.setdefault(key, parameter))
+    for module in model.modules():
+        for container in _adapted_by(module):
+            container.revert(module)
+            del module.__dict__[_ADAPTED_BY]
+    return model
+
+
+def check_supported(model: nn.Module) -> None:
+    """Refuse models whose parameters cannot be read.
+
+    Raises:
+        InputError: naming what is wrong and the call that mends it.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError("a ScriptModule cannot be quantized; give the module it was made from")
+    if hasattr(model, "_orig_mod"):
+        raise InputError("the model is compiled; quantize model._orig_mod and compile the result")
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise InputError(
+                f"{name} is lazy and has no values yet; run the model once on an example first"
+            )
+        if parameter.is_meta:
+            raise InputError(f"{name} is on the meta device and has no values; load them first")
+
+
+def _maker(path: str, module: QuantizedModule) -> LayerQuantizer:
+    if module.made_by is None:
+        raise CheckpointError(f"{path} does not say which LayerQuantizer made it; set made_by")
+    return module.made_by
+
+
+def _adapted_by(module: nn.Module) -> tuple[Container, ...]:
+    container = module.__dict__.get(_ADAPTED_BY)
+    return (container,) if isinstance(container, Container) else ()
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None:
+            yield name, tensor
+
+
+def _makers(
+    skeleton: nn.Module,
+    checkpoint: Checkpoint,
+    known: tuple[LayerQuantizer, ...],
+    kinds: Kinds | None,
+) -> Mapping[str, tuple[LayerQuantizer, dict[str, PackedTensor]]]:
+    """Return what replaces each layer, and by which weights; the recorded kind is asked first."""
+    makers: dict[str, tuple[LayerQuantizer, dict[str, PackedTensor]]] = {}
+    modules = dict(skeleton.named_modules(remove_duplicate=False))
+    for key, record in checkpoint.records.items():
+        layer = modules.get(record.module)
+        if layer is None:
+            raise CheckpointError(f"the file has {key!r}, and the model has no {record.module!r}")
+        if isinstance(layer, QuantizedModule):
+            raise CheckpointError(f"{record.module!r} is quantized already; give a float skeleton")
+        if record.module in makers:
+            makers[record.module][1][record.name] = record.weight
+            continue
+        try:
+            recorded = [LayerQuantizer.from_config(record.layer, kinds)]
+        except UnknownKindError:
+            recorded = []
+        maker = next((one for one in (*recorded, *known) if one.matches(layer)), None)
+        if maker is None:
+            raise UnsupportedLayerError(
+                f"no LayerQuantizer knows {record.module!r}, a {type(layer).__name__} "
+                f"(the file says kind {record.layer.get('kind')!r}); pass it with kinds={{...}}"
+            )
+        makers[record.module] = (maker, {record.name: record.weight})
+    for path, (maker, weights) in makers.items():
+        layouts = maker.layouts(modules[path])
+        for name, packed in weights.items():
+            found = layouts[name].native if name in layouts else None
+            if found != packed.layout.native:
+                raise CheckpointError(
+                    f"{path}.{name} is {packed.layout.native} in the file and {found} in the model"
+                )
+    return makers
+
+
+def _check_fit(skeleton: nn.Module, checkpoint: Checkpoint) -> None:
+    expected: dict[str, Tensor] = {}
+    quantized = {record.module for record in checkpoint.records.values()}
+    for path, module in skeleton.named_modules(remove_duplicate=False):
+        parametrized = path.endswith(".parametrizations") or ".parametrizations." in path
+        if parametrized and path.split(".parametrizations")[0] in quantized:
+            continue
+        for name, tensor in _own_tensors(module):
+            expected[f"{path}.{name}" if path else name] = tensor
+    present = {*checkpoint.tensors, *checkpoint.records}
+    if missing := sorted(set(expected) - present):
+        raise CheckpointError(f"the model has {_few(missing)}, which the file lacks")
+    if extra := sorted(set(checkpoint.tensors) - set(expected)):
+        raise CheckpointError(f"the file has {_few(extra)}, which the model lacks")
+    for key, tensor in checkpoint.tensors.items():
+        if not is_lazy(expected[key]) and expected[key].shape != tensor.shape:
+            raise CheckpointError(
+                f"{key} is {tuple(tensor.shape)} in the file and "
+                f"{tuple(expected[key].shape)} in the model"
+            )
+
+
+def _fill(skeleton: nn.Module, checkpoint: Checkpoint) -> None:
+    parameters: dict[int, nn.Parameter] = {}
+    for path, module in skeleton.named_modules(remove_duplicate=False):
+        for name, old in list(_own_tensors(module)):
+            tensor = checkpoint.tensors.get(f"{path}.{name}" if path else name)
+            if tensor is None:
+                continue
+            if isinstance(old, nn.Parameter):
+                fresh = nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)
+                module._parameters[name] = parameters.setdefault(id(tensor), fresh)
+            else:
+                module._buffers[name] = tensor
+
+
+def _few(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

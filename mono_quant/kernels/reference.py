@@ -1,0 +1,28 @@
+"""Plain torch, always able, and the oracle of all other kernels."""
+
+import attrs
+import torch
+from torch import Tensor
+
+from mono_quant.base import KernelSpec, PackedTensor
+
+
+@attrs.frozen
+class Reference:
+    """Dequantizes what an operation needs, then runs the float operation.
+
+    Every call decodes the whole weight (a lookup, its rows), so it is slower than float layers on
+    small batches. Differentiable in its input.
+    """
+
+    name: str = attrs.field(default="reference", init=False)
+
+    def supports(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Return None: everything is supported."""
+        return None
+
+    def __call__(
+        self, spec: KernelSpec, x: Tensor, weight: PackedTensor, bias: Tensor | None
+    ) -> Tensor:
+        """Return the operation on the dequantized weight."""
+        return spec.operation(x, weight, bias)

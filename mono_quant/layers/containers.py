@@ -1,0 +1,61 @@
+"""Modules of torch that read their children by attribute instead of calling them."""
+
+from typing import ClassVar
+
+import attrs
+from torch import nn
+
+from mono_quant.base import Container
+from mono_quant.configurable import register
+
+_REMEMBERED = "_float_fast_path"
+
+
+@register
+@attrs.frozen
+class MultiheadAttentionContainer(Container):
+    """`torch.nn.MultiheadAttention` hands the weight of its ``out_proj`` to a function."""
+
+    kind: ClassVar[str] = "multihead_attention"
+
+    def matches(self, module: nn.Module) -> bool:
+        """Return whether `module` is one."""
+        return isinstance(module, nn.MultiheadAttention)
+
+    def refuse_child(self, module: nn.Module, name: str) -> str | None:
+        """Return why ``out_proj`` stays float."""
+        if name == "out_proj":
+            return "MultiheadAttention reads this weight by attribute and never calls the layer"
+        return None
+
+
+@register
+@attrs.frozen
+class TransformerEncoderContainer(Container):
+    """`torch.nn.TransformerEncoder` and its layers, which in eval read weights past their children.
+
+    Their fast path calls one fused float operator on the weights themselves and no child at all. An
+    adapted layer says that its activation is not one that the operator knows, and an adapted encoder
+    that it does not want nested tensors; both then take the ordinary path.
+    """
+
+    kind: ClassVar[str] = "transformer_encoder"
+
+    def matches(self, module: nn.Module) -> bool:
+        """Return whether `module` is an encoder or a layer of one."""
+        return isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer)
+
+    def adapt(self, module: nn.Module) -> None:
+        """Turn the fast path off, and remember how it was."""
+        switch = self._switch(module)
+        module.__dict__.setdefault(_REMEMBERED, getattr(module, switch))
+        setattr(module, switch, False)
+
+    def revert(self, module: nn.Module) -> None:
+        """Set the fast path back to how it was."""
+        if _REMEMBERED in module.__dict__:
+            setattr(module, self._switch(module), module.__dict__.pop(_REMEMBERED))
+
+    def _switch(self, module: nn.Module) -> str:
+        encoder = isinstance(module, nn.TransformerEncoder)
+        return "use_nested_tensor" if encoder else "activation_relu_or_gelu"

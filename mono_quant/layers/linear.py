@@ -1,0 +1,98 @@
+"""Matrix products: nn.Linear and layers that compute the same."""
+
+from collections.abc import Iterable, Mapping
+from typing import ClassVar, cast
+
+import attrs
+from torch import Tensor, nn
+
+from mono_quant.base import QuantizedModule, Scheme
+from mono_quant.configurable import register
+from mono_quant.layers.single import SingleWeightQuantizer
+from mono_quant.modules import QuantizedLayer, QuantizedLinear, QuantizedLinearLike
+from mono_quant.numerics.values import Layout
+
+
+def _rows(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Iterable[tuple[str, Tensor]]:
+    x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    return [("weight", x.reshape(-1, x.shape[-1]))]
+
+
+@register
+@attrs.frozen
+class LinearQuantizer(SingleWeightQuantizer):
+    """`torch.nn.Linear` and subclasses that keep its forward.
+
+    Attributes:
+        own_forward: take subclasses with a forward of their own too; it goes on running, on a weight
+            that is decoded each time it is read, or on the quantized product where it calls
+            ``super().forward``.
+    """
+
+    kind: ClassVar[str] = "linear"
+    float_classes: ClassVar = {nn.Linear: QuantizedLinear}
+    own_forward: bool = False
+
+    def refuse(self, layer: nn.Module, scheme: Scheme) -> str | None:
+        """Return that a subclass has a forward of its own, or why its weight cannot be read."""
+        if type(layer).forward is not nn.Linear.forward and not self.own_forward:
+            return (
+                f"{type(layer).__name__} is a Linear with a forward of its own; if it may be "
+                "quantized all the same, say layer(LinearQuantizer(own_forward=True))"
+            )
+        return SingleWeightQuantizer.refuse(self, layer, scheme)
+
+    def layout(self, layer: nn.Module) -> Layout:
+        """Return ``[1, out_features, in_features]``."""
+        linear = cast("nn.Linear", layer)  # `matches` has seen to it
+        return Layout.grouped((linear.out_features, linear.in_features))
+
+    def inputs(
+        self, layer: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> Iterable[tuple[str, Tensor]]:
+        """Return the input as rows."""
+        return _rows(args, kwargs)
+
+
+@register
+@attrs.frozen
+class LinearLikeQuantizer(SingleWeightQuantizer):
+    """A third party's layer that computes ``x @ weight.T + bias``, known by its class's name.
+
+    The class is never imported: a layer matches when its class, or a parent of it, has this name.
+
+    Attributes:
+        class_name: the full name, such as ``transformers.pytorch_utils.Conv1D``.
+        transposed: the weight is ``[in, out]``.
+    """
+
+    kind: ClassVar[str] = "linear_like"
+    float_classes: ClassVar = {nn.Module: QuantizedLinearLike}
+    class_name: str
+    transposed: bool = False
+
+    def matches(self, layer: nn.Module) -> bool:
+        """Return whether the layer's class, or a parent, has the name."""
+        names = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(layer).__mro__}
+        return self.class_name in names and not isinstance(layer, QuantizedModule)
+
+    def refuse(self, layer: nn.Module, scheme: Scheme) -> str | None:
+        """Return that the layer has no matrix, or None."""
+        weight = layer._parameters.get("weight")
+        if weight is None or weight.dim() != 2:
+            return f"{self.class_name} has no two-dimensional parameter named weight"
+        return None
+
+    def layout(self, layer: nn.Module) -> Layout:
+        """Return ``[1, out, in]``."""
+        shape = tuple(cast("Tensor", layer.weight).shape)
+        return Layout.transposed(shape) if self.transposed else Layout.grouped(shape)
+
+    def inputs(
+        self, layer: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> Iterable[tuple[str, Tensor]]:
+        """Return the input as rows."""
+        return _rows(args, kwargs)
+
+    def _quantized_class(self, layer: nn.Module) -> type[QuantizedLayer]:
+        return QuantizedLinearLike

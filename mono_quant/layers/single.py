@@ -1,0 +1,58 @@
+"""What the quantizers of layers with one weight share."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import attrs
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from mono_quant.base import LayerQuantizer, PackedTensor, QuantizedModule, Scheme
+from mono_quant.modules import QuantizedLayer, convert
+from mono_quant.numerics.values import Layout
+
+
+@attrs.frozen
+class SingleWeightQuantizer(LayerQuantizer):
+    """A layer whose one weight is called ``weight`` and that is turned into a `QuantizedLayer`."""
+
+    float_classes: ClassVar[Mapping[type[nn.Module], type[QuantizedLayer]]]
+    """The float classes that are known, and what they become."""
+
+    @abstractmethod
+    def layout(self, layer: nn.Module) -> Layout:
+        """Return the layout of the weight."""
+
+    def matches(self, layer: nn.Module) -> bool:
+        """Return whether `layer` is of a known class or a subclass, and still float."""
+        return isinstance(layer, tuple(self.float_classes)) and not isinstance(
+            layer, QuantizedModule
+        )
+
+    def refuse(self, layer: nn.Module, scheme: Scheme) -> str | None:
+        """Return why the weight cannot be taken over, or None."""
+        if is_parametrized(layer, "weight"):
+            others = set(layer.parametrizations) - {"weight"}  # type: ignore[arg-type]  # a ModuleDict
+            return f"it also has a parametrized {min(others)}" if others else None
+        if "weight" not in layer._parameters:
+            return (
+                "its weight is made by a hook (old-style weight_norm, spectral_norm or pruning): "
+                "remove that, or use torch.nn.utils.parametrizations"
+            )
+        return None
+
+    def layouts(self, layer: nn.Module) -> Mapping[str, Layout]:
+        """Return the layout of ``weight``."""
+        return {"weight": self.layout(layer)}
+
+    def replace(self, layer: nn.Module, weights: Mapping[str, PackedTensor]) -> QuantizedModule:
+        """Return `layer` itself, converted."""
+        return convert(layer, weights, self._quantized_class(layer))
+
+    def _quantized_class(self, layer: nn.Module) -> type[QuantizedLayer]:
+        return next(
+            quantized
+            for float_class, quantized in self.float_classes.items()
+            if isinstance(layer, float_class)
+        )

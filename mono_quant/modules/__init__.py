@@ -1,0 +1,36 @@
+"""Layers with quantized weights: subclasses of the float layers they stand for."""
+
+from mono_quant.modules.bare import BareModule, QuantizedBareModule, tree_of
+from mono_quant.modules.conv import (
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedConv3d,
+    QuantizedConvTranspose1d,
+    QuantizedConvTranspose2d,
+    QuantizedConvTranspose3d,
+)
+from mono_quant.modules.embedding import QuantizedEmbedding, QuantizedEmbeddingBag
+from mono_quant.modules.layer import QuantizedLayer, SlowPathWarning, convert, tie
+from mono_quant.modules.linear import QuantizedLinear, QuantizedLinearLike
+from mono_quant.modules.weight import QuantizedWeight
+
+__all__ = [
+    "BareModule",
+    "QuantizedBareModule",
+    "QuantizedConv1d",
+    "QuantizedConv2d",
+    "QuantizedConv3d",
+    "QuantizedConvTranspose1d",
+    "QuantizedConvTranspose2d",
+    "QuantizedConvTranspose3d",
+    "QuantizedEmbedding",
+    "QuantizedEmbeddingBag",
+    "QuantizedLayer",
+    "QuantizedLinear",
+    "QuantizedLinearLike",
+    "QuantizedWeight",
+    "SlowPathWarning",
+    "convert",
+    "tie",
+    "tree_of",
+]

@@ -1,0 +1,46 @@
+"""Weights without a model: a state dict as a tree of modules that hold tensors and cannot be called."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from mono_quant.errors import InputError
+from mono_quant.modules.layer import QuantizedLayer
+
+
+class BareModule(nn.Module):
+    """A place in a state dict: tensors by name, no forward."""
+
+    def forward(self) -> None:
+        """Refuse: a state dict says nothing of what its model computes."""
+        raise InputError("a bare state dict cannot be run; load the file into a model instead")
+
+
+class QuantizedBareModule(QuantizedLayer, BareModule):
+    """A place in a state dict whose weight is quantized."""
+
+    float_class = BareModule
+
+
+def tree_of(tensors: Mapping[str, Tensor]) -> BareModule:
+    """Return the tensors of a state dict as parameters and buffers of nested modules.
+
+    Tensors are shared, never copied; floating ones become parameters, so that tied tensors stay tied.
+    """
+    root = BareModule()
+    parameters: dict[int, nn.Parameter] = {}
+    for key, tensor in tensors.items():
+        *path, name = key.split(".")
+        if not all([*path, name]):
+            raise InputError(f"{key!r} is no name in a state dict")
+        place: nn.Module = root
+        for part in path:
+            place = place._modules.setdefault(part, BareModule()) or place
+        if tensor.is_floating_point():
+            parameter = parameters.setdefault(
+                id(tensor), nn.Parameter(tensor.detach(), requires_grad=False)
+            )
+            place.register_parameter(name, parameter)
+        else:
+            place.register_buffer(name, tensor)
+    return root

@@ -1,0 +1,93 @@
+"""Quantized convolutions."""
+
+from typing import cast
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mono_quant.modules.layer import QuantizedLayer
+from mono_quant.operations import Convolution, IntTuple, TransposedConvolution
+
+
+class _QuantizedConv(QuantizedLayer, nn.modules.conv._ConvNd):
+    """What convolutions of all dimensions share."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the convolution of `input`."""
+        padding: IntTuple | str = self.padding
+        if self.padding_mode != "zeros":
+            around = self._reversed_padding_repeated_twice
+            input = functional.pad(input, around, mode=self.padding_mode)
+            padding = (0,) * len(self.kernel_size)
+        operation = Convolution(self.stride, padding, self.dilation, self.groups)
+        return self.run(operation, input, self.bias)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # a parameter there, computed here
+        """A float copy of the weight."""
+        return self.float_weight()
+
+
+class QuantizedConv1d(_QuantizedConv, nn.Conv1d):
+    """`torch.nn.Conv1d` with a quantized weight."""
+
+    float_class = nn.Conv1d
+
+
+class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
+    """`torch.nn.Conv2d` with a quantized weight."""
+
+    float_class = nn.Conv2d
+
+
+class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
+    """`torch.nn.Conv3d` with a quantized weight."""
+
+    float_class = nn.Conv3d
+
+
+class _QuantizedConvTranspose(QuantizedLayer, nn.modules.conv._ConvTransposeNd):
+    """What transposed convolutions of all dimensions share."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Return the transposed convolution of `input`, of `output_size` where that is given."""
+        output_padding = self._output_padding(
+            input,
+            output_size,
+            list(self.stride),
+            list(cast("IntTuple", self.padding)),  # a transposed convolution has no named padding
+            list(self.kernel_size),
+            len(self.kernel_size),
+            list(self.dilation),
+        )
+        operation = TransposedConvolution(
+            self.stride,
+            cast("IntTuple", self.padding),
+            tuple(output_padding),
+            self.groups,
+            self.dilation,
+        )
+        return self.run(operation, input, self.bias)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # a parameter there, computed here
+        """A float copy of the weight."""
+        return self.float_weight()
+
+
+class QuantizedConvTranspose1d(_QuantizedConvTranspose, nn.ConvTranspose1d):
+    """`torch.nn.ConvTranspose1d` with a quantized weight."""
+
+    float_class = nn.ConvTranspose1d
+
+
+class QuantizedConvTranspose2d(_QuantizedConvTranspose, nn.ConvTranspose2d):
+    """`torch.nn.ConvTranspose2d` with a quantized weight."""
+
+    float_class = nn.ConvTranspose2d
+
+
+class QuantizedConvTranspose3d(_QuantizedConvTranspose, nn.ConvTranspose3d):
+    """`torch.nn.ConvTranspose3d` with a quantized weight."""
+
+    float_class = nn.ConvTranspose3d

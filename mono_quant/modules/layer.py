@@ -1,0 +1,127 @@
+"""What all quantized layers share: conversion in place, kernels, and the way back."""
+
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from typing import ClassVar, cast
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from mono_quant.base import KernelSpec, Operation, PackedTensor, QuantizedModule
+from mono_quant.kernels import select
+from mono_quant.modules.weight import QuantizedWeight
+
+
+class SlowPathWarning(UserWarning):
+    """Something works, at the speed of decoding a whole weight each time."""
+
+
+class QuantizedLayer(QuantizedModule):
+    """A float layer that was turned into a quantized one, in place.
+
+    The object stays the same and only its class and weights change, so that whoever holds a reference
+    to the layer (a list, a hook, a second parent) still holds the right one, and its bias, hooks,
+    buffers and attributes are untouched. A subclass of a float layer becomes a subclass of both, so
+    that it keeps its own forward (see `quantized_class`).
+    """
+
+    float_class: ClassVar[type[nn.Module]]
+    keeps_forward: ClassVar[bool] = True
+    """Whether a subclass of the float layer goes on running its own forward."""
+
+    quantized: nn.ModuleDict
+
+    def packed_weights(self) -> Mapping[str, PackedTensor]:
+        """Return the weights by name."""
+        return {name: self._holder(name).packed for name in self.quantized}
+
+    def dequantize(self) -> nn.Module:
+        """Turn this object back into the float layer, its weights on the grid."""
+        weights = {name: packed.dequantize() for name, packed in self.packed_weights().items()}
+        del self._modules["quantized"]
+        self.__class__ = float_class_of(type(self))
+        for name, weight in weights.items():
+            self.register_parameter(name, nn.Parameter(weight))
+        return self
+
+    def run(self, operation: Operation, x: Tensor, bias: Tensor | None, name: str = "weight") -> Tensor:
+        """Return `operation` on `x` and the weight of that name, by the kernel chosen for it."""
+        weight = self._holder(name).packed
+        spec = KernelSpec(operation, weight.scheme, weight.layout)
+        return select(spec)(spec, x, weight, bias)
+
+    def float_weight(self, name: str = "weight") -> Tensor:
+        """Return a float copy of a weight, for code that reads it by attribute; warns."""
+        warnings.warn(
+            f"the weight of a {type(self).__name__} was read by attribute, which decodes all of it "
+            "each time; if this happens in a forward, leave the layer in float with skip(...)",
+            SlowPathWarning,
+            stacklevel=3,
+        )
+        return self.packed_weights()[name].dequantize()
+
+    def _holder(self, name: str) -> QuantizedWeight:
+        return cast("QuantizedWeight", self.quantized[name])  # `convert` puts nothing else there
+
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
+        """Pickle and copy by the two classes that made this one, which may have no name of its own."""
+        made_of = (float_class_of(type(self)), quantized_base(type(self)))
+        return (_blank, made_of, self.__getstate__())
+
+
+def convert(
+    layer: nn.Module, weights: Mapping[str, PackedTensor], into: type[QuantizedLayer]
+) -> QuantizedLayer:
+    """Turn `layer`, a working copy, into a quantized one in place and return it."""
+    base = type_before_parametrizations(layer)
+    layer._modules.pop("parametrizations", None)
+    for name in weights:
+        layer._parameters.pop(name, None)
+    layer.__class__ = quantized_class(base, into)
+    converted = cast("QuantizedLayer", layer)  # its class was changed in the line above
+    converted.quantized = nn.ModuleDict(
+        {name: QuantizedWeight(packed) for name, packed in weights.items()}
+    )
+    return converted
+
+
+def tie(first: nn.Module, first_name: str, second: nn.Module, second_name: str) -> None:
+    """Let two quantized layers share one weight, for good: when moved, copied and saved."""
+    if isinstance(first, QuantizedLayer) and isinstance(second, QuantizedLayer):
+        second.quantized[second_name] = first.quantized[first_name]
+
+
+@cache
+def quantized_class(base: type[nn.Module], into: type[QuantizedLayer]) -> type[QuantizedLayer]:
+    """Return the class of a quantized `base`.
+
+    `into` itself for the float layer that it stands for; for a subclass of that, a class that is both.
+    Its own forward comes first where the quantized class keeps it: its ``super().forward`` then finds
+    the quantized one.
+    """
+    if base is into.float_class:
+        return into
+    parents = (base, into) if into.keeps_forward else (into, base)
+    return cast("type[QuantizedLayer]", type(f"Quantized{base.__name__}", parents, {}))
+
+
+def quantized_base(cls: type[nn.Module]) -> type[QuantizedLayer]:
+    """Return the quantized class that `cls` is, or was made of."""
+    for parent in cls.__mro__:
+        if "float_class" in vars(parent) and issubclass(parent, QuantizedLayer):
+            return parent
+    raise TypeError(f"{cls.__name__} is not a quantized layer")
+
+
+def float_class_of(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the float class that `cls` was made of."""
+    into = quantized_base(cls)
+    if cls is into:
+        return into.float_class
+    return next(parent for parent in cls.__bases__ if parent is not into)
+
+
+def _blank(base: type[nn.Module], into: type[QuantizedLayer]) -> QuantizedLayer:
+    cls = quantized_class(base, into)
+    return cls.__new__(cls)

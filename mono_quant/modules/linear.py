@@ -1,0 +1,43 @@
+"""Quantized matrix products."""
+
+from torch import Tensor, nn
+
+from mono_quant.modules.layer import QuantizedLayer
+from mono_quant.operations import MatrixProduct
+
+
+class QuantizedLinear(QuantizedLayer, nn.Linear):
+    """`torch.nn.Linear` with a quantized weight."""
+
+    float_class = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``input @ weight.T + bias``."""
+        return self.run(MatrixProduct(), input, self.bias)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # a parameter there, computed here
+        """A float copy of the weight."""
+        return self.float_weight()
+
+
+class QuantizedLinearLike(QuantizedLayer):
+    """Some other layer that computes ``x @ weight.T + bias``, with a quantized weight."""
+
+    float_class = nn.Module
+    keeps_forward = False
+    bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the product."""
+        return self.run(self._operation, x, self.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """A float copy of the weight."""
+        return self.float_weight()
+
+    @property
+    def _operation(self) -> MatrixProduct:
+        layout = self._holder("weight").layout
+        return MatrixProduct(transposed=layout.order != (0, 1, 2))

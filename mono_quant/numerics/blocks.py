@@ -1,0 +1,48 @@
+"""Blockwise views and reductions: one block_size expresses every granularity."""
+
+import torch
+from torch import Tensor
+
+from mono_quant.numerics.granularity import Shape
+
+
+def block_counts(shape: Shape, block_size: Shape) -> Shape:
+    """Return how many blocks lie along each dimension of `shape`: the shape of the scales.
+
+    A dimension of size zero holds one empty block, so that there is always a scale to speak of
+    where a row is empty.
+    """
+    return tuple(
+        size // block if block else 1 for size, block in zip(shape, block_size, strict=True)
+    )
+
+
+def to_blocks(x: Tensor, block_size: Shape) -> Tensor:
+    """Return a view of `x` with each dimension split in two: ``[n0, b0, n1, b1, ...]``."""
+    counts = block_counts(tuple(x.shape), block_size)
+    return x.reshape([size for pair in zip(counts, block_size, strict=True) for size in pair])
+
+
+def spread(per_block: Tensor) -> Tensor:
+    """Return values per block, ``[n0, n1, ...]``, ready to meet `to_blocks`: ``[n0, 1, n1, 1, ...]``."""
+    return per_block.reshape([size for count in per_block.shape for size in (count, 1)])
+
+
+def block_range(x: Tensor, block_size: Shape) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest value of each block; zeros for empty blocks.
+
+    Two reductions, because `torch.aminmax` over one dimension is several times slower than both.
+    """
+    counts = block_counts(tuple(x.shape), block_size)
+    if x.numel() == 0:
+        zeros = torch.zeros(counts, dtype=x.dtype, device=x.device)
+        return zeros, zeros.clone()
+    blocks = to_blocks(x, block_size)
+    inside = tuple(range(1, blocks.dim(), 2))
+    return blocks.amin(inside), blocks.amax(inside)
+
+
+def block_sum(x: Tensor, block_size: Shape) -> Tensor:
+    """Return the sum of each block."""
+    blocks = to_blocks(x, block_size)
+    return blocks.sum(tuple(range(1, blocks.dim(), 2)))

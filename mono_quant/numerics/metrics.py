@@ -1,0 +1,70 @@
+"""Measures of the damage."""
+
+import math
+from collections.abc import Iterable
+
+import attrs
+import torch
+from torch import Tensor
+
+
+@attrs.frozen
+class SquaredError:
+    """Sums of squares of a reference and of the error against it: a fold, so that it can be streamed.
+
+    Attributes:
+        signal: sum of the squared reference values.
+        noise: sum of the squared differences.
+        count: how many values were compared.
+    """
+
+    signal: float = 0.0
+    noise: float = 0.0
+    count: int = 0
+
+    @classmethod
+    def between(cls, reference: Tensor, other: Tensor) -> "SquaredError":
+        """Return the sums over all elements of two tensors of one shape, in float64 accumulation."""
+        reference, other = reference.detach(), other.detach()
+        wide = torch.promote_types(reference.dtype, torch.float32)
+        signal = reference.to(wide).square().sum(dtype=torch.float64)
+        noise = (reference.to(wide) - other.to(wide)).square().sum(dtype=torch.float64)
+        return cls(float(signal), float(noise), reference.numel())
+
+    def __add__(self, other: "SquaredError") -> "SquaredError":
+        """Return the sums over both."""
+        return SquaredError(
+            self.signal + other.signal, self.noise + other.noise, self.count + other.count
+        )
+
+    @classmethod
+    def total(cls, parts: Iterable["SquaredError"]) -> "SquaredError":
+        """Return the sums over all parts."""
+        return sum(parts, cls())
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal to quantization noise ratio in dB: ``10 log10(signal / noise)``.
+
+        Infinite where there is no noise; nan where something was not finite.
+        """
+        if math.isnan(self.noise) or math.isnan(self.signal):
+            return math.nan
+        if self.noise == 0:
+            return math.inf
+        if self.signal == 0 or math.isinf(self.noise):
+            return -math.inf
+        return 10 * math.log10(self.signal / self.noise)
+
+
+def sqnr_db(reference: Tensor, other: Tensor) -> float:
+    """Return the signal to quantization noise ratio of `other` against `reference`, in dB.
+
+    ``10 log10(sum(reference ** 2) / sum((reference - other) ** 2))``; infinite for equal tensors.
+    """
+    return SquaredError.between(reference, other).sqnr_db
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    """Return the bytes of the elements of `tensor`, whatever its storage holds beside."""
+    return tensor.numel() * tensor.element_size()

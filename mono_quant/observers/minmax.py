@@ -1,0 +1,49 @@
+"""The whole range."""
+
+from typing import ClassVar
+
+import attrs
+import torch
+from torch import Tensor
+
+from mono_quant.base import Observer, Scheme
+from mono_quant.configurable import register
+from mono_quant.errors import InputError
+from mono_quant.numerics.blocks import block_range
+from mono_quant.numerics.granularity import Shape
+
+
+@attrs.frozen(eq=False)
+class MinMaxState:
+    """The extremes seen so far, each a tensor of no dimension."""
+
+    low: Tensor
+    high: Tensor
+
+
+@register
+@attrs.frozen
+class MinMax(Observer[MinMaxState]):
+    """From the smallest value to the largest: nothing is clipped."""
+
+    kind: ClassVar[str] = "minmax"
+
+    def observe(self, x: Tensor) -> MinMaxState:
+        """Return the extremes of `x`, which holds one value or more."""
+        if x.numel() == 0:
+            raise InputError("an empty tensor has no extremes")
+        return MinMaxState(x.amin(), x.amax())
+
+    def merge(self, left: MinMaxState, right: MinMaxState) -> MinMaxState:
+        """Return the wider range."""
+        return MinMaxState(
+            torch.minimum(left.low, right.low), torch.maximum(left.high, right.high)
+        )
+
+    def calculate_range(self, state: MinMaxState, scheme: Scheme) -> tuple[Tensor, Tensor]:
+        """Return the extremes."""
+        return state.low, state.high
+
+    def range_of(self, x: Tensor, scheme: Scheme, block_size: Shape) -> tuple[Tensor, Tensor]:
+        """Return the extremes of each block."""
+        return block_range(x, block_size)

@@ -1,0 +1,130 @@
+"""What will be done to each layer of one model, decided and shown before a tensor is touched."""
+
+from collections.abc import Iterable, Mapping
+from typing import Generic
+
+import attrs
+from torch import nn
+
+from mono_quant.base import Statistics
+from mono_quant.calibration import (
+    CalibrationData,
+    Outputs,
+    Wanted,
+    compare,
+    count_samples,
+    gather,
+    positional_arguments,
+)
+from mono_quant.checkpoint import ModelT, adapt_containers, copy_structure
+from mono_quant.errors import CalibrationError
+from mono_quant.layers import BUILT_IN_CONTAINERS
+from mono_quant.numerics.metrics import SquaredError
+from mono_quant.plan.request import Request, WeightPlan
+from mono_quant.plan.run import check_finite, quantize_weights
+from mono_quant.plan.warnings import warnings_of
+from mono_quant.result import Outline, QuantizationResult
+
+
+@attrs.frozen(eq=False)
+class Plan(Generic[ModelT]):
+    """What will be done to each layer of one model. Nothing has been touched yet.
+
+    Attributes:
+        weights: the fate of each weight that some layer quantizer knows.
+        outline: what can be shown of it.
+    """
+
+    _model: ModelT = attrs.field(alias="model")
+    _request: Request = attrs.field(alias="request")
+    weights: tuple[WeightPlan, ...]
+    outline: Outline
+
+    def explain(self) -> str:
+        """Return what will happen to each weight and why, the predicted size and the peak memory."""
+        return self.outline.explain()
+
+    def __str__(self) -> str:
+        """Return `explain()`."""
+        return self.explain()
+
+    def run(self, *, in_place: bool = False, progress: bool | None = None) -> QuantizationResult[ModelT]:
+        """Carry the plan out, layer by layer.
+
+        Args:
+            in_place: change the model itself, and free its float weights on the way.
+            progress: show progress bars; by default only on a terminal.
+
+        Returns:
+            the quantized model with the evidence.
+
+        Raises:
+            InputError: a weight is not finite; names it.
+            CalibrationError: the model failed on the data.
+        """
+        label = "quantizing" if progress is not False else None
+        data, request = self._request.data, self._request
+        todo = [weight for weight in self.weights if weight.recipe is not None]
+        kept = Outputs()
+        if in_place:
+            self._check_finite(todo)
+            if data is not None:
+                for outputs in data.outputs(self._model, "float outputs"):
+                    kept.add(outputs)
+        work = self._model if in_place else copy_structure(self._model)
+        for transform in request.transforms:
+            transform.apply(work)
+        statistics = self._gather(work, todo, label)
+        rows = quantize_weights(work, todo, statistics, label)
+        adapt_containers(work, (*request.containers, *BUILT_IN_CONTAINERS))
+        error, samples, notes = SquaredError(), 0, self.outline.report.notes
+        if data is not None:
+            floats = kept if in_place else data.outputs(self._model)
+            error = compare(floats, data.outputs(work, "measuring"))
+            samples = sum(count_samples(batch) for batch in data.batches())
+            notes = (*notes, *left_out(work, data))
+        report = attrs.evolve(
+            self.outline.report,
+            layers=tuple(rows.get(row.name, row) for row in self.outline.report.layers),
+            output_sqnr_db=error.sqnr_db if data is not None else None,
+            samples=samples,
+            notes=notes,
+        )
+        report = attrs.evolve(report, warnings=warnings_of(report))
+        return QuantizationResult(work, report, self.outline, data, request.layers)
+
+    def _check_finite(self, todo: Iterable[WeightPlan]) -> None:
+        for weight in todo:
+            for source in weight.sources:
+                check_finite(source, self._model.get_parameter(source))
+
+    def _gather(
+        self, work: nn.Module, todo: Iterable[WeightPlan], label: str | None
+    ) -> Mapping[str, Mapping[str, Statistics]]:
+        wanted: dict[str, Wanted] = {}
+        for weight in todo:
+            if weight.recipe is not None and weight.recipe.rounding.needs:
+                known = wanted.get(weight.path)
+                needs = {**(known.needs if known else {}), weight.name: weight.recipe.rounding.needs}
+                wanted[weight.path] = Wanted(weight.maker, needs)
+        if not wanted:
+            return {}
+        if self._request.data is None:
+            names = ", ".join(wanted)
+            raise CalibrationError(f"the rounding of {names} needs data; give some with fit(data)")
+        return gather(work, wanted, self._request.data, label and "calibrating")
+
+
+def left_out(model: nn.Module, data: CalibrationData) -> list[str]:
+    """Return what of each batch was not handed to the model."""
+    batch = data.first()
+    taken = positional_arguments(model)
+    if data.forward is not None or not isinstance(batch, tuple | list) or taken is None:
+        return []
+    extra = len(batch) - taken
+    if extra <= 0:
+        return []
+    return [
+        f"the last {extra} of {len(batch)} items of each batch were left out, since forward takes "
+        f"{taken}: taken for labels"
+    ]

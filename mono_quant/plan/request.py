@@ -1,0 +1,89 @@
+"""What was asked for, and what one weight's fate is."""
+
+import attrs
+
+from mono_quant.base import Container, LayerQuantizer, RangeEstimator, Transform
+from mono_quant.calibration import CalibrationData
+from mono_quant.numerics.values import Layout
+from mono_quant.selection import Selector
+from mono_quant.settings import Recipe, Settings
+
+
+@attrs.frozen(eq=False)
+class Request:
+    """All that a quantizer was told.
+
+    Attributes:
+        settings: for all layers.
+        overrides: settings for some, later ones over earlier ones.
+        only: if not empty, nothing but these layers.
+        skip: not these layers.
+        layers: further kinds of layer, asked before the built-in ones.
+        containers: further kinds of container.
+        transforms: what is done to the working copy first, in this order.
+        activation_observer: for activations, once they are quantized.
+        data: batches to measure and calibrate on.
+    """
+
+    settings: Settings = Settings()
+    overrides: tuple[tuple[Selector, Settings], ...] = ()
+    only: tuple[Selector, ...] = ()
+    skip: tuple[Selector, ...] = ()
+    layers: tuple[LayerQuantizer, ...] = ()
+    containers: tuple[Container, ...] = ()
+    transforms: tuple[Transform, ...] = ()
+    activation_observer: RangeEstimator | None = None
+    data: CalibrationData | None = None
+
+
+@attrs.frozen(eq=False)
+class WeightPlan:
+    """One weight's fate.
+
+    Attributes:
+        path: name of its layer; the first of several.
+        name: the weight's name in the layer.
+        layer: the layer's class.
+        maker: knows the layer.
+        layout: the weight as a stack.
+        settings: what was asked for it.
+        sources: names of the float parameters that it is made of.
+        parameters: how many values.
+        float_bytes: bytes now.
+        asked: whether the user named this layer.
+        reason: why it stays float, or None.
+        by_default: whether that is a default, which the user's word on a tied weight would lift.
+        recipe: how it is quantized, if it is.
+        tied_to: the weight that it shares its values with, if that comes first.
+        aliases: names of the later weights that share its values.
+    """
+
+    path: str
+    name: str
+    layer: str
+    maker: LayerQuantizer
+    layout: Layout
+    settings: Settings
+    sources: tuple[str, ...]
+    parameters: int
+    float_bytes: int
+    asked: bool = False
+    reason: str | None = None
+    by_default: bool = False
+    recipe: Recipe | None = None
+    tied_to: "WeightPlan | None" = None
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The weight's dotted name."""
+        return f"{self.path}.{self.name}" if self.path else self.name
+
+    @property
+    def nbytes(self) -> int:
+        """Predicted bytes: nothing for a weight that shares another's."""
+        if self.tied_to is not None:
+            return 0
+        if self.recipe is None or self.reason is not None:
+            return self.float_bytes
+        return self.recipe.grid.scheme.nbytes(self.layout.stack)

@@ -1,0 +1,332 @@
+"""From a request and a model to the fate of each weight. Looks at names and shapes, at no value."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import attrs
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from mono_quant.base import Container, QuantizedModule
+from mono_quant.checkpoint import ModelT, check_supported
+from mono_quant.configurable import Config
+from mono_quant.errors import ConfigurationError
+from mono_quant.layers import BUILT_IN_CONTAINERS, BUILT_IN_LAYERS
+from mono_quant.modules import QuantizedWeight
+from mono_quant.numerics.metrics import tensor_bytes
+from mono_quant.plan.plan import Plan
+from mono_quant.plan.request import Request, WeightPlan
+from mono_quant.report import LayerReport, Report
+from mono_quant.result import Outline
+from mono_quant.selection import Selection
+from mono_quant.settings import Settings
+
+SMALL = 512
+"""Layers with fewer parameters stay float below 8 bits unless they are asked for."""
+LOW_BITS = 8
+"""Widths below this leave small layers, and those their quantizer is wary of, in float by default."""
+WORK_BYTES = 24
+"""Bytes of working memory that each value of the layer at hand takes while it is quantized."""
+
+
+def resolve(model: ModelT, request: Request, config: Config) -> Plan[ModelT]:
+    """Return the plan for a model: every weight's fate, with the reason where it stays float.
+
+    Raises:
+        InputError: the model cannot be quantized at all.
+        ConfigurationError: a selector matches nothing, or tied weights are asked for different things.
+    """
+    check_supported(model)
+    weights = _join_ties(model, _weights(model, request))
+    report = Report(
+        layers=tuple(_rows(model, weights)),
+        buffer_bytes=sum(
+            tensor_bytes(buffer)
+            for module in model.modules()
+            if not isinstance(module, QuantizedWeight)
+            for buffer in module._buffers.values()
+            if buffer is not None
+        ),
+        notes=tuple(_notes(request, weights)),
+    )
+    todo = [weight for weight in weights if weight.recipe is not None]
+    work = WORK_BYTES * max((weight.parameters for weight in todo), default=0)
+    outline = Outline(report, report.float_bytes + report.bytes + work, report.float_bytes + work, config)
+    return Plan(model=model, request=request, weights=tuple(weights), outline=outline)
+
+
+@attrs.frozen(eq=False)
+class _Selected:
+    """The names that a request's selectors mean in one model."""
+
+    only: frozenset[str] | None
+    skip: frozenset[str]
+    overrides: Sequence[tuple[frozenset[str], Settings]]
+
+    @classmethod
+    def of(cls, selection: Selection, request: Request) -> "_Selected":
+        only = [selection.names(selector) for selector in request.only]
+        return cls(
+            frozenset().union(*only) if only else None,
+            frozenset().union(*map(selection.names, request.skip)),
+            [(selection.names(selector), settings) for selector, settings in request.overrides],
+        )
+
+    def settings(self, names: frozenset[str], base: Settings) -> tuple[Settings, bool]:
+        """Return the settings of a layer and whether the user named it."""
+        asked = self.only is not None and bool(names & self.only)
+        for meant, settings in self.overrides:
+            if names & meant:
+                base, asked = settings.over(base), True
+        return base, asked
+
+    def reason(self, names: frozenset[str]) -> str | None:
+        if names & self.skip:
+            return "skipped"
+        if self.only is not None and not names & self.only:
+            return "not among only(...)"
+        return None
+
+
+def _weights(model: nn.Module, request: Request) -> list[WeightPlan]:
+    """Return the fate of every weight that some layer quantizer knows, ties not yet looked at."""
+    selected = _Selected.of(Selection.of(model), request)
+    names = _all_names(model)
+    refused = _refused_children(model, (*request.containers, *BUILT_IN_CONTAINERS))
+    makers = (*request.layers, *BUILT_IN_LAYERS)
+    found: list[WeightPlan] = []
+    claimed: set[str] = set()
+    for path, module in model.named_modules():
+        if _inside(path, claimed):
+            continue
+        if isinstance(module, QuantizedModule):
+            claimed.add(path)
+            continue
+        maker = next((maker for maker in makers if maker.matches(module)), None)
+        if maker is None:
+            continue
+        claimed.add(path)
+        settings, asked = selected.settings(names[id(module)], request.settings)
+        reason = selected.reason(names[id(module)]) or refused.get(id(module))
+        for name, layout in maker.layouts(module).items():
+            sources = _sources(module, path, name)
+            tensors = [model.get_parameter(source) for source in sources]
+            weight = WeightPlan(
+                path=path,
+                name=name,
+                layer=type(module).__name__,
+                maker=maker,
+                layout=layout,
+                settings=settings,
+                sources=sources,
+                parameters=sum(tensor.numel() for tensor in tensors),
+                float_bytes=sum(tensor_bytes(tensor) for tensor in tensors),
+                asked=asked,
+            )
+            found.append(_decide(weight, module, reason))
+    return found
+
+
+def _decide(weight: WeightPlan, module: nn.Module, reason: str | None) -> WeightPlan:
+    """Return the weight with a recipe, or with the reason why it has none."""
+    recipe = weight.settings.recipe(weight.layout.stack)
+    scheme = recipe.grid.scheme
+    reason = (
+        reason
+        or weight.maker.refuse(module, scheme)
+        or scheme.refuse(weight.layout.stack)
+    )
+    if reason is not None:
+        return attrs.evolve(weight, reason=reason)
+    if weight.settings.width < LOW_BITS and not weight.asked:
+        reason = weight.maker.discourage(module, weight.path)
+        if reason is None and weight.parameters < SMALL:
+            reason = f"fewer than {SMALL} values, below 8 bits unless asked for"
+        if reason is not None:
+            return attrs.evolve(weight, reason=reason, by_default=True, recipe=None)
+    return attrs.evolve(weight, recipe=recipe)
+
+
+def _join_ties(model: nn.Module, weights: list[WeightPlan]) -> list[WeightPlan]:
+    """Give the weights of each tie one fate: quantized alike and stored once, or all float.
+
+    A weight left in float only by default follows one that the user asked for by name.
+    """
+    owners = _owners(model)
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for place, weight in enumerate(weights):
+        tensor = model.get_parameter(weight.sources[0])
+        groups.setdefault(_identity(tensor), []).append(place)
+    joined = list(weights)
+    for identity, places in groups.items():
+        others = owners[identity] - {source for place in places for source in weights[place].sources}
+        if len(places) == 1 and not others:
+            continue
+        group = [weights[place] for place in places]
+        for place, fate in zip(places, _one_fate(group, sorted(others)), strict=True):
+            joined[place] = fate
+    return joined
+
+
+def _one_fate(group: list[WeightPlan], others: list[str]) -> list[WeightPlan]:
+    asked = [weight for weight in group if weight.asked and weight.recipe is not None]
+    if asked and len({weight.settings for weight in asked}) > 1:
+        names = " and ".join(weight.key for weight in asked)
+        raise ConfigurationError(f"{names} are one tied weight, and different things are asked of it")
+    floats = [weight for weight in group if weight.recipe is None]
+    if asked:
+        floats = [weight for weight in floats if not weight.by_default]
+    first = asked[0] if asked else group[0]
+    reason = None
+    if others:
+        reason = f"tied to {others[0]!r}, which no layer quantizer reads"
+    elif floats:
+        reason = f"tied to {floats[0].key!r}, which stays float: {floats[0].reason}"
+    elif any(weight.layout != first.layout for weight in group):
+        reason = "tied to a layer that reads the weight in another shape"
+    if reason is not None:
+        fates = [
+            weight if weight in floats else attrs.evolve(weight, recipe=None, reason=reason)
+            for weight in group
+        ]
+    else:
+        fates = [attrs.evolve(weight, recipe=first.recipe, reason=None) for weight in group]
+    lead = attrs.evolve(fates[0], aliases=tuple(weight.key for weight in fates[1:]))
+    return [lead, *(attrs.evolve(weight, tied_to=lead) for weight in fates[1:])]
+
+
+def _rows(model: nn.Module, weights: Iterable[WeightPlan]) -> Iterable[LayerReport]:
+    """Yield a row for each weight and, for parameters that are none, for each module that has some."""
+    by_path: dict[str, list[WeightPlan]] = {}
+    for weight in weights:
+        by_path.setdefault(weight.path, []).append(weight)
+    counted: set[int] = set()
+    for path, module in model.named_modules():
+        for weight in by_path.get(path, ()):
+            counted.update(id(model.get_parameter(source)) for source in weight.sources)
+            if weight.tied_to is None:
+                yield _weight_row(weight)
+        if isinstance(module, QuantizedModule):
+            yield from _quantized_rows(path, module, counted)
+        rest = [
+            parameter
+            for parameter in module._parameters.values()
+            if parameter is not None and id(parameter) not in counted
+        ]
+        if rest:
+            counted.update(map(id, rest))
+            size = sum(map(tensor_bytes, rest))
+            known = path in by_path or isinstance(module, QuantizedModule)
+            reason = "biases stay float" if known else f"no quantizer knows a {type(module).__name__}"
+            yield LayerReport(
+                path or "(root)",
+                type(module).__name__,
+                (),
+                sum(parameter.numel() for parameter in rest),
+                size,
+                size,
+                reason=reason,
+            )
+
+
+def _weight_row(weight: WeightPlan) -> LayerReport:
+    scheme = weight.recipe.grid.scheme.describe() if weight.recipe is not None else None
+    return LayerReport(
+        weight.key,
+        weight.layer,
+        weight.layout.native,
+        weight.parameters,
+        weight.float_bytes,
+        weight.nbytes,
+        scheme=scheme,
+        reason=weight.reason,
+        aliases=weight.aliases,
+    )
+
+
+def _quantized_rows(path: str, module: QuantizedModule, counted: set[int]) -> Iterable[LayerReport]:
+    for name, packed in module.packed_weights().items():
+        if id(packed.tensors["codes"]) in counted:
+            continue
+        counted.add(id(packed.tensors["codes"]))
+        count = 1
+        for size in packed.layout.native:
+            count *= size
+        yield LayerReport(
+            f"{path}.{name}" if path else name,
+            type(module).__name__,
+            packed.layout.native,
+            count,
+            packed.nbytes,
+            packed.nbytes,
+            reason=f"quantized already: {packed.scheme.describe()}",
+        )
+
+
+def _notes(request: Request, weights: Sequence[WeightPlan]) -> Iterable[str]:
+    widths = {weight.settings.width for weight in weights if weight.recipe is not None}
+    if 8 in widths:
+        asked = "static" if request.data is not None else "dynamic"
+        yield (
+            f"weights only: {asked} quantization of activations, the default at 8 bits, is not "
+            "built yet"
+        )
+    if request.activation_observer is not None:
+        yield f"activations stay float, so {request.activation_observer!r} watches nothing yet"
+    if not widths:
+        yield "nothing is quantized"
+
+
+def _sources(module: nn.Module, path: str, name: str) -> tuple[str, ...]:
+    """Return the names of the parameters that a weight is made of: several if it is parametrized."""
+    prefix = f"{path}." if path else ""
+    if is_parametrized(module, name):
+        made_of = f"parametrizations.{name}."
+        return tuple(
+            prefix + key for key, _ in module.named_parameters() if key.startswith(made_of)
+        )
+    return (prefix + name,) if name in module._parameters else tuple(
+        prefix + key for key, _ in module.named_parameters(recurse=False) if key.startswith(name)
+    )
+
+
+def _all_names(model: nn.Module) -> Mapping[int, frozenset[str]]:
+    names: dict[int, frozenset[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        names[id(module)] = names.get(id(module), frozenset()) | {path}
+    return names
+
+
+def _refused_children(model: nn.Module, containers: Sequence[Container]) -> Mapping[int, str]:
+    refused: dict[int, str] = {}
+    for module in model.modules():
+        for container in containers:
+            if container.matches(module):
+                for name, child in module.named_children():
+                    if reason := container.refuse_child(module, name):
+                        refused[id(child)] = reason
+    return refused
+
+
+def _inside(path: str, claimed: set[str]) -> bool:
+    parts = path.split(".")
+    return any(".".join(parts[:end]) in claimed for end in range(1, len(parts)))
+
+
+def _identity(tensor: Tensor) -> tuple[object, ...]:
+    """Return what two tied tensors have in common: their memory and how they read it."""
+    if not tensor.numel():
+        return (id(tensor),)
+    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def _owners(model: nn.Module) -> Mapping[tuple[object, ...], set[str]]:
+    """Return every name of each parameter, other names of one module left out."""
+    owners: dict[tuple[object, ...], set[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                key = f"{path}.{name}" if path else name
+                owners.setdefault(_identity(parameter), set()).add(key)
+    return owners
+
+

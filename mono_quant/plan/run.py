@@ -1,0 +1,109 @@
+"""Carrying out what was decided, one layer at a time."""
+
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mono_quant.base import PackedTensor, Scheme, Statistics
+from mono_quant.checkpoint import put
+from mono_quant.errors import CalibrationError, InputError
+from mono_quant.modules import tie
+from mono_quant.numerics.blocks import block_range
+from mono_quant.numerics.metrics import SquaredError
+from mono_quant.numerics.values import QTensor
+from mono_quant.plan.request import WeightPlan
+from mono_quant.report import LayerReport
+from mono_quant.settings import Recipe
+
+
+def quantize_weights(
+    model: nn.Module,
+    todo: Iterable[WeightPlan],
+    statistics: Mapping[str, Mapping[str, Statistics]],
+    label: str | None,
+) -> Mapping[str, LayerReport]:
+    """Quantize the weights of `model` in place and return what is known of each by its name."""
+    by_layer: dict[str, list[WeightPlan]] = {}
+    for weight in todo:
+        by_layer.setdefault(weight.path, []).append(weight)
+    rows: dict[str, LayerReport] = {}
+    packed: dict[str, PackedTensor] = {}
+    done: dict[str, nn.Module] = {}
+    bar = tqdm(by_layer.items(), desc=label, unit="layer", disable=None if label else True, leave=False)
+    with torch.no_grad(), bar:
+        for path, weights in bar:
+            layer = model.get_submodule(path)
+            for weight in weights:
+                if weight.tied_to is not None:
+                    packed[weight.key] = packed[weight.tied_to.key]
+                    continue
+                gathered = statistics.get(path, {}).get(weight.name, Statistics())
+                packed[weight.key], rows[weight.key] = _round(weight, layer, gathered)
+            module = weights[0].maker.replace(
+                layer, {weight.name: packed[weight.key] for weight in weights}
+            )
+            module.made_by = weights[0].maker
+            put(model, layer, module)
+            done[path] = module
+            for weight in weights:
+                if weight.tied_to is not None:
+                    first = weight.tied_to
+                    tie(done[first.path], first.name, module, weight.name)
+    return rows
+
+
+def _round(
+    weight: WeightPlan, layer: nn.Module, statistics: Statistics
+) -> tuple[PackedTensor, LayerReport]:
+    recipe = cast("Recipe", weight.recipe)  # only weights with a recipe are rounded
+    view = weight.maker.weights(layer)[weight.name]
+    stack = view.stack()
+    check_finite(weight.key, stack)
+    missing = [need for need in recipe.rounding.needs if need not in statistics]
+    if missing:
+        raise CalibrationError(
+            f"the data never reached {weight.path!r}, or {type(weight.maker).__name__} does not read "
+            f"its inputs; {type(recipe.rounding).__name__} needs them: skip({weight.path!r}) or "
+            "give it another rounding with override(...)"
+        )
+    try:
+        q = recipe.rounding.round(stack, recipe.grid, statistics)
+    except InputError as error:
+        raise InputError(f"{weight.key} cannot be quantized: {error}") from error
+    scheme = recipe.grid.scheme
+    packed = PackedTensor.pack(q, scheme, weight.layout, view.native.dtype)
+    error = SquaredError.between(stack, scheme.dequantize(q))
+    row = LayerReport(
+        weight.key,
+        weight.layer,
+        weight.layout.native,
+        weight.parameters,
+        weight.float_bytes,
+        packed.nbytes,
+        scheme=scheme.describe(),
+        sqnr_db=error.sqnr_db,
+        note=_note(scheme, stack, q),
+        aliases=weight.aliases,
+    )
+    return packed, row
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise InputError(
+            f"{name} holds NaN or infinity; mend the weight, or leave the layer in float with "
+            f"skip({name.rpartition('.')[0]!r})"
+        )
+
+
+def _note(scheme: Scheme, stack: Tensor, q: QTensor) -> str | None:
+    notes = [scheme.remark(q)]
+    if stack.numel():
+        low, high = block_range(stack, (1, 1, stack.shape[2]))
+        dead = int(((low == 0) & (high == 0)).sum())
+        if dead:
+            notes.append(f"{dead} of {low.numel()} rows are all zero")
+    return "; ".join(note for note in notes if note) or None

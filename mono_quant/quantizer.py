@@ -1,0 +1,426 @@
+"""The fluent builder: it names things and computes nothing."""
+
+from collections.abc import Mapping
+from typing import Self, overload
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from mono_quant.base import (
+    Container,
+    LayerQuantizer,
+    RangeEstimator,
+    Rounding,
+    Scheme,
+    Transform,
+)
+from mono_quant.calibration import DEFAULT_SAMPLES, CalibrationData, Forward
+from mono_quant.checkpoint import ModelT
+from mono_quant.configurable import Config, ConfigurableT, Json, Kinds
+from mono_quant.errors import ConfigurationError, InputError
+from mono_quant.modules import BareModule, tree_of
+from mono_quant.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor
+from mono_quant.plan import Plan, Request, resolve
+from mono_quant.result import QuantizationResult
+from mono_quant.selection import Selection, Selector, check_selector
+from mono_quant.settings import Settings
+
+_GRANULARITIES: Mapping[str, Granularity] = {
+    "tensor": PerTensor(),
+    "channel": PerChannel(),
+    "group": PerGroup(),
+}
+
+
+@attrs.frozen(eq=False, repr=False)
+class Quantizer:
+    """Says how a model is to be quantized.
+
+    Immutable: every method returns a new quantizer, so one may be kept, shared and varied. Its repr is
+    the chain of calls that makes it. Without a word more, `Quantizer()` means 8 bits.
+
+    Example:
+        ``Quantizer().bits(4).group_size(64).skip("head").fit(data).apply(model)``
+    """
+
+    _request: Request = attrs.field(factory=Request, alias="request")
+
+    def bits(self, bits: int) -> Self:
+        """Quantize weights to 2 to 8 bits, or cast them to half precision with 16.
+
+        8 bits: symmetric, a scale for each channel. Fewer: asymmetric, a scale for each group of 64
+        (each channel, where 64 does not divide a row); embeddings and layers under 512 values then
+        stay float unless they are named. **Replaces.**
+        """
+        return self._set(bits=bits)
+
+    def symmetric(self, symmetric: bool = True) -> Self:
+        """Use a grid without a zero point. **Replaces** `asymmetric`."""
+        return self._set(symmetric=symmetric)
+
+    def asymmetric(self) -> Self:
+        """Use a grid with a zero point. **Replaces** `symmetric`."""
+        return self._set(symmetric=False)
+
+    def granularity(self, granularity: Granularity | str) -> Self:
+        """Say which values share one scale: an object, or "tensor", "channel" or "group".
+
+        **Replaces** an earlier granularity or group size.
+        """
+        return self._set(granularity=_granularity(granularity))
+
+    def group_size(self, size: int) -> Self:
+        """Use a scale for each run of `size` values of a row.
+
+        Layers whose rows `size` does not divide stay float, with that reason. **Replaces** an earlier
+        group size.
+
+        Raises:
+            ConfigurationError: a granularity other than groups was asked for.
+        """
+        said = self._request.settings.granularity
+        if said is not None and not isinstance(said, PerGroup):
+            raise ConfigurationError(
+                f"granularity({said!r}) was asked for, which has no groups; say one of the two"
+            )
+        return self._set(granularity=PerGroup(size))
+
+    def scale_dtype(self, dtype: torch.dtype) -> Self:
+        """Store scales as float16 (the default), bfloat16 or float32. **Replaces.**"""
+        return self._set(scale_dtype=dtype)
+
+    def scheme(self, scheme: Scheme) -> Self:
+        """Use this grid, in place of bits, symmetry, granularity and scale dtype. **Replaces.**
+
+        Raises:
+            ConfigurationError: one of those was asked for before.
+        """
+        return self._set(scheme=scheme)
+
+    def observer(
+        self,
+        observer: RangeEstimator | None = None,
+        *,
+        weights: RangeEstimator | None = None,
+        activations: RangeEstimator | None = None,
+    ) -> Self:
+        """Say how ranges are found: one for all, or one for weights and one for activations.
+
+        Activations are not quantized yet, and the plan says so when one is given for them.
+        **Replaces** those that are given.
+        """
+        if (observer is None) == (weights is None and activations is None):
+            raise ConfigurationError(
+                "give one observer for all, or weights= and activations=: "
+                "observer(MinMax()) or observer(weights=MSE())"
+            )
+        built = self._set(observer=observer or weights) if observer or weights else self
+        if activations is None:
+            return built
+        return attrs.evolve(
+            built, request=attrs.evolve(built._request, activation_observer=activations)
+        )
+
+    def rounding(self, rounding: Rounding) -> Self:
+        """Say how grid points are chosen. **Replaces.**"""
+        return self._set(rounding=rounding)
+
+    def only(self, *selectors: Selector) -> Self:
+        """Quantize nothing but these layers. **Adds.**
+
+        Args:
+            selectors: names (``*`` and ``?`` match, dots too), module types, modules of the model, or
+                functions of ``(name, module)``. Each means all that lies below it as well.
+        """
+        return self._request_with(only=(*self._request.only, *map(check_selector, selectors)))
+
+    def skip(self, *selectors: Selector) -> Self:
+        """Leave these layers in float. **Adds.**
+
+        Args:
+            selectors: as for `only`.
+        """
+        return self._request_with(skip=(*self._request.skip, *map(check_selector, selectors)))
+
+    def override(
+        self,
+        selector: Selector,
+        *,
+        bits: int | None = None,
+        symmetric: bool | None = None,
+        granularity: Granularity | str | None = None,
+        group_size: int | None = None,
+        scale_dtype: torch.dtype | None = None,
+        scheme: Scheme | None = None,
+        observer: RangeEstimator | None = None,
+        rounding: Rounding | None = None,
+    ) -> Self:
+        """Quantize some layers otherwise. **Adds**; where several apply, the last wins.
+
+        What is not said here stays as it is for all. A layer named here is quantized even where low
+        widths would leave it float by default.
+
+        Args:
+            selector: as for `only`.
+            bits: as the method of that name, and so are all others.
+            symmetric: see above.
+            granularity: see above.
+            group_size: see above.
+            scale_dtype: see above.
+            scheme: see above.
+            observer: for the weights.
+            rounding: see above.
+        """
+        if granularity is not None and group_size is not None:
+            raise ConfigurationError("say granularity or group_size, not both")
+        wanted = PerGroup(group_size) if group_size is not None else None
+        settings = Settings(
+            bits=bits,
+            symmetric=symmetric,
+            granularity=_granularity(granularity) if granularity is not None else wanted,
+            scale_dtype=scale_dtype,
+            scheme=scheme,
+            observer=observer,
+            rounding=rounding,
+        )
+        if settings == Settings():
+            raise ConfigurationError(f"override({selector!r}) says nothing; add bits= or another")
+        entry = (check_selector(selector), settings)
+        return self._request_with(overrides=(*self._request.overrides, entry))
+
+    def layer(self, *layers: LayerQuantizer | Container) -> Self:
+        """Teach it further kinds of layer or container, asked before the built-in ones. **Adds.**"""
+        quantizers = tuple(layer for layer in layers if isinstance(layer, LayerQuantizer))
+        containers = tuple(layer for layer in layers if isinstance(layer, Container))
+        if len(quantizers) + len(containers) < len(layers):
+            raise ConfigurationError("layer(...) takes instances of LayerQuantizer or Container")
+        return self._request_with(
+            layers=(*self._request.layers, *quantizers),
+            containers=(*self._request.containers, *containers),
+        )
+
+    def transform(self, *transforms: Transform) -> Self:
+        """Change the float model first, in this order, on the working copy. **Adds.**"""
+        return self._request_with(transforms=(*self._request.transforms, *transforms))
+
+    def fit(
+        self, data: object, *, samples: int = DEFAULT_SAMPLES, forward: Forward | None = None
+    ) -> Self:
+        """Bind data to calibrate and measure on; nothing runs yet. **Replaces.**
+
+        Args:
+            data: a tensor or mapping (one batch), a list of batches, a Dataset or a DataLoader. Of a
+                batch that is a tuple, what forward has no parameter for is taken for labels.
+            samples: go on until this many samples were seen.
+            forward: calls the model with a batch, where it is called in a way of its own.
+
+        Raises:
+            InputError: the data is empty or can be gone through only once.
+        """
+        return self._request_with(data=CalibrationData.bind(data, samples, forward))
+
+    @overload
+    def plan(self, model: ModelT) -> Plan[ModelT]: ...
+    @overload
+    def plan(self, model: Mapping[str, Tensor]) -> Plan[BareModule]: ...
+    def plan(
+        self, model: ModelT | Mapping[str, Tensor]
+    ) -> Plan[ModelT] | Plan[BareModule]:
+        """Return what will be done to each layer of a model, or of a bare state dict.
+
+        No tensor is touched. Print it, or `run` it.
+
+        Raises:
+            InputError: the model cannot be quantized (lazy, on the meta device, scripted).
+            ConfigurationError: a name matches no layer, or tied weights are asked for two things.
+        """
+        if isinstance(model, nn.Module):
+            return resolve(model, self._request, self._config(Selection.of(model)))
+        if not isinstance(model, Mapping):
+            raise InputError(
+                f"a {type(model).__name__} is no model: give a torch.nn.Module or a state dict "
+                "(read_state_dict(path) reads one from a file)"
+            )
+        if self._request.data is not None:
+            raise InputError("a state dict cannot be run, so fit(data) has no use; give the model")
+        tree = tree_of(model)
+        return resolve(tree, self._request, self._config(Selection.of(tree)))
+
+    @overload
+    def apply(
+        self, model: ModelT, *, progress: bool | None = None
+    ) -> QuantizationResult[ModelT]: ...
+    @overload
+    def apply(
+        self, model: Mapping[str, Tensor], *, progress: bool | None = None
+    ) -> QuantizationResult[BareModule]: ...
+    def apply(
+        self, model: ModelT | Mapping[str, Tensor], *, progress: bool | None = None
+    ) -> QuantizationResult[ModelT] | QuantizationResult[BareModule]:
+        """Return the quantized model; the given one is not changed. It *is* ``plan(model).run()``.
+
+        What stays float shares its storage with the given model, so writing into those weights in
+        place shows in both.
+        """
+        if isinstance(model, nn.Module):
+            return self.plan(model).run(progress=progress)
+        return self.plan(model).run(progress=progress)
+
+    def apply_(self, model: ModelT, *, progress: bool | None = None) -> QuantizationResult[ModelT]:
+        """Quantize the given model itself, freeing its float weights on the way."""
+        return self.plan(model).run(in_place=True, progress=progress)
+
+    def to_config(self) -> Config:
+        """Return everything but the data as JSON data.
+
+        Raises:
+            ConfigurationError: a selector cannot be written down; use a name.
+        """
+        return self._config(None)
+
+    @classmethod
+    def from_config(cls, config: Config, kinds: Kinds | None = None) -> Self:
+        """Return the quantizer that wrote `config`.
+
+        Args:
+            config: what `to_config` returned, or a file's ``config``.
+            kinds: classes of your own by their kind.
+
+        Raises:
+            ConfigurationError: it holds something unknown.
+            UnknownKindError: it names an unknown kind.
+        """
+        known = {"settings", "overrides", "only", "skip", "activation_observer", *_STRATEGIES}
+        if unknown := set(config) - known:
+            raise ConfigurationError(f"a quantizer has no {', '.join(sorted(unknown))}")
+        overrides = []
+        for entry in _list(config.get("overrides", [])):
+            said = dict(_object(entry))
+            selector = said.pop("selector", None)
+            if not isinstance(selector, str):
+                raise ConfigurationError(f"an override's selector is a name, not {selector!r}")
+            overrides.append((selector, Settings.from_config(said, kinds)))
+        observer = config.get("activation_observer")
+        return cls(
+            Request(
+                settings=Settings.from_config(_object(config.get("settings", {})), kinds),
+                overrides=tuple(overrides),
+                only=_names(config.get("only", [])),
+                skip=_names(config.get("skip", [])),
+                layers=_strategies(LayerQuantizer, config.get("layers", []), kinds),
+                containers=_strategies(Container, config.get("containers", []), kinds),
+                transforms=_strategies(Transform, config.get("transforms", []), kinds),
+                activation_observer=RangeEstimator.from_config(_object(observer), kinds)
+                if observer is not None
+                else None,
+            )
+        )
+
+    def __repr__(self) -> str:
+        """Return the chain of calls; data, modules and functions are shown, not written down."""
+        request, settings = self._request, self._request.settings
+        calls = [_call(name, value) for name, value in _said(settings)]
+        if request.activation_observer is not None:
+            calls.append(f"observer(activations={request.activation_observer!r})")
+        if request.only:
+            calls.append(f"only({', '.join(map(_show, request.only))})")
+        if request.skip:
+            calls.append(f"skip({', '.join(map(_show, request.skip))})")
+        for selector, override in request.overrides:
+            said = ", ".join(f"{name}={value!r}" for name, value in _said(override))
+            calls.append(f"override({_show(selector)}, {said})")
+        calls += [f"layer({layer!r})" for layer in (*request.layers, *request.containers)]
+        calls += [f"transform({transform!r})" for transform in request.transforms]
+        if request.data is not None:
+            calls.append(f"fit(<{type(request.data.source).__name__}>)")
+        return ".".join(["Quantizer()", *calls])
+
+    def _set(self, **said: object) -> Self:
+        settings = attrs.evolve(self._request.settings, **said)
+        return self._request_with(settings=settings)
+
+    def _request_with(self, **said: object) -> Self:
+        return attrs.evolve(self, request=attrs.evolve(self._request, **said))
+
+    def _config(self, selection: Selection | None) -> Config:
+        def write(selector: Selector) -> list[str]:
+            if isinstance(selector, str):
+                return [selector]
+            if selection is None:
+                raise ConfigurationError(
+                    f"{_show(selector)} cannot be written down; name the layers instead"
+                )
+            return selection.roots(selector)
+
+        request = self._request
+        observer = request.activation_observer
+        return {
+            "settings": request.settings.to_config(),
+            "overrides": [
+                {"selector": name, **settings.to_config()}
+                for selector, settings in request.overrides
+                for name in write(selector)
+            ],
+            "only": [name for selector in request.only for name in write(selector)],
+            "skip": [name for selector in request.skip for name in write(selector)],
+            "layers": [layer.to_config() for layer in request.layers],
+            "containers": [container.to_config() for container in request.containers],
+            "transforms": [transform.to_config() for transform in request.transforms],
+            "activation_observer": observer.to_config() if observer is not None else None,
+        }
+
+
+_STRATEGIES = ("layers", "containers", "transforms")
+
+
+def _granularity(granularity: Granularity | str) -> Granularity:
+    if isinstance(granularity, Granularity):
+        return granularity
+    if granularity not in _GRANULARITIES:
+        raise ConfigurationError(
+            f"granularity is {', '.join(map(repr, _GRANULARITIES))} or a Granularity, "
+            f"not {granularity!r}"
+        )
+    return _GRANULARITIES[granularity]
+
+
+def _said(settings: Settings) -> list[tuple[str, object]]:
+    values = attrs.asdict(settings, recurse=False)
+    return [(name, value) for name, value in values.items() if value is not None]
+
+
+def _call(name: str, value: object) -> str:
+    return f"{name}({value!r})"
+
+
+def _show(selector: Selector) -> str:
+    if isinstance(selector, type):
+        return f"{selector.__module__}.{selector.__qualname__}"
+    if isinstance(selector, str):
+        return repr(selector)
+    return f"<{getattr(selector, '__name__', type(selector).__name__)}>"
+
+
+def _object(value: Json) -> Config:
+    if not isinstance(value, Mapping):
+        raise ConfigurationError(f"expected a mapping, not {value!r}")
+    return value
+
+
+def _list(value: Json) -> list[Json]:
+    if isinstance(value, str) or not isinstance(value, list | tuple):
+        raise ConfigurationError(f"expected a list, not {value!r}")
+    return list(value)
+
+
+def _names(value: Json) -> tuple[str, ...]:
+    return tuple(str(name) for name in _list(value))
+
+
+def _strategies(
+    base: type[ConfigurableT], value: Json, kinds: Kinds | None
+) -> tuple[ConfigurableT, ...]:
+    return tuple(base.from_config(_object(config), kinds) for config in _list(value))
+
+

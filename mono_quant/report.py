@@ -1,0 +1,280 @@
+"""What was done to a model, and the damage: plain data and its rendering."""
+
+import html
+import json
+import math
+from collections.abc import Sequence
+
+import attrs
+
+from mono_quant.configurable import Config
+
+CRITICAL_DB = 10.0
+WARNING_DB = 20.0
+GOOD_DB = 30.0
+
+
+@attrs.frozen
+class LayerReport:
+    """One weight, or the float parameters of one module.
+
+    Attributes:
+        name: dotted name of the weight or the module.
+        layer: class of the layer.
+        shape: native shape of a weight; empty for a module's parameters.
+        parameters: how many values.
+        float_bytes: bytes before.
+        bytes: bytes after, scales and zero points counted.
+        scheme: how it was quantized, or None for what stayed float.
+        reason: why it stayed float.
+        sqnr_db: of the weight, in dB; None where nothing was quantized.
+        note: what else is worth knowing.
+        aliases: names of further weights that share these values, counted here once.
+    """
+
+    name: str
+    layer: str
+    shape: tuple[int, ...]
+    parameters: int
+    float_bytes: int
+    bytes: int
+    scheme: str | None = None
+    reason: str | None = None
+    sqnr_db: float | None = None
+    note: str | None = None
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per value after, everything counted."""
+        return 8 * self.bytes / self.parameters if self.parameters else 0.0
+
+    @property
+    def fate(self) -> str:
+        """The scheme, or why it stayed float; whose values these also are; and the note."""
+        parts = [self.scheme or f"float: {self.reason}"]
+        if self.aliases:
+            parts.append(f"also {', '.join(self.aliases)}")
+        if self.note:
+            parts.append(self.note)
+        return "; ".join(parts)
+
+
+@attrs.frozen
+class Report:
+    """Every parameter of a model accounted for.
+
+    Attributes:
+        layers: quantized weights and float parameters, in the model's order; a tied weight once.
+        buffer_bytes: bytes of buffers, which are left as they are.
+        output_sqnr_db: of the model's outputs on the data, in dB; None without data.
+        samples: how many samples the outputs were measured on.
+        notes: what was decided that the user did not say.
+        warnings: what ought to be looked at, worst first.
+    """
+
+    layers: tuple[LayerReport, ...]
+    buffer_bytes: int = 0
+    output_sqnr_db: float | None = None
+    samples: int = 0
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def quantized(self) -> tuple[LayerReport, ...]:
+        """The weights that were quantized."""
+        return tuple(layer for layer in self.layers if layer.scheme is not None)
+
+    @property
+    def kept(self) -> tuple[LayerReport, ...]:
+        """What stayed float."""
+        return tuple(layer for layer in self.layers if layer.scheme is None)
+
+    @property
+    def float_bytes(self) -> int:
+        """Bytes of the model before, buffers included."""
+        return sum(layer.float_bytes for layer in self.layers) + self.buffer_bytes
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the model after, scales, zero points and buffers included."""
+        return sum(layer.bytes for layer in self.layers) + self.buffer_bytes
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the model is."""
+        return self.float_bytes / self.bytes if self.bytes else 1.0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per value over the quantized weights, everything counted."""
+        count = sum(layer.parameters for layer in self.quantized)
+        return 8 * sum(layer.bytes for layer in self.quantized) / count if count else 0.0
+
+    @property
+    def mean_sqnr_db(self) -> float | None:
+        """Mean weight SQNR over the quantized weights, in dB; None if there is no finite one."""
+        finite = [
+            layer.sqnr_db
+            for layer in self.quantized
+            if layer.sqnr_db is not None and math.isfinite(layer.sqnr_db)
+        ]
+        return sum(finite) / len(finite) if finite else None
+
+    def to_dict(self) -> Config:
+        """Return everything as JSON data; an infinite SQNR is the string "inf"."""
+        rows: list[Config] = [
+            {
+                "name": layer.name,
+                "layer": layer.layer,
+                "shape": list(layer.shape),
+                "parameters": layer.parameters,
+                "float_bytes": layer.float_bytes,
+                "bytes": layer.bytes,
+                "bits_per_weight": layer.bits_per_weight,
+                "scheme": layer.scheme,
+                "reason": layer.reason,
+                "sqnr_db": _finite(layer.sqnr_db),
+                "note": layer.note,
+                "aliases": list(layer.aliases),
+            }
+            for layer in self.layers
+        ]
+        return {**self.summary(), "layers": rows}
+
+    def summary(self) -> Config:
+        """Return the figures of the whole model as JSON data."""
+        return {
+            "float_bytes": self.float_bytes,
+            "bytes": self.bytes,
+            "ratio": self.ratio,
+            "bits_per_weight": self.bits_per_weight,
+            "mean_weight_sqnr_db": _finite(self.mean_sqnr_db),
+            "output_sqnr_db": _finite(self.output_sqnr_db),
+            "samples": self.samples,
+            "quantized_weights": len(self.quantized),
+            "notes": list(self.notes),
+            "warnings": list(self.warnings),
+        }
+
+    def to_json(self) -> str:
+        """Return `to_dict` as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_markdown(self) -> str:
+        """Return the report as Markdown with one table."""
+        lines = [f"**{line}**" if place == 0 else f"- {line}" for place, line in enumerate(self._head())]
+        lines += ["", "| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self._rows()]
+        return "\n".join(lines) + "\n"
+
+    def __str__(self) -> str:
+        """Return the report as text for a terminal."""
+        return "\n".join([*self._head(), "", *table(_COLUMNS, self._rows(), _NUMERIC)])
+
+    def forecast(self, peak_bytes: int, peak_bytes_in_place: int) -> str:
+        """Return the report of a plan, whose sizes are predictions, as text."""
+        head = [
+            f"predicted: {format_bytes(self.float_bytes)} -> {format_bytes(self.bytes)} "
+            f"({self.ratio:.2f} times smaller), {len(self.quantized)} weights at "
+            f"{self.bits_per_weight:.3f} bits per weight",
+            f"peak memory: {format_bytes(peak_bytes)} for apply, "
+            f"{format_bytes(peak_bytes_in_place)} for apply_",
+            *self.notes,
+        ]
+        return "\n".join([*head, "", *table(_COLUMNS, self._rows(), _NUMERIC)])
+
+    def _repr_html_(self) -> str:
+        head, *rest = (html.escape(line) for line in self._head())
+        columns = "".join(f"<th>{column}</th>" for column in _COLUMNS)
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in self._rows()
+        )
+        items = "".join(f"<li>{line}</li>" for line in rest)
+        return (
+            f"<p><b>{head}</b></p><ul>{items}</ul>"
+            f"<table><thead><tr>{columns}</tr></thead><tbody>{rows}</tbody></table>"
+        )
+
+    def _head(self) -> list[str]:
+        lines = [
+            f"{format_bytes(self.float_bytes)} -> {format_bytes(self.bytes)} "
+            f"({self.ratio:.2f} times smaller)"
+        ]
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        mean = self.mean_sqnr_db
+        lines.append(
+            f"{len(self.quantized)} weights quantized at {self.bits_per_weight:.3f} bits per weight"
+            + (f", mean weight SQNR {mean:.1f} dB" if mean is not None else "")
+        )
+        if self.output_sqnr_db is not None:
+            lines.append(
+                f"output SQNR {format_db(self.output_sqnr_db)} on {self.samples} samples "
+                f"({grade(self.output_sqnr_db)})"
+            )
+        else:
+            lines.append("output SQNR not measured: no data; give some with fit(data)")
+        return [*lines, *self.notes]
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                layer.name,
+                layer.layer,
+                "x".join(map(str, layer.shape)),
+                format_bytes(layer.float_bytes),
+                format_bytes(layer.bytes),
+                f"{layer.bits_per_weight:.2f}",
+                format_db(layer.sqnr_db) if layer.sqnr_db is not None else "",
+                layer.fate,
+            )
+            for layer in self.layers
+        ]
+
+
+_COLUMNS = ("name", "layer", "shape", "before", "after", "bits", "SQNR", "fate")
+_NUMERIC = frozenset({"before", "after", "bits", "SQNR"})
+
+
+def grade(decibels: float) -> str:
+    """Return the word for an SQNR: critical below 10 dB, warning below 20, good above 30."""
+    if math.isnan(decibels) or decibels < CRITICAL_DB:
+        return "critical"
+    if decibels < WARNING_DB:
+        return "warning"
+    return "good" if decibels > GOOD_DB else "fair"
+
+
+def format_db(decibels: float) -> str:
+    """Return decibels with one decimal; "exact" for an infinite ratio."""
+    return "exact" if decibels == math.inf else f"{decibels:.1f} dB"
+
+
+def format_bytes(count: float) -> str:
+    """Return a size in decimal units: 1 kB is 1000 bytes."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+
+
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: frozenset[str] = frozenset()
+) -> list[str]:
+    """Return lines of text in aligned columns, those in `numeric` to the right."""
+    widths = [
+        max(len(line[place]) for line in [columns, *rows]) for place in range(len(columns))
+    ]
+    return [
+        "  ".join(
+            cell.rjust(width) if column in numeric else cell.ljust(width)
+            for cell, width, column in zip(line, widths, columns, strict=True)
+        ).rstrip()
+        for line in [columns, *rows]
+    ]
+
+
+def _finite(value: float | None) -> float | str | None:
+    return value if value is None or math.isfinite(value) else str(value)

@@ -1,0 +1,220 @@
+"""What quantizing gives back: the model, the evidence, and what can be done with both."""
+
+import tempfile
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Generic
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from mono_quant.base import Checkpoint, LayerQuantizer, PackedTensor, Serializer
+from mono_quant.calibration import CalibrationData, evaluating, positional_arguments
+from mono_quant.checkpoint import ModelT, copy_structure, dequantized, rebuild, to_checkpoint
+from mono_quant.configurable import Config
+from mono_quant.errors import CheckpointError, InputError
+from mono_quant.modules import BareModule
+from mono_quant.report import Report, table
+from mono_quant.serializers import BUILT_IN_SERIALIZERS, serializer_for
+
+
+@attrs.frozen
+class Outline:
+    """What a plan decided, without the model.
+
+    Attributes:
+        report: every weight's fate and predicted bytes.
+        peak_bytes: predicted peak memory of `apply`: the model, the result and one layer's work.
+        peak_bytes_in_place: the same for `apply_`.
+        config: the quantizer's configuration, predicates resolved to names.
+    """
+
+    report: Report
+    peak_bytes: int
+    peak_bytes_in_place: int
+    config: Config
+
+    def explain(self) -> str:
+        """Return what will happen to each weight, the predicted size and the peak memory."""
+        return self.report.forecast(self.peak_bytes, self.peak_bytes_in_place)
+
+
+@attrs.frozen
+class Validation:
+    """What saving, reloading and running a quantized model showed.
+
+    Attributes:
+        status: "valid" (reloaded, run, equal), "reloaded, not run" or "failed".
+        checks: what was looked at, and what was seen.
+    """
+
+    status: str
+    checks: tuple[tuple[str, str], ...]
+
+    def __bool__(self) -> bool:
+        """Return whether the model is valid: reloaded and run, not only reloaded."""
+        return self.status == "valid"
+
+    def __str__(self) -> str:
+        """Return the status and the checks as text."""
+        return "\n".join([self.status, *table(("check", "seen"), self.checks)])
+
+
+@attrs.frozen(eq=False)
+class QuantizationResult(Generic[ModelT]):
+    """A quantized model and what is known of it.
+
+    Attributes:
+        model: of the class of the float model.
+        report: per-layer evidence.
+        plan: what was decided, and why.
+    """
+
+    model: ModelT
+    report: Report
+    plan: Outline
+    _data: CalibrationData | None = attrs.field(default=None, alias="data")
+    _layers: tuple[LayerQuantizer, ...] = attrs.field(default=(), alias="layers")
+
+    def checkpoint(self) -> Checkpoint:
+        """Return the model as plain data that shares its memory."""
+        return to_checkpoint(self.model, self.plan.config, self.report.summary())
+
+    def save(self, path: str | PathLike[str], *, serializer: Serializer | None = None) -> Path:
+        """Write the model to a file and return its path.
+
+        Args:
+            path: its suffix chooses the format: .safetensors, .pt or .pth.
+            serializer: a format of your own.
+
+        Raises:
+            CheckpointError: no format has that suffix, or it cannot hold the model.
+            OSError: the file cannot be written; what stood there still stands.
+        """
+        path = Path(path)
+        (serializer or serializer_for(path)).save(self.checkpoint(), path)
+        return path
+
+    def dequantize(self) -> ModelT:
+        """Return a float copy of the model whose weights lie on the grid."""
+        return dequantized(copy_structure(self.model))
+
+    def validate(
+        self, example: object = None, *, serializer: Serializer | None = None
+    ) -> Validation:
+        """Save the model, load it into a fresh one without a weight, run both, and compare.
+
+        Args:
+            example: a batch, as `fit` takes them; by default the first one of the data.
+            serializer: the format to go through; by default the first that can hold the model.
+
+        Returns:
+            "valid" only if both were run on an example and agree to the bit.
+        """
+        return validate(self.model, self._example(example), serializer, self._layers)
+
+    def export(self, example: object = None, *, strict: bool = False) -> torch.export.ExportedProgram:
+        """Return the model as a program of plain torch operators, which loads without this package.
+
+        Args:
+            example: a batch as `fit` takes them: a tensor, a tuple or a mapping of arguments; by
+                default the first one of the data.
+            strict: as `torch.export.export` has it.
+        """
+        data = self._example(example)
+        if data is None:
+            raise InputError("export needs an example: export(example)")
+        batch = data.first()
+        args: tuple[object, ...] = ()
+        kwargs: dict[str, object] = {}
+        if isinstance(batch, Mapping):
+            kwargs = {str(name): value for name, value in batch.items()}
+        elif isinstance(batch, tuple | list):
+            args = tuple(batch[: positional_arguments(self.model)])
+        else:
+            args = (batch,)
+        with evaluating(self.model):
+            return torch.export.export(self.model, args, kwargs, strict=strict)
+
+    def _example(self, example: object) -> CalibrationData | None:
+        if example is None:
+            return self._data
+        if isinstance(example, tuple | list):
+            example = [example]
+        forward = self._data.forward if self._data is not None else None
+        return CalibrationData.bind(example, samples=1, forward=forward)
+
+
+def validate(
+    model: nn.Module,
+    example: CalibrationData | None,
+    serializer: Serializer | None = None,
+    layers: tuple[LayerQuantizer, ...] = (),
+) -> Validation:
+    """Return what saving, reloading and running a quantized model shows; see `Validation`."""
+    checks: list[tuple[str, str]] = []
+    try:
+        saved = to_checkpoint(model)
+        chosen = serializer or _first_able(saved)
+        with tempfile.TemporaryDirectory(prefix="mono_quant_") as folder:
+            path = Path(folder) / f"model{chosen.suffixes[0]}"
+            chosen.save(saved, path)
+            checks.append(("saved", f"{path.stat().st_size} bytes, {chosen.format}"))
+            loaded = chosen.load(path)
+        fresh = dequantized(copy_structure(model, torch.device("meta")))
+        rebuild(fresh, loaded, layers=layers)
+        if unequal := _unequal(saved, to_checkpoint(fresh)):
+            return Validation("failed", (*checks, ("reloaded", f"{unequal} differs")))
+        checks.append(("reloaded", f"{len(saved.records)} weights, equal to the bit"))
+    except (CheckpointError, InputError) as error:
+        return Validation("failed", (*checks, (type(error).__name__, str(error))))
+    if example is None or isinstance(model, BareModule):
+        why = "a state dict has no forward" if example else "no example: validate(example=...)"
+        return Validation("reloaded, not run", (*checks, ("run", why)))
+    one = CalibrationData([example.first()], 1, example.forward)
+    ours, theirs = (next(one.outputs(which)) for which in (model, fresh))
+    if not all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True)):
+        return Validation("failed", (*checks, ("run", "the reloaded model's output differs")))
+    if not all(bool(torch.isfinite(x).all()) for x in ours):
+        return Validation("failed", (*checks, ("run", "the output is not finite")))
+    count = sum(x.numel() for x in ours)
+    return Validation("valid", (*checks, ("run", f"{count} output values, equal to the bit")))
+
+
+def _first_able(checkpoint: Checkpoint) -> Serializer:
+    for serializer in BUILT_IN_SERIALIZERS:
+        if serializer.can_express(checkpoint) is None:
+            return serializer
+    raise CheckpointError("no built-in format can hold the model; pass serializer=")
+
+
+def _unequal(one: Checkpoint, other: Checkpoint) -> str | None:
+    """Return the name of a tensor in which two checkpoints differ, or None."""
+    if set(one.records) != set(other.records) or set(one.tensors) != set(other.tensors):
+        return "the set of names"
+    for key, record in one.records.items():
+        if not _same_weight(record.weight, other.records[key].weight):
+            return key
+    for key, tensor in one.tensors.items():
+        if not _same_tensor(tensor, other.tensors[key]):
+            return key
+    return None
+
+
+def _same_weight(one: PackedTensor, other: PackedTensor) -> bool:
+    return (
+        (one.scheme, one.layout, one.dtype) == (other.scheme, other.layout, other.dtype)
+        and set(one.tensors) == set(other.tensors)
+        and all(_same_tensor(one.tensors[name], other.tensors[name]) for name in one.tensors)
+    )
+
+
+def _same_tensor(one: Tensor, other: Tensor) -> bool:
+    one, other = one.detach().cpu().contiguous(), other.detach().cpu().contiguous()
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
+
+

@@ -1,0 +1,5 @@
+"""Ways to choose a grid point for each weight."""
+
+from mono_quant.rounding.nearest import RoundToNearest
+
+__all__ = ["RoundToNearest"]

@@ -1,0 +1,177 @@
+"""Evenly spaced grids: integers times a scale, from a zero point on."""
+
+from typing import ClassVar
+
+import attrs
+import torch
+from torch import Tensor
+
+from mono_quant.base import Scheme
+from mono_quant.configurable import as_dtype, dtype_name, register
+from mono_quant.errors import ConfigurationError, InputError
+from mono_quant.numerics.blocks import block_counts, spread, to_blocks
+from mono_quant.numerics.granularity import Granularity, PerChannel, Shape
+from mono_quant.numerics.packing import packed_length
+from mono_quant.numerics.values import QParams, QTensor
+
+_TINY = torch.finfo(torch.float32).tiny
+_SATURATED = 0.25
+_SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@register
+@attrs.frozen
+class Affine(Scheme):
+    """``value = (code - zero_point) * scale``: the uniform grid of 2 to 8 bits.
+
+    Symmetric: codes ``-2^(b-1) .. 2^(b-1) - 1``, no zero point, ``scale = max|x| / quant_max``.
+    Asymmetric: codes ``0 .. 2^b - 1``, a range that includes zero,
+    ``scale = (max - min) / (quant_max - quant_min)`` and
+    ``zero_point = quant_min - round(min / scale)``, so that zero is on the grid. Rounding is half to
+    even. The zero point is chosen for the scale as it is stored.
+
+    A scale that `scale_dtype` cannot hold closely enough (its error, times the codes, would pass an
+    eighth of a step: under- and overflow) makes that tensor's scales float32; the report says so.
+
+    Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference", arXiv 1712.05877.
+
+    Attributes:
+        bits: 2 to 8.
+        symmetric: no zero point.
+        granularity: which values share one scale.
+        scale_dtype: float16, bfloat16 or float32.
+    """
+
+    kind: ClassVar[str] = "affine"
+    bits: int = 8
+    symmetric: bool = True
+    granularity: Granularity = attrs.field(
+        factory=PerChannel, validator=attrs.validators.instance_of(Granularity)
+    )
+    scale_dtype: torch.dtype = attrs.field(default=torch.float16, converter=as_dtype)
+
+    def __attrs_post_init__(self) -> None:
+        """Refuse widths and dtypes that are no grid."""
+        if isinstance(self.bits, bool) or self.bits not in range(2, 9):
+            raise ConfigurationError(
+                f"Affine has 2 to 8 bits, not {self.bits!r}; for 16 use FloatCast()"
+            )
+        if self.scale_dtype not in _SCALE_DTYPES:
+            raise ConfigurationError(f"scale_dtype is one of {_SCALE_DTYPES}, not {self.scale_dtype}")
+
+    @property
+    def quant_min(self) -> int:
+        """The smallest code."""
+        return -(1 << self.bits - 1) if self.symmetric else 0
+
+    @property
+    def quant_max(self) -> int:
+        """The largest code."""
+        return self.quant_min + (1 << self.bits) - 1
+
+    @property
+    def code_bits(self) -> int:
+        """The width of a code."""
+        return self.bits
+
+    @property
+    def code_min(self) -> int:
+        """The smallest code."""
+        return self.quant_min
+
+    def nbytes(self, shape: Shape) -> int:
+        """Return the bytes of packed codes, scales and packed zero points for a stack of `shape`."""
+        *rows, length = shape
+        blocks = torch.Size(block_counts(shape, self.granularity.block_size(shape))).numel()
+        codes = torch.Size(rows).numel() * packed_length(length, self.bits)
+        zero_points = 0 if self.symmetric else packed_length(blocks, self.bits)
+        return codes + blocks * self.scale_dtype.itemsize + zero_points
+
+    def calculate_qparams(self, min_val: Tensor, max_val: Tensor, *, block_size: Shape) -> QParams:
+        """Return scale and zero point for ``[min_val, max_val]``, each one value per block.
+
+        A block of nothing but zeros has scale 1.
+
+        Raises:
+            InputError: a bound is NaN or infinite.
+        """
+        low, high = min_val.to(torch.float32), max_val.to(torch.float32)
+        if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+            raise InputError("a range is not finite: the tensor holds NaN or infinity")
+        if self.symmetric:
+            scale = torch.maximum(low.abs(), high.abs()) / self.quant_max
+        else:
+            low, high = low.clamp(max=0), high.clamp(min=0)
+            steps = self.quant_max - self.quant_min
+            scale = high / steps - low / steps  # not (high - low) / steps, which may overflow
+        scale = torch.where(scale == 0, 1.0, scale.clamp(min=_TINY))
+        scale = self._store(scale)
+        if self.symmetric:
+            return QParams(scale, None, block_size)
+        zero_point = self.quant_min - torch.round(low / scale.to(torch.float32))
+        zero_point = zero_point.clamp(self.quant_min, self.quant_max).to(torch.uint8)
+        return QParams(scale, zero_point, block_size)
+
+    def quantize(self, x: Tensor, qparams: QParams) -> QTensor:
+        """Return the nearest code of each value: ``clamp(round(x / scale) + zero_point)``.
+
+        Multiplies by the float32 reciprocal of the scale, as torch's quantized operators do, so that
+        codes agree with theirs bit for bit.
+
+        Args:
+            x: finite values; computed in float32.
+            qparams: with a scale.
+
+        Returns:
+            int8 codes for a symmetric grid, uint8 otherwise.
+        """
+        scale, zero_point = self._parts(qparams)
+        blocks = to_blocks(x.to(torch.float32), qparams.block_size)
+        values = (blocks * spread(1.0 / scale)).round_()
+        if zero_point is not None:
+            values += spread(zero_point)
+        codes = values.clamp_(self.quant_min, self.quant_max).reshape(x.shape)
+        return QTensor(codes.to(torch.int8 if self.symmetric else torch.uint8), qparams, x.dtype)
+
+    def dequantize(self, q: QTensor) -> Tensor:
+        """Return ``(code - zero_point) * scale`` in float32."""
+        scale, zero_point = self._parts(q.qparams)
+        blocks = to_blocks(q.codes.to(torch.float32), q.qparams.block_size)
+        if zero_point is not None:
+            blocks = blocks - spread(zero_point)
+        return (blocks * spread(scale)).reshape(q.codes.shape)
+
+    def describe(self) -> str:
+        """Return width, symmetry and granularity."""
+        grid = "symmetric" if self.symmetric else "asymmetric"
+        return f"{self.bits}-bit {grid} {self.granularity.describe()}"
+
+    def remark(self, q: QTensor) -> str | None:
+        """Return that scales had to be wider, or that much of the tensor is clipped."""
+        remarks = []
+        scale = q.qparams.scale
+        if scale is not None and scale.dtype != self.scale_dtype:
+            remarks.append(
+                f"its scales are {dtype_name(scale.dtype)}, since {dtype_name(self.scale_dtype)} "
+                "cannot hold them closely enough"
+            )
+        ends = (q.codes == self.quant_min) | (q.codes == self.quant_max)
+        share = float(ends.sum()) / max(1, ends.numel())
+        if self.bits > 3 and share > _SATURATED:
+            remarks.append(f"{share:.0%} of its codes lie on the ends of the grid")
+        return "; ".join(remarks) or None
+
+    def _parts(self, qparams: QParams) -> tuple[Tensor, Tensor | None]:
+        if qparams.scale is None:
+            raise InputError("Affine needs a scale, but these qparams have none")
+        zero_point = qparams.zero_point
+        return (
+            qparams.scale.to(torch.float32),
+            zero_point.to(torch.float32) if zero_point is not None else None,
+        )
+
+    def _store(self, scale: Tensor) -> Tensor:
+        stored = scale.to(self.scale_dtype)
+        error = (stored.to(torch.float32) - scale).abs() * (self.quant_max - self.quant_min)
+        return stored if bool((error <= scale / 8).all()) else scale

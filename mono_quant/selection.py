@@ -1,0 +1,96 @@
+"""Which layers a user means."""
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+
+import attrs
+from torch import nn
+
+from mono_quant.errors import ConfigurationError, InputError
+
+Predicate = Callable[[str, nn.Module], bool]
+Selector = str | type[nn.Module] | nn.Module | Predicate
+
+
+def check_selector(selector: object) -> Selector:
+    """Return `selector` if it is one.
+
+    Raises:
+        ConfigurationError: it is not a name, a module type, a module or a predicate.
+    """
+    if isinstance(selector, type):
+        if issubclass(selector, nn.Module):
+            return selector
+    elif isinstance(selector, str | nn.Module) or callable(selector):
+        return selector
+    raise ConfigurationError(
+        f"{selector!r} selects no layers: give a name (with * and ?), a module type, a module of "
+        "the model, or a function of (name, module) that returns a bool"
+    )
+
+
+def matches_name(pattern: str, name: str) -> bool:
+    """Return whether `pattern` matches a dotted name or one of its ancestors."""
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
+
+
+@attrs.frozen(eq=False)
+class Selection:
+    """The modules of one model by name, asked which of them a selector means.
+
+    A name means the module of that name and all below it; so do a type and a module. ``*`` crosses
+    dots.
+    """
+
+    modules: Mapping[str, nn.Module]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Selection":
+        """Return the selection for a model, with every name of a module that has several."""
+        return cls(dict(model.named_modules(remove_duplicate=False)))
+
+    def roots(self, selector: Selector) -> list[str]:
+        """Return the names of the modules that `selector` itself means, in the model's order.
+
+        Raises:
+            ConfigurationError: it means none, which is a slip of the pen.
+        """
+        roots = [
+            name for name, module in self.modules.items() if self._is_root(selector, name, module)
+        ]
+        if not roots:
+            raise ConfigurationError(self._nothing(selector))
+        return roots
+
+    def names(self, selector: Selector) -> frozenset[str]:
+        """Return the names of the modules that `selector` means, and of all below them."""
+        roots = self.roots(selector)
+        return frozenset(name for name in self.modules if _below(name, roots))
+
+    def _is_root(self, selector: Selector, name: str, module: nn.Module) -> bool:
+        if isinstance(selector, str):
+            return matches_name(selector, name) if name else selector in {"*", ""}
+        if isinstance(selector, type):
+            return isinstance(module, selector)
+        if isinstance(selector, nn.Module):
+            return module is selector
+        answer = selector(name, module)
+        if not isinstance(answer, bool):
+            raise InputError(
+                f"the predicate {selector!r} returned {answer!r} for {name!r}, not a bool"
+            )
+        return answer
+
+    def _nothing(self, selector: Selector) -> str:
+        if isinstance(selector, str):
+            near = difflib.get_close_matches(selector, self.modules, n=3)
+            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+            return f"{selector!r} matches no layer of the model{hint}"
+        shown = selector.__name__ if isinstance(selector, type) else repr(selector)
+        return f"{shown} matches no layer of the model"
+
+
+def _below(name: str, roots: Iterable[str]) -> bool:
+    return any(not root or name == root or name.startswith(f"{root}.") for root in roots)

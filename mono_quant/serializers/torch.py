@@ -1,0 +1,82 @@
+"""Torch's own format, in the part of it that holds no code."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mono_quant.base import Checkpoint, Serializer
+from mono_quant.configurable import Config, Kinds
+from mono_quant.errors import CheckpointError, CorruptCheckpointError
+from mono_quant.serializers.atomic import replacing
+from mono_quant.serializers.wire import decode, encode, read_header
+
+
+class TorchSerializer(Serializer):
+    """A dictionary of texts and tensors that ``torch.load(path, weights_only=True)`` reads."""
+
+    format = "torch"
+    suffixes = (".pt", ".pth")
+
+    def save(self, checkpoint: Checkpoint, path: Path) -> None:
+        """Write the file."""
+        texts, tensors = encode(checkpoint)
+        with replacing(path) as beside:
+            torch.save({**texts, "tensors": tensors}, beside)
+
+    def load(self, path: Path, *, kinds: Kinds | None = None) -> Checkpoint:
+        """Return what the file holds."""
+        content = read_pickled(path)
+        tensors = content.pop("tensors", {})
+        if not isinstance(tensors, Mapping):
+            raise CorruptCheckpointError(f"{path} cannot be read: its tensors are no mapping")
+        try:
+            return decode(_texts(content), tensors.__getitem__, kinds)
+        except CheckpointError as error:
+            raise type(error)(f"{path} cannot be read: {error}") from error
+
+    def header(self, path: Path) -> Config:
+        """Return the header of a file."""
+        try:
+            return read_header(_texts(read_pickled(path)))
+        except CheckpointError as error:
+            raise type(error)(f"{path} cannot be read: {error}") from error
+
+
+def read_pickled(path: Path) -> dict[str, object]:
+    """Return the dictionary in a file of torch's format; nothing in it is executed.
+
+    Raises:
+        CorruptCheckpointError: it is not whole, holds more than tensors and plain values, or is no
+            dictionary.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file")
+    try:
+        content: object = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CorruptCheckpointError(
+            f"{path} is not a file of tensors and plain values, or not a whole one: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    if not isinstance(content, dict):
+        raise CorruptCheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary")
+    return content
+
+
+def _texts(content: Mapping[str, object]) -> dict[str, str]:
+    return {key: value for key, value in content.items() if isinstance(value, str)}
+
+
+def state_dict_in(content: Mapping[str, object]) -> dict[str, Tensor] | None:
+    """Return the state dict that a checkpoint is, or holds under one of the usual names."""
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if tensors and len(tensors) == len(content):
+        return tensors
+    for name in ("state_dict", "model_state_dict", "model_state", "model"):
+        inner = content.get(name)
+        if isinstance(inner, Mapping):
+            return state_dict_in(inner)
+    return None

@@ -1,0 +1,230 @@
+"""A checkpoint as a JSON header and named tensors: what all of our own formats share."""
+
+import ctypes
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from mono_quant.base import Checkpoint, PackedTensor, Scheme, WeightRecord
+from mono_quant.configurable import Config, Json, Kinds, as_dtype, dtype_name
+from mono_quant.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    FormatVersionError,
+    MonoQuantError,
+)
+from mono_quant.numerics.blocks import block_counts
+from mono_quant.numerics.packing import packed_length
+from mono_quant.numerics.values import Layout
+from mono_quant.version import __version__
+
+FORMAT = "mono_quant"
+FORMAT_VERSION = 1
+
+
+class TensorSource(Protocol):
+    """Gives tensors by name, in memory of their own."""
+
+    def __call__(self, key: str) -> Tensor:
+        """Return the tensor of a key.
+
+        Raises:
+            KeyError: there is none.
+        """
+
+
+def encode(checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the text entries and the tensors of a file; tied tensors once.
+
+    Tensors are contiguous and on the CPU, and shared with the checkpoint where they already were.
+    """
+    tensors: dict[str, Tensor] = {}
+    records: dict[str, Json] = {}
+    for key, record in checkpoint.records.items():
+        records[key] = {
+            "module": record.module,
+            "name": record.name,
+            "layer": record.layer,
+            "scheme": record.weight.scheme.to_config(),
+            "native": record.weight.layout.native,
+            "split": record.weight.layout.split,
+            "order": record.weight.layout.order,
+            "stack": record.weight.layout.stack,
+            "dtype": dtype_name(record.weight.dtype),
+            "tensors": list(record.weight.tensors),
+        }
+        if key not in checkpoint.ties:
+            for name, tensor in record.weight.tensors.items():
+                tensors[f"{key}.{name}"] = tensor
+    for key, tensor in checkpoint.tensors.items():
+        if key in tensors:
+            raise CheckpointError(f"two tensors of the file would be called {key!r}")
+        if key not in checkpoint.ties:
+            tensors[key] = tensor
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    header = json.dumps(
+        {
+            "records": records,
+            "transient": sorted(checkpoint.transient),
+            "ties": checkpoint.ties,
+            "containers": checkpoint.containers,
+            "config": checkpoint.config,
+            "summary": checkpoint.summary,
+            "checksums": {key: checksum(tensor) for key, tensor in tensors.items()},
+            "producer": {"mono_quant": __version__, "torch": torch.__version__},
+        },
+        allow_nan=False,
+    )
+    texts = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "header": header,
+        "header_checksum": str(zlib.crc32(header.encode())),
+    }
+    return texts, tensors
+
+
+def decode(texts: Mapping[str, str], source: TensorSource, kinds: Kinds | None) -> Checkpoint:
+    """Return the checkpoint of a file's text entries and tensors.
+
+    Raises:
+        CorruptCheckpointError: it is not one of ours, or something was changed.
+        FormatVersionError: it is newer than this package.
+        UnknownKindError: it names a class that is not known.
+    """
+    header = _header(texts)
+    try:
+        return _checkpoint(header, source, kinds)
+    except MonoQuantError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CorruptCheckpointError(f"the header does not fit the file: {error!r}") from error
+
+
+def read_header(texts: Mapping[str, str]) -> Config:
+    """Return the header without a tensor: what `decode` reads first."""
+    return _header(texts)
+
+
+def checksum(tensor: Tensor) -> int:
+    """Return the CRC-32 of a contiguous CPU tensor's bytes, read in place."""
+    size = tensor.numel() * tensor.element_size()
+    if not size:
+        return 0
+    return zlib.crc32((ctypes.c_char * size).from_address(tensor.data_ptr()))
+
+
+def _header(texts: Mapping[str, str]) -> Config:
+    if texts.get("format") != FORMAT:
+        raise CorruptCheckpointError(
+            "it was not written by mono_quant; a float checkpoint is quantized first, "
+            "with quantize(...)"
+        )
+    version = texts.get("format_version", "")
+    if not version.isdecimal():
+        raise CorruptCheckpointError(f"its format version is {version!r}")
+    if int(version) > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"it has format version {version}, and this mono_quant reads up to {FORMAT_VERSION}; "
+            "upgrade mono_quant"
+        )
+    header = texts.get("header", "")
+    if str(zlib.crc32(header.encode())) != texts.get("header_checksum"):
+        raise CorruptCheckpointError("its header was changed: the checksum differs")
+    try:
+        parsed: Json = json.loads(header)
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpointError(f"its header is not JSON: {error}") from error
+    return _mapping(parsed)
+
+
+def _checkpoint(header: Config, source: TensorSource, kinds: Kinds | None) -> Checkpoint:
+    checksums = _mapping(header["checksums"])
+    ties = {alias: _text(first) for alias, first in _mapping(header["ties"]).items()}
+
+    def tensor(key: str) -> Tensor:
+        found = source(key)
+        if checksum(found) != checksums[key]:
+            raise CorruptCheckpointError(f"tensor {key!r} was changed: the checksum differs")
+        return found
+
+    entries = _mapping(header["records"])
+    records: dict[str, WeightRecord] = {}
+    packed_keys: set[str] = set()
+    for key, value in entries.items():
+        entry = _mapping(value)
+        first = ties.get(key, key)
+        names = [_text(name) for name in _items(entry["tensors"])]
+        packed_keys.update(f"{first}.{name}" for name in names)
+        if first != key:
+            tensors = records[first].weight.tensors
+        else:
+            tensors = {name: tensor(f"{key}.{name}") for name in names}
+        records[key] = _record(key, entry, tensors, kinds)
+    rest = {key: tensor(key) for key in checksums if key not in packed_keys}
+    rest.update({alias: rest[first] for alias, first in ties.items() if alias not in records})
+    return Checkpoint(
+        records,
+        rest,
+        frozenset(_text(key) for key in _items(header["transient"])),
+        ties,
+        tuple(_mapping(config) for config in _items(header["containers"])),
+        _mapping(header["config"]),
+        _mapping(header["summary"]),
+    )
+
+
+def _record(
+    key: str, entry: Config, tensors: Mapping[str, Tensor], kinds: Kinds | None
+) -> WeightRecord:
+    scheme = Scheme.from_config(_mapping(entry["scheme"]), kinds)
+    layout = Layout(*(_shape(entry[part]) for part in ("native", "split", "order", "stack")))
+    packed = PackedTensor(tensors, scheme, layout, as_dtype(_text(entry["dtype"])))
+    _check_shapes(key, packed)
+    return WeightRecord(
+        _text(entry["module"]), _text(entry["name"]), packed, _mapping(entry["layer"])
+    )
+
+
+def _check_shapes(key: str, packed: PackedTensor) -> None:
+    stack, scheme = packed.layout.stack, packed.scheme
+    *rows, length = stack
+    columns = length if scheme.code_bits is None else packed_length(length, scheme.code_bits)
+    expected = {"codes": (*rows, columns)}
+    if "scale" in packed.tensors:
+        expected["scale"] = block_counts(stack, packed.block_size)
+    for name, shape in expected.items():
+        found = tuple(packed.tensors[name].shape)
+        if found != shape:
+            raise CorruptCheckpointError(f"{name} of {key!r} is {found}, where {shape} was expected")
+    if torch.Size(packed.layout.native).numel() != torch.Size(stack).numel():
+        raise CorruptCheckpointError(f"the layout of {key!r} does not fit its shape")
+
+
+def _mapping(value: Json) -> Config:
+    if not isinstance(value, Mapping):
+        raise CorruptCheckpointError(f"the header has {value!r} where a mapping was expected")
+    return value
+
+
+def _items(value: Json) -> list[Json]:
+    if not isinstance(value, list):
+        raise CorruptCheckpointError(f"the header has {value!r} where a list was expected")
+    return cast("list[Json]", value)  # what json.loads makes of a list
+
+
+def _text(value: Json) -> str:
+    if not isinstance(value, str):
+        raise CorruptCheckpointError(f"the header has {value!r} where a text was expected")
+    return value
+
+
+def _shape(value: Json) -> tuple[int, ...]:
+    sizes = tuple(size for size in _items(value) if isinstance(size, int) and size >= 0)
+    if len(sizes) != len(_items(value)):
+        raise CorruptCheckpointError(f"the header has the shape {value!r}")
+    return sizes
