@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import overload
+from typing import cast, overload
 
 from torch import Tensor, nn
 
@@ -179,9 +179,9 @@ def load_model(
 
     Args:
         path: the file; its suffix says the format.
-        model: a float model of the architecture, filled and turned into the quantized one in place (it
-            may be on the meta device, so that no float weight ever exists); or a function that makes
-            one; or nothing, for a dictionary of quantized and float tensors by name.
+        model: a float model of the architecture, filled and turned into the quantized one in place
+            (it may be on the meta device, so that no float weight ever exists); or a function that
+            makes one; or nothing, for a dictionary of quantized and float tensors by name.
         kinds: classes of your own that the file names, by their kind.
         layers: further layer quantizers to ask.
         serializer: a format of your own.
@@ -195,8 +195,10 @@ def load_model(
     if model is None:
         quantized = {key: record.weight.unpack() for key, record in checkpoint.records.items()}
         return {**checkpoint.tensors, **quantized}
-    skeleton = model if isinstance(model, nn.Module) else model()
-    return rebuild(skeleton, checkpoint, layers=layers, kinds=kinds)
+    if isinstance(model, nn.Module):
+        skeleton = cast("ModelT", model)  # mypy keeps "a module that is also a factory" in mind
+        return rebuild(skeleton, checkpoint, layers=layers, kinds=kinds)
+    return rebuild(model(), checkpoint, layers=layers, kinds=kinds)
 
 
 def validate_quantization(model: nn.Module, example: object = None) -> Validation:
@@ -230,5 +232,3 @@ def create_observer(name: str, **parameters: Scalar) -> RangeEstimator:
     if not issubclass(found, RangeEstimator):
         raise ConfigurationError(f"{name!r} is a {found.__name__}, which is no observer")
     return found.from_config({"kind": name, **parameters})
-
-

@@ -13,8 +13,8 @@ which code computes the product?                           `Kernel`, `Operation`
 what file?                                                 `Serializer`
 =========================================================  =======================
 
-Instances are handed to the builder; nothing has to be registered to be used. A weight is always seen
-as a stack of matrices ``[G, out, in]`` in float32 (see `Layout`).
+Instances are handed to the builder; nothing has to be registered to be used. A weight is always
+seen as a stack of matrices ``[G, out, in]`` in float32 (see `Layout`).
 """
 
 from abc import ABC, abstractmethod
@@ -41,8 +41,8 @@ StateT = TypeVar("StateT")
 class Scheme(Configurable, ABC):
     """A grid of values: how numbers become codes and codes become numbers.
 
-    Frozen, hashable, and without a tensor of its own. Codes are unpacked integers from `code_min` on
-    (or floats, where `code_bits` is None); `pack` stores them densely.
+    Frozen, hashable, and without a tensor of its own. Codes are unpacked integers from `code_min`
+    on (or floats, where `code_bits` is None); `pack` stores them densely.
     """
 
     __slots__ = ()
@@ -55,7 +55,7 @@ class Scheme(Configurable, ABC):
     @property
     @abstractmethod
     def code_bits(self) -> int | None:
-        """Bits of one code in a file; None where codes are low-precision floats, kept as they are."""
+        """Bits of one code in a file; None where codes are floats, kept as they are."""
 
     @property
     def code_min(self) -> int:
@@ -76,7 +76,7 @@ class Scheme(Configurable, ABC):
 
     @abstractmethod
     def quantize(self, x: Tensor, qparams: QParams) -> QTensor:
-        """Return the nearest grid point of each value of `x`, values beyond the grid clamped to it."""
+        """Return the nearest grid point of each value of `x`, clamped to the grid."""
 
     @abstractmethod
     def dequantize(self, q: QTensor) -> Tensor:
@@ -110,7 +110,7 @@ class Scheme(Configurable, ABC):
 
     @final
     def bits_per_weight(self, shape: Shape) -> float:
-        """Return the bits that one value of a stack of `shape` takes, scales and zero points counted."""
+        """Return the bits that a value of a stack of `shape` takes, everything counted."""
         count = torch.Size(shape).numel()
         return 8 * self.nbytes(shape) / count if count else 0.0
 
@@ -120,8 +120,9 @@ class PackedTensor:
     """A quantized weight as modules and files hold it: dense codes, the same on every machine.
 
     Attributes:
-        tensors: ``codes`` (``uint8 [G, out, ceil(in * bits / 8)]``, or floats for a cast), ``scale``,
-            ``zero_point`` (codes, packed as densely, or floats) and what else the scheme declares.
+        tensors: ``codes`` (``uint8 [G, out, ceil(in * bits / 8)]``, or floats for a cast),
+            ``scale``, ``zero_point`` (codes, packed as densely, or floats) and what else the scheme
+            declares.
         scheme: the grid.
         layout: from the native weight to the stack ``[G, out, in]`` and back.
         dtype: dtype of the float weight.
@@ -194,8 +195,6 @@ class PackedTensor:
         return QParams(scale, zero_point, block, extra)
 
 
-
-
 def _pack_codes(codes: Tensor, scheme: Scheme) -> Tensor:
     if scheme.code_bits is None:
         return codes.contiguous()
@@ -220,8 +219,8 @@ class AnyStatistic(Configurable, ABC):
 class Statistic(AnyStatistic, Generic[StateT]):
     """A fold over the inputs of a weight: what one tensor tells, and how two states become one.
 
-    There is no hidden state, so a statistic is a frozen value that may be shared, and calibration on
-    several machines is `merge`.
+    There is no hidden state, so a statistic is a frozen value that may be shared, and calibration
+    on several machines is `merge`.
     """
 
     __slots__ = ()
@@ -266,7 +265,7 @@ class Observer(RangeEstimator, Statistic[StateT]):
 
 @attrs.frozen
 class Grid:
-    """A scheme and how its range is found: all that a `Rounding` needs to make or remake qparams."""
+    """A scheme and how its range is found: what a `Rounding` needs to make or remake qparams."""
 
     scheme: Scheme
     observer: RangeEstimator
@@ -290,7 +289,9 @@ class Statistics:
         """
         if of not in self._states:
             raise InputError(f"{of} was not gathered; name it in `needs`")
-        return cast("StateT", self._states[of])  # a state is stored under the statistic that made it
+        return cast(
+            "StateT", self._states[of]
+        )  # a state is stored under the statistic that made it
 
     def __contains__(self, of: AnyStatistic) -> bool:
         """Return whether the state of `of` was gathered."""
@@ -304,7 +305,7 @@ class Rounding(Configurable, ABC):
 
     @property
     def needs(self) -> tuple[AnyStatistic, ...]:
-        """Statistics of the weight's inputs that `round` asks for; none without calibration data."""
+        """Statistics of the weight's inputs that `round` asks for."""
         return ()
 
     @abstractmethod
@@ -315,8 +316,9 @@ class Rounding(Configurable, ABC):
 class Transform(Configurable, ABC):
     """Changes the working copy of the float model before it is quantized.
 
-    Exact in float unless it says otherwise. A transform gives parameters new tensors and never writes
-    into the old ones, which the source model shares; it leaves the model's structure as it is.
+    Exact in float unless it says otherwise. A transform gives parameters new tensors and never
+    writes into the old ones, which the source model shares; it leaves the model's structure as it
+    is.
     """
 
     __slots__ = ()
@@ -338,7 +340,7 @@ class QuantizedModule(nn.Module, ABC):
 
     @abstractmethod
     def dequantize(self) -> nn.Module:
-        """Return the float layer again, its weights on the grid; may be this object, turned back."""
+        """Return the float layer again, its weights on the grid; it may be this object."""
 
     def qtensors(self) -> Mapping[str, QTensor]:
         """Return the weights by name as unpacked codes on the stack ``[G, out, in]``."""
@@ -348,8 +350,8 @@ class QuantizedModule(nn.Module, ABC):
 class LayerQuantizer(Configurable, ABC):
     """Knows one kind of layer: how its weights are read, and what stands in for it.
 
-    Layers come as plain `nn.Module`, so that a third party's layer can be known by its looks, without
-    importing its class. `replace` serves quantizing and loading alike.
+    Layers come as plain `nn.Module`, so that a third party's layer can be known by its looks,
+    without importing its class. `replace` serves quantizing and loading alike.
     """
 
     __slots__ = ()
@@ -412,7 +414,7 @@ class Container(Configurable, ABC):
 
 
 class Operation(ABC):
-    """What a layer computes with its weight: a frozen value that can be called with any kind of one."""
+    """What a layer computes with its weight, as a frozen value that can be called."""
 
     __slots__ = ()
 
@@ -437,7 +439,7 @@ class KernelSpec:
 
 
 class Kernel(Protocol):
-    """Machine code for an operation on a quantized weight. `reference` is the oracle of all others."""
+    """Machine code for an operation on a quantized weight; `reference` is the others' oracle."""
 
     @property
     def name(self) -> str:

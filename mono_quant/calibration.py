@@ -85,6 +85,13 @@ class CalibrationData:
         if not seen:
             raise InputError("the data holds no sample; give one batch or more")
 
+    def held(self) -> "CalibrationData":
+        """Return the batches that will be used, held in memory.
+
+        Every pass then sees the same ones, whatever a loader shuffles or augments.
+        """
+        return attrs.evolve(self, source=list(self.batches()))
+
     def first(self) -> object:
         """Return the first batch."""
         return next(self.batches())
@@ -92,9 +99,9 @@ class CalibrationData:
     def call(self, model: nn.Module, batch: object) -> object:
         """Return the model's output for one batch, moved to the model's device.
 
-        A tensor is the one argument, a mapping the keyword arguments, a tuple or list the positional
-        ones; of those, what the model's forward has no parameter for is left out, as the labels of
-        (inputs, labels) pairs are.
+        A tensor is the one argument, a mapping the keyword arguments, a tuple or list the
+        positional ones; of those, what the model's forward has no parameter for is left out, as the
+        labels of (inputs, labels) pairs are.
         """
         batch = _to_device(batch, device_of(model))
         if self.forward is not None:
@@ -106,12 +113,14 @@ class CalibrationData:
         return model(batch)
 
     def outputs(self, model: nn.Module, progress: str | None = None) -> Iterator[list[Tensor]]:
-        """Yield the tensors of the model's output for each batch, in eval mode and without gradients.
+        """Yield the tensors of the model's output for each batch, in eval mode, without gradients.
 
         Raises:
             CalibrationError: a batch holds NaN, or the model failed on it; names the batch.
         """
-        bar = tqdm(desc=progress, unit="batch", disable=None if progress else True, leave=False)
+        bar: tqdm[object] = tqdm(
+            desc=progress, unit="batch", disable=None if progress else True, leave=False
+        )
         with evaluating(model), torch.no_grad(), bar:
             for place, batch in enumerate(self.batches()):
                 yield self._run(model, batch, place)
@@ -214,9 +223,7 @@ class Outputs:
             yield torch.load(item, weights_only=True) if isinstance(item, Path) else item
 
 
-def compare(
-    references: Iterable[list[Tensor]], others: Iterable[list[Tensor]]
-) -> SquaredError:
+def compare(references: Iterable[list[Tensor]], others: Iterable[list[Tensor]]) -> SquaredError:
     """Return the error of outputs against references, over all tensors of all batches."""
     total = SquaredError()
     for reference, other in zip(references, others, strict=True):
@@ -243,7 +250,7 @@ class Wanted:
 def gather(
     model: nn.Module, wanted: Mapping[str, Wanted], data: CalibrationData, progress: str | None
 ) -> Mapping[str, Mapping[str, Statistics]]:
-    """Return the statistics of each weight's inputs, by layer and weight, from one pass over the data.
+    """Return the statistics of each weight's inputs, by layer and weight, from one pass.
 
     Weights that no data reached are absent.
     """

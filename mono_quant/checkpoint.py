@@ -29,9 +29,9 @@ _ADAPTED_BY = "_adapted_by"  # where an adapted container keeps the `Container` 
 def copy_structure(model: ModelT, device: torch.device | None = None) -> ModelT:
     """Return a copy of a model whose parameters share the storage of the original's.
 
-    Every module is a new object, every parameter a new `nn.Parameter` on the old storage (one for each
-    tie), every buffer a clone: what is done to the copy (dtype, train mode, buffers) leaves the
-    original alone, and no weight is copied. With a device (meta), tensors are empty ones there.
+    Every module is a new object, every parameter a new `nn.Parameter` on the old storage (one for
+    each tie), every buffer a clone: what is done to the copy (dtype, train mode, buffers) leaves
+    the original alone, and no weight is copied. With a device (meta), tensors are empty ones there.
 
     Raises:
         InputError: the model cannot be copied.
@@ -59,8 +59,8 @@ def to_checkpoint(
     """Return a quantized model as plain data that shares its memory.
 
     Raises:
-        CheckpointError: the model keeps something that is not a tensor in its state dict, or a layer
-            does not say what made it.
+        CheckpointError: the model keeps something that is not a tensor in its state dict, or a
+            layer does not say what made it.
     """
     records: dict[str, WeightRecord] = {}
     tensors: dict[str, Tensor] = {}
@@ -158,7 +158,7 @@ def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def adapt_containers(model: nn.Module, containers: Iterable[Container]) -> None:
-    """Let every container that has quantized descendants know of them, by the first that matches."""
+    """Adapt every container that has quantized descendants, by the first that matches."""
     known = tuple(containers)
     for module in model.modules():
         container = next((one for one in known if one.matches(module)), None)
@@ -169,7 +169,7 @@ def adapt_containers(model: nn.Module, containers: Iterable[Container]) -> None:
 
 
 def dequantized(model: ModelT) -> ModelT:
-    """Turn every quantized layer of a model back into a float one, in place, and return the model."""
+    """Turn every quantized layer of a model back into a float one, in place; return the model."""
     floats: dict[tuple[int, str], nn.Parameter] = {}
     for module in list(model.modules()):
         if not isinstance(module, QuantizedModule):

@@ -6,7 +6,7 @@ class name read from a file.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Self, TypeVar
+from typing import ClassVar, Self, TypeVar, cast
 
 import attrs
 import torch
@@ -33,14 +33,12 @@ class Configurable:
 
     def to_config(self) -> Config:
         """Return the kind and every field as JSON scalars."""
-        fields = attrs.fields(type(self))
-        values = {field.alias: encode(getattr(self, field.name)) for field in fields}
+        fields = _fields(type(self))
+        values = {argument: encode(getattr(self, name)) for argument, name in fields.items()}
         return {"kind": self.kind, **values}
 
     @classmethod
-    def from_config(
-        cls, config: Config, kinds: "Kinds | None" = None
-    ) -> Self:
+    def from_config(cls, config: Config, kinds: "Kinds | None" = None) -> Self:
         """Return the strategy that wrote `config`, which must be a `cls`.
 
         Args:
@@ -59,7 +57,7 @@ class Configurable:
         arguments = {
             key: found.from_nested(value, kinds) for key, value in config.items() if key != "kind"
         }
-        known = {field.alias for field in attrs.fields(found)}
+        known = set(_fields(found))
         if unknown := set(arguments) - known:
             raise ConfigurationError(
                 f"{found.__name__} has no field {', '.join(sorted(unknown))}; it has "
@@ -122,6 +120,12 @@ def as_dtype(value: torch.dtype | str) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of `dtype` without its module: float16."""
     return str(dtype).removeprefix("torch.")
+
+
+def _fields(cls: type[Configurable]) -> Mapping[str, str]:
+    """Return the name of each attribute by the name of the argument that sets it."""
+    fields = attrs.fields(cast("type[attrs.AttrsInstance]", cls))  # every concrete one is
+    return {str(field.alias): str(field.name) for field in fields}
 
 
 def encode(value: object) -> Json:

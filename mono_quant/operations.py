@@ -44,9 +44,7 @@ class Convolution(Operation):
         """Return the convolution in the dtype of `x`."""
         convolve = _CONVOLUTIONS[len(self.stride)]
         native = weight.dequantize(x.dtype)
-        return convolve(
-            x, native, bias, self.stride, self.padding, self.dilation, self.groups
-        )
+        return convolve(x, native, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from mono_quant.base import (
 )
 from mono_quant.calibration import DEFAULT_SAMPLES, CalibrationData, Forward
 from mono_quant.checkpoint import ModelT
-from mono_quant.configurable import Config, ConfigurableT, Json, Kinds
+from mono_quant.configurable import Config, Json, Kinds
 from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.modules import BareModule, tree_of
 from mono_quant.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor
@@ -37,7 +37,8 @@ _GRANULARITIES: Mapping[str, Granularity] = {
 class Quantizer:
     """Says how a model is to be quantized.
 
-    Immutable: every method returns a new quantizer, so one may be kept, shared and varied. Its repr is
+    Immutable: every method returns a new quantizer, so one may be kept, shared and varied. Its repr
+        is
     the chain of calls that makes it. Without a word more, `Quantizer()` means 8 bits.
 
     Example:
@@ -51,30 +52,32 @@ class Quantizer:
 
         8 bits: symmetric, a scale for each channel. Fewer: asymmetric, a scale for each group of 64
         (each channel, where 64 does not divide a row); embeddings and layers under 512 values then
-        stay float unless they are named. **Replaces.**
+        stay float unless they are named. **Replaces**.
         """
-        return self._set(bits=bits)
+        return self._settings(attrs.evolve(self._request.settings, bits=bits))
 
     def symmetric(self, symmetric: bool = True) -> Self:
         """Use a grid without a zero point. **Replaces** `asymmetric`."""
-        return self._set(symmetric=symmetric)
+        return self._settings(attrs.evolve(self._request.settings, symmetric=symmetric))
 
     def asymmetric(self) -> Self:
         """Use a grid with a zero point. **Replaces** `symmetric`."""
-        return self._set(symmetric=False)
+        return self._settings(attrs.evolve(self._request.settings, symmetric=False))
 
     def granularity(self, granularity: Granularity | str) -> Self:
         """Say which values share one scale: an object, or "tensor", "channel" or "group".
 
         **Replaces** an earlier granularity or group size.
         """
-        return self._set(granularity=_granularity(granularity))
+        return self._settings(
+            attrs.evolve(self._request.settings, granularity=_granularity(granularity))
+        )
 
     def group_size(self, size: int) -> Self:
         """Use a scale for each run of `size` values of a row.
 
-        Layers whose rows `size` does not divide stay float, with that reason. **Replaces** an earlier
-        group size.
+        Layers whose rows `size` does not divide stay float, with that reason. **Replaces** an
+        earlier group size.
 
         Raises:
             ConfigurationError: a granularity other than groups was asked for.
@@ -84,19 +87,19 @@ class Quantizer:
             raise ConfigurationError(
                 f"granularity({said!r}) was asked for, which has no groups; say one of the two"
             )
-        return self._set(granularity=PerGroup(size))
+        return self._settings(attrs.evolve(self._request.settings, granularity=PerGroup(size)))
 
     def scale_dtype(self, dtype: torch.dtype) -> Self:
-        """Store scales as float16 (the default), bfloat16 or float32. **Replaces.**"""
-        return self._set(scale_dtype=dtype)
+        """Store scales as float16 (the default), bfloat16 or float32. **Replaces**."""
+        return self._settings(attrs.evolve(self._request.settings, scale_dtype=dtype))
 
     def scheme(self, scheme: Scheme) -> Self:
-        """Use this grid, in place of bits, symmetry, granularity and scale dtype. **Replaces.**
+        """Use this grid, in place of bits, symmetry, granularity and scale dtype. **Replaces**.
 
         Raises:
             ConfigurationError: one of those was asked for before.
         """
-        return self._set(scheme=scheme)
+        return self._settings(attrs.evolve(self._request.settings, scheme=scheme))
 
     def observer(
         self,
@@ -115,7 +118,9 @@ class Quantizer:
                 "give one observer for all, or weights= and activations=: "
                 "observer(MinMax()) or observer(weights=MSE())"
             )
-        built = self._set(observer=observer or weights) if observer or weights else self
+        built = self
+        if (found := observer or weights) is not None:
+            built = self._settings(attrs.evolve(self._request.settings, observer=found))
         if activations is None:
             return built
         return attrs.evolve(
@@ -123,25 +128,29 @@ class Quantizer:
         )
 
     def rounding(self, rounding: Rounding) -> Self:
-        """Say how grid points are chosen. **Replaces.**"""
-        return self._set(rounding=rounding)
+        """Say how grid points are chosen. **Replaces**."""
+        return self._settings(attrs.evolve(self._request.settings, rounding=rounding))
 
     def only(self, *selectors: Selector) -> Self:
-        """Quantize nothing but these layers. **Adds.**
+        """Quantize nothing but these layers. **Adds**.
 
         Args:
-            selectors: names (``*`` and ``?`` match, dots too), module types, modules of the model, or
-                functions of ``(name, module)``. Each means all that lies below it as well.
+            selectors: names (``*`` and ``?`` match, dots too), module types, modules of the model,
+                or functions of ``(name, module)``. Each means all that lies below it as well.
         """
-        return self._request_with(only=(*self._request.only, *map(check_selector, selectors)))
+        return self._asking(
+            attrs.evolve(self._request, only=(*self._request.only, *map(check_selector, selectors)))
+        )
 
     def skip(self, *selectors: Selector) -> Self:
-        """Leave these layers in float. **Adds.**
+        """Leave these layers in float. **Adds**.
 
         Args:
             selectors: as for `only`.
         """
-        return self._request_with(skip=(*self._request.skip, *map(check_selector, selectors)))
+        return self._asking(
+            attrs.evolve(self._request, skip=(*self._request.skip, *map(check_selector, selectors)))
+        )
 
     def override(
         self,
@@ -187,46 +196,53 @@ class Quantizer:
         if settings == Settings():
             raise ConfigurationError(f"override({selector!r}) says nothing; add bits= or another")
         entry = (check_selector(selector), settings)
-        return self._request_with(overrides=(*self._request.overrides, entry))
+        return self._asking(
+            attrs.evolve(self._request, overrides=(*self._request.overrides, entry))
+        )
 
     def layer(self, *layers: LayerQuantizer | Container) -> Self:
-        """Teach it further kinds of layer or container, asked before the built-in ones. **Adds.**"""
+        """Teach it kinds of layer or container, asked before the built-in ones. **Adds**."""
         quantizers = tuple(layer for layer in layers if isinstance(layer, LayerQuantizer))
         containers = tuple(layer for layer in layers if isinstance(layer, Container))
         if len(quantizers) + len(containers) < len(layers):
             raise ConfigurationError("layer(...) takes instances of LayerQuantizer or Container")
-        return self._request_with(
-            layers=(*self._request.layers, *quantizers),
-            containers=(*self._request.containers, *containers),
+        return self._asking(
+            attrs.evolve(
+                self._request,
+                layers=(*self._request.layers, *quantizers),
+                containers=(*self._request.containers, *containers),
+            )
         )
 
     def transform(self, *transforms: Transform) -> Self:
-        """Change the float model first, in this order, on the working copy. **Adds.**"""
-        return self._request_with(transforms=(*self._request.transforms, *transforms))
+        """Change the float model first, in this order, on the working copy. **Adds**."""
+        return self._asking(
+            attrs.evolve(self._request, transforms=(*self._request.transforms, *transforms))
+        )
 
     def fit(
         self, data: object, *, samples: int = DEFAULT_SAMPLES, forward: Forward | None = None
     ) -> Self:
-        """Bind data to calibrate and measure on; nothing runs yet. **Replaces.**
+        """Bind data to calibrate and measure on; nothing runs yet. **Replaces**.
 
         Args:
-            data: a tensor or mapping (one batch), a list of batches, a Dataset or a DataLoader. Of a
-                batch that is a tuple, what forward has no parameter for is taken for labels.
+            data: a tensor or mapping (one batch), a list of batches, a Dataset or a DataLoader. Of
+                a batch that is a tuple, what forward has no parameter for is taken for labels.
             samples: go on until this many samples were seen.
             forward: calls the model with a batch, where it is called in a way of its own.
 
         Raises:
             InputError: the data is empty or can be gone through only once.
         """
-        return self._request_with(data=CalibrationData.bind(data, samples, forward))
+        return self._asking(
+            attrs.evolve(self._request, data=CalibrationData.bind(data, samples, forward))
+        )
 
     @overload
     def plan(self, model: ModelT) -> Plan[ModelT]: ...
     @overload
     def plan(self, model: Mapping[str, Tensor]) -> Plan[BareModule]: ...
-    def plan(
-        self, model: ModelT | Mapping[str, Tensor]
-    ) -> Plan[ModelT] | Plan[BareModule]:
+    def plan(self, model: ModelT | Mapping[str, Tensor]) -> Plan[ModelT] | Plan[BareModule]:
         """Return what will be done to each layer of a model, or of a bare state dict.
 
         No tensor is touched. Print it, or `run` it.
@@ -249,14 +265,14 @@ class Quantizer:
 
     @overload
     def apply(
-        self, model: ModelT, *, progress: bool | None = None
+        self, model: ModelT, *, progress: bool = True
     ) -> QuantizationResult[ModelT]: ...
     @overload
     def apply(
-        self, model: Mapping[str, Tensor], *, progress: bool | None = None
+        self, model: Mapping[str, Tensor], *, progress: bool = True
     ) -> QuantizationResult[BareModule]: ...
     def apply(
-        self, model: ModelT | Mapping[str, Tensor], *, progress: bool | None = None
+        self, model: ModelT | Mapping[str, Tensor], *, progress: bool = True
     ) -> QuantizationResult[ModelT] | QuantizationResult[BareModule]:
         """Return the quantized model; the given one is not changed. It *is* ``plan(model).run()``.
 
@@ -267,7 +283,7 @@ class Quantizer:
             return self.plan(model).run(progress=progress)
         return self.plan(model).run(progress=progress)
 
-    def apply_(self, model: ModelT, *, progress: bool | None = None) -> QuantizationResult[ModelT]:
+    def apply_(self, model: ModelT, *, progress: bool = True) -> QuantizationResult[ModelT]:
         """Quantize the given model itself, freeing its float weights on the way."""
         return self.plan(model).run(in_place=True, progress=progress)
 
@@ -308,9 +324,15 @@ class Quantizer:
                 overrides=tuple(overrides),
                 only=_names(config.get("only", [])),
                 skip=_names(config.get("skip", [])),
-                layers=_strategies(LayerQuantizer, config.get("layers", []), kinds),
-                containers=_strategies(Container, config.get("containers", []), kinds),
-                transforms=_strategies(Transform, config.get("transforms", []), kinds),
+                layers=tuple(
+                    LayerQuantizer.from_config(one, kinds) for one in _objects(config.get("layers"))
+                ),
+                containers=tuple(
+                    Container.from_config(one, kinds) for one in _objects(config.get("containers"))
+                ),
+                transforms=tuple(
+                    Transform.from_config(one, kinds) for one in _objects(config.get("transforms"))
+                ),
                 activation_observer=RangeEstimator.from_config(_object(observer), kinds)
                 if observer is not None
                 else None,
@@ -336,12 +358,11 @@ class Quantizer:
             calls.append(f"fit(<{type(request.data.source).__name__}>)")
         return ".".join(["Quantizer()", *calls])
 
-    def _set(self, **said: object) -> Self:
-        settings = attrs.evolve(self._request.settings, **said)
-        return self._request_with(settings=settings)
+    def _settings(self, settings: Settings) -> Self:
+        return self._asking(attrs.evolve(self._request, settings=settings))
 
-    def _request_with(self, **said: object) -> Self:
-        return attrs.evolve(self, request=attrs.evolve(self._request, **said))
+    def _asking(self, request: Request) -> Self:
+        return attrs.evolve(self, request=request)
 
     def _config(self, selection: Selection | None) -> Config:
         def write(selector: Selector) -> list[str]:
@@ -408,6 +429,10 @@ def _object(value: Json) -> Config:
     return value
 
 
+def _objects(value: Json) -> list[Config]:
+    return [_object(one) for one in _list(value or [])]
+
+
 def _list(value: Json) -> list[Json]:
     if isinstance(value, str) or not isinstance(value, list | tuple):
         raise ConfigurationError(f"expected a list, not {value!r}")
@@ -416,11 +441,3 @@ def _list(value: Json) -> list[Json]:
 
 def _names(value: Json) -> tuple[str, ...]:
     return tuple(str(name) for name in _list(value))
-
-
-def _strategies(
-    base: type[ConfigurableT], value: Json, kinds: Kinds | None
-) -> tuple[ConfigurableT, ...]:
-    return tuple(base.from_config(_object(config), kinds) for config in _list(value))
-
-

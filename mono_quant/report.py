@@ -163,9 +163,14 @@ class Report:
 
     def to_markdown(self) -> str:
         """Return the report as Markdown with one table."""
-        lines = [f"**{line}**" if place == 0 else f"- {line}" for place, line in enumerate(self._head())]
+        lines = [
+            f"**{line}**" if place == 0 else f"- {line}" for place, line in enumerate(self._head())
+        ]
         lines += ["", "| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self._rows()]
+        lines += [
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+            for row in self._rows()
+        ]
         return "\n".join(lines) + "\n"
 
     def __str__(self) -> str:
@@ -264,9 +269,7 @@ def table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: frozenset[str] = frozenset()
 ) -> list[str]:
     """Return lines of text in aligned columns, those in `numeric` to the right."""
-    widths = [
-        max(len(line[place]) for line in [columns, *rows]) for place in range(len(columns))
-    ]
+    widths = [max(len(line[place]) for line in [columns, *rows]) for place in range(len(columns))]
     return [
         "  ".join(
             cell.rjust(width) if column in numeric else cell.ljust(width)

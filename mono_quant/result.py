@@ -115,7 +115,9 @@ class QuantizationResult(Generic[ModelT]):
         """
         return validate(self.model, self._example(example), serializer, self._layers)
 
-    def export(self, example: object = None, *, strict: bool = False) -> torch.export.ExportedProgram:
+    def export(
+        self, example: object = None, *, strict: bool = False
+    ) -> torch.export.ExportedProgram:
         """Return the model as a program of plain torch operators, which loads without this package.
 
         Args:
@@ -216,5 +218,3 @@ def _same_tensor(one: Tensor, other: Tensor) -> bool:
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
-
-

@@ -1,17 +1,20 @@
 """What a user asks for, and the recipe that it comes to for one weight."""
 
-from typing import Self
+from collections.abc import Mapping
+from typing import TypeVar
 
 import attrs
 import torch
 
 from mono_quant.base import Grid, RangeEstimator, Rounding, Scheme
-from mono_quant.configurable import Config, Configurable, Kinds, as_dtype, encode
+from mono_quant.configurable import Config, Kinds, as_dtype, encode
 from mono_quant.errors import ConfigurationError
 from mono_quant.numerics.granularity import Granularity, PerChannel, PerGroup, Shape
 from mono_quant.observers import MinMax
 from mono_quant.rounding import RoundToNearest
 from mono_quant.schemes import Affine, FloatCast
+
+T = TypeVar("T")
 
 DEFAULT_BITS = 8
 DEFAULT_GROUP = 64
@@ -90,23 +93,48 @@ class Settings:
         """
         if unknown := set(config) - {field.name for field in attrs.fields(cls)}:
             raise ConfigurationError(f"there is no setting {', '.join(sorted(unknown))}")
-        return cls(**{name: Configurable.from_nested(value, kinds) for name, value in config.items()})
+        bits, symmetric, dtype = (config.get(name) for name in ("bits", "symmetric", "scale_dtype"))
+        if not isinstance(bits, int | None) or not isinstance(symmetric, bool | None):
+            raise ConfigurationError(f"bits is a number and symmetric a boolean, in {config}")
 
-    def over(self, base: Self) -> "Settings":
+        def described(name: str) -> Config | None:
+            value = config.get(name)
+            if value is not None and not isinstance(value, Mapping):
+                raise ConfigurationError(f"{name} is a mapping with a kind, not {value!r}")
+            return value
+
+        granularity, scheme = described("granularity"), described("scheme")
+        observer, rounding = described("observer"), described("rounding")
+        return cls(
+            bits=bits,
+            symmetric=symmetric,
+            granularity=Granularity.from_config(granularity, kinds) if granularity else None,
+            scale_dtype=as_dtype(str(dtype)) if dtype is not None else None,
+            scheme=Scheme.from_config(scheme, kinds) if scheme else None,
+            observer=RangeEstimator.from_config(observer, kinds) if observer else None,
+            rounding=Rounding.from_config(rounding, kinds) if rounding else None,
+        )
+
+    def over(self, base: "Settings") -> "Settings":
         """Return these settings laid over `base`: what is said here wins.
 
-        A scheme here replaces its four parts there, and a part here replaces a scheme there.
+        A scheme or a cast here replaces the four parts there, and a part here replaces a scheme
+        there.
         """
-        here = {name: value for name, value in attrs.asdict(self, recurse=False).items()
-                if value is not None}
-        there = attrs.asdict(base, recurse=False)
         if self.scheme is not None or self.bits == 16:
-            there.update(dict.fromkeys(_PARTS))
-        if any(name in here for name in _PARTS):
-            there["scheme"] = None
-            if there["bits"] == 16 and self.bits is None:
-                there["bits"] = None
-        return Settings(**{**there, **here})
+            base = attrs.evolve(base, bits=None, symmetric=None, granularity=None, scale_dtype=None)
+        parts = (self.bits, self.symmetric, self.granularity, self.scale_dtype)
+        if any(part is not None for part in parts):
+            base = attrs.evolve(base, scheme=None)
+        return Settings(
+            bits=_first(self.bits, base.bits),
+            symmetric=_first(self.symmetric, base.symmetric),
+            granularity=_first(self.granularity, base.granularity),
+            scale_dtype=_first(self.scale_dtype, base.scale_dtype),
+            scheme=_first(self.scheme, base.scheme),
+            observer=_first(self.observer, base.observer),
+            rounding=_first(self.rounding, base.rounding),
+        )
 
     @property
     def width(self) -> int:
@@ -123,8 +151,8 @@ class Settings:
     def _scheme(self, shape: Shape) -> Scheme:
         """Return the scheme.
 
-        8 bits: symmetric, a scale for each channel. Below: asymmetric, a scale for each group of 64, or
-        for each channel where 64 does not divide the row and no granularity was asked for.
+        8 bits: symmetric, a scale for each channel. Below: asymmetric, a scale for each group of
+        64, or for each channel where 64 does not divide the row and no granularity was asked for.
         """
         if self.scheme is not None:
             return self.scheme
@@ -140,4 +168,7 @@ class Settings:
 
 
 _WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
-_PARTS = ("bits", "symmetric", "granularity", "scale_dtype")
+
+
+def _first(one: T | None, other: T | None) -> T | None:
+    return one if one is not None else other

@@ -35,8 +35,8 @@ class TransformerEncoderContainer(Container):
     """`torch.nn.TransformerEncoder` and its layers, which in eval read weights past their children.
 
     Their fast path calls one fused float operator on the weights themselves and no child at all. An
-    adapted layer says that its activation is not one that the operator knows, and an adapted encoder
-    that it does not want nested tensors; both then take the ordinary path.
+    adapted layer says that its activation is not one that the operator knows, and an adapted
+    encoder that it does not want nested tensors; both then take the ordinary path.
     """
 
     kind: ClassVar[str] = "transformer_encoder"

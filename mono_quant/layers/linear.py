@@ -24,8 +24,8 @@ class LinearQuantizer(SingleWeightQuantizer):
     """`torch.nn.Linear` and subclasses that keep its forward.
 
     Attributes:
-        own_forward: take subclasses with a forward of their own too; it goes on running, on a weight
-            that is decoded each time it is read, or on the quantized product where it calls
+        own_forward: take subclasses with a forward of their own too; it goes on running, on a
+            weight that is decoded each time it is read, or on the quantized product where it calls
             ``super().forward``.
     """
 

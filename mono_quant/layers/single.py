@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import attrs
 from torch import nn
@@ -33,7 +33,7 @@ class SingleWeightQuantizer(LayerQuantizer):
     def refuse(self, layer: nn.Module, scheme: Scheme) -> str | None:
         """Return why the weight cannot be taken over, or None."""
         if is_parametrized(layer, "weight"):
-            others = set(layer.parametrizations) - {"weight"}  # type: ignore[arg-type]  # a ModuleDict
+            others = set(cast("nn.ModuleDict", layer.parametrizations)) - {"weight"}
             return f"it also has a parametrized {min(others)}" if others else None
         if "weight" not in layer._parameters:
             return (

@@ -1,4 +1,4 @@
-"""Weights without a model: a state dict as a tree of modules that hold tensors and cannot be called."""
+"""Weights without a model: a state dict as a tree of modules that only hold tensors."""
 
 from collections.abc import Mapping
 
@@ -25,7 +25,8 @@ class QuantizedBareModule(QuantizedLayer, BareModule):
 def tree_of(tensors: Mapping[str, Tensor]) -> BareModule:
     """Return the tensors of a state dict as parameters and buffers of nested modules.
 
-    Tensors are shared, never copied; floating ones become parameters, so that tied tensors stay tied.
+    Tensors are shared, never copied; floating ones become parameters, so that tied tensors stay
+    tied.
     """
     root = BareModule()
     parameters: dict[int, nn.Parameter] = {}

@@ -36,8 +36,9 @@ class QuantizedEmbeddingBag(QuantizedLayer, nn.EmbeddingBag):
     ) -> Tensor:
         """Return the sum, mean or maximum of the rows of each bag.
 
-        The rows are looked up in the order of `input`, and a float embedding bag then reads them one
-        by one; entries equal to `padding_idx` are all sent to one further row, which it leaves out.
+        The rows are looked up in the order of `input`, and a float embedding bag then reads them
+        one by one; entries equal to `padding_idx` are all sent to one further row, which it leaves
+        out.
         """
         rows = self.run(Lookup(), input.flatten(), None)
         places = torch.arange(rows.shape[0], dtype=input.dtype, device=input.device)

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping
-from functools import cache
 from typing import ClassVar, cast
 
 from torch import Tensor, nn
@@ -12,6 +11,8 @@ from mono_quant.base import KernelSpec, Operation, PackedTensor, QuantizedModule
 from mono_quant.kernels import select
 from mono_quant.modules.weight import QuantizedWeight
 
+_NOT_COPIED = ("_compiled_call_impl",)  # as nn.Module leaves it out of its own pickles
+
 
 class SlowPathWarning(UserWarning):
     """Something works, at the speed of decoding a whole weight each time."""
@@ -20,10 +21,10 @@ class SlowPathWarning(UserWarning):
 class QuantizedLayer(QuantizedModule):
     """A float layer that was turned into a quantized one, in place.
 
-    The object stays the same and only its class and weights change, so that whoever holds a reference
-    to the layer (a list, a hook, a second parent) still holds the right one, and its bias, hooks,
-    buffers and attributes are untouched. A subclass of a float layer becomes a subclass of both, so
-    that it keeps its own forward (see `quantized_class`).
+    The object stays the same and only its class and weights change, so that whoever holds a
+    reference to the layer (a list, a hook, a second parent) still holds the right one, and its
+    bias, hooks, buffers and attributes are untouched. A subclass of a float layer becomes a
+    subclass of both, so that it keeps its own forward (see `quantized_class`).
     """
 
     float_class: ClassVar[type[nn.Module]]
@@ -40,12 +41,14 @@ class QuantizedLayer(QuantizedModule):
         """Turn this object back into the float layer, its weights on the grid."""
         weights = {name: packed.dequantize() for name, packed in self.packed_weights().items()}
         del self._modules["quantized"]
-        self.__class__ = float_class_of(type(self))
+        self.__class__ = float_class_of(type(self))  # type: ignore[assignment]  # that is the point
         for name, weight in weights.items():
             self.register_parameter(name, nn.Parameter(weight))
         return self
 
-    def run(self, operation: Operation, x: Tensor, bias: Tensor | None, name: str = "weight") -> Tensor:
+    def run(
+        self, operation: Operation, x: Tensor, bias: Tensor | None, name: str = "weight"
+    ) -> Tensor:
         """Return `operation` on `x` and the weight of that name, by the kernel chosen for it."""
         weight = self._holder(name).packed
         spec = KernelSpec(operation, weight.scheme, weight.layout)
@@ -65,9 +68,10 @@ class QuantizedLayer(QuantizedModule):
         return cast("QuantizedWeight", self.quantized[name])  # `convert` puts nothing else there
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
-        """Pickle and copy by the two classes that made this one, which may have no name of its own."""
+        """Pickle and copy by the two classes that made this one, which may have no name."""
         made_of = (float_class_of(type(self)), quantized_base(type(self)))
-        return (_blank, made_of, self.__getstate__())
+        state = {key: value for key, value in self.__dict__.items() if key not in _NOT_COPIED}
+        return (_blank, made_of, state)
 
 
 def convert(
@@ -92,18 +96,23 @@ def tie(first: nn.Module, first_name: str, second: nn.Module, second_name: str) 
         second.quantized[second_name] = first.quantized[first_name]
 
 
-@cache
 def quantized_class(base: type[nn.Module], into: type[QuantizedLayer]) -> type[QuantizedLayer]:
     """Return the class of a quantized `base`.
 
-    `into` itself for the float layer that it stands for; for a subclass of that, a class that is both.
-    Its own forward comes first where the quantized class keeps it: its ``super().forward`` then finds
-    the quantized one.
+    `into` itself for the float layer that it stands for; for a subclass of that, a class that is
+    both. Its own forward comes first where the quantized class keeps it: its ``super().forward``
+    then finds the quantized one.
     """
     if base is into.float_class:
         return into
-    parents = (base, into) if into.keeps_forward else (into, base)
-    return cast("type[QuantizedLayer]", type(f"Quantized{base.__name__}", parents, {}))
+    if (base, into) not in _MADE:
+        parents = (base, into) if into.keeps_forward else (into, base)
+        made = type(f"Quantized{base.__name__}", parents, {})
+        _MADE[base, into] = cast("type[QuantizedLayer]", made)  # `into` is among its parents
+    return _MADE[base, into]
+
+
+_MADE: dict[tuple[type[nn.Module], type[QuantizedLayer]], type[QuantizedLayer]] = {}
 
 
 def quantized_base(cls: type[nn.Module]) -> type[QuantizedLayer]:

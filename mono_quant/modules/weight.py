@@ -41,7 +41,7 @@ class QuantizedWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: self.get_buffer(name) for name in self._names}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         for name, tensor in before.items():
             moved = self.get_buffer(name)
             if moved.dtype != tensor.dtype:

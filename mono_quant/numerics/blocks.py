@@ -24,7 +24,7 @@ def to_blocks(x: Tensor, block_size: Shape) -> Tensor:
 
 
 def spread(per_block: Tensor) -> Tensor:
-    """Return values per block, ``[n0, n1, ...]``, ready to meet `to_blocks`: ``[n0, 1, n1, 1, ...]``."""
+    """Return values per block ``[n0, n1, ...]`` to meet `to_blocks`: ``[n0, 1, n1, 1, ...]``."""
     return per_block.reshape([size for count in per_block.shape for size in (count, 1)])
 
 

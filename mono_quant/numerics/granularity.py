@@ -66,6 +66,11 @@ class PerChannel(Granularity):
         return (*(1 for _ in shape[:-1]), *shape[-1:])
 
 
+def _check_size(_: object, __: object, size: object) -> None:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ConfigurationError(f"a group has 1 value or more, not {size!r}")
+
+
 @register
 @attrs.frozen
 class PerGroup(Granularity):
@@ -76,12 +81,7 @@ class PerGroup(Granularity):
     """
 
     kind: ClassVar[str] = "per_group"
-    size: int = 64
-
-    def __attrs_post_init__(self) -> None:
-        """Refuse a size that cannot be one."""
-        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
-            raise ConfigurationError(f"a group has 1 value or more, not {self.size!r}")
+    size: int = attrs.field(default=64, validator=_check_size)
 
     def block_size(self, shape: Shape) -> Shape:
         """Return `size` neighbours of one row."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @attrs.frozen
 class SquaredError:
-    """Sums of squares of a reference and of the error against it: a fold, so that it can be streamed.
+    """Sums of squares of a reference and of the error against it: a fold, to be streamed.
 
     Attributes:
         signal: sum of the squared reference values.
@@ -24,11 +24,11 @@ class SquaredError:
 
     @classmethod
     def between(cls, reference: Tensor, other: Tensor) -> "SquaredError":
-        """Return the sums over all elements of two tensors of one shape, in float64 accumulation."""
+        """Return the sums over all elements of two tensors of one shape, added up in float64."""
         reference, other = reference.detach(), other.detach()
         wide = torch.promote_types(reference.dtype, torch.float32)
         signal = reference.to(wide).square().sum(dtype=torch.float64)
-        noise = (reference.to(wide) - other.to(wide)).square().sum(dtype=torch.float64)
+        noise = (reference.to(wide) - other.to(wide)).square_().sum(dtype=torch.float64)
         return cls(float(signal), float(noise), reference.numel())
 
     def __add__(self, other: "SquaredError") -> "SquaredError":

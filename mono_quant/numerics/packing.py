@@ -1,8 +1,8 @@
 """Codes of 1 to 8 bits as a dense stream of bytes.
 
-Value `i` of a row takes bits ``i * bits`` to ``(i + 1) * bits`` of the row, bit 0 being the lowest bit
-of byte 0. So two 4-bit values share a byte, the first in the low nibble; three-bit values straddle
-bytes. A row starts on a byte of its own.
+Value `i` of a row takes bits ``i * bits`` to ``(i + 1) * bits`` of the row, bit 0 being the lowest
+bit of byte 0. So two 4-bit values share a byte, the first in the low nibble; three-bit values
+straddle bytes. A row starts on a byte of its own.
 """
 
 import torch
@@ -15,13 +15,13 @@ def packed_length(count: int, bits: int) -> int:
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Return ``uint8 [..., ceil(n * bits / 8)]`` for unsigned `codes` ``[..., n]`` below ``2 ** bits``."""
+    """Return unsigned `codes` ``[..., n]``, each below ``2 ** bits``, as bytes ``[..., m]``."""
     count = codes.shape[-1]
     per_word, word_bytes, word_dtype = _word(bits)
     if per_word == 1:
         return codes.to(torch.uint8)
     padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, -count % per_word))
-    values = padded.unflatten(-1, (-1, per_word))  # [..., words, per_word]
+    values = _split_last(padded, per_word)  # [..., words, per_word]
     words = values[..., 0].to(word_dtype)
     for place in range(1, per_word):
         words |= values[..., place].to(word_dtype) << place * bits
@@ -38,7 +38,7 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     if per_word == 1:
         return packed
     padded = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % word_bytes))
-    parts = padded.unflatten(-1, (-1, word_bytes)).to(word_dtype)  # [..., words, word_bytes]
+    parts = _split_last(padded, word_bytes).to(word_dtype)  # [..., words, word_bytes]
     words = parts[..., 0]
     for byte in range(1, word_bytes):
         words = words | parts[..., byte] << 8 * byte
@@ -47,8 +47,12 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     return values.flatten(-2)[..., :count].to(torch.uint8)
 
 
+def _split_last(x: Tensor, size: int) -> Tensor:
+    return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
+
+
 def _word(bits: int) -> tuple[int, int, torch.dtype]:
-    """Return the values in a word, its bytes and the dtype to build it in: the least whole number of bytes."""
+    """Return how many values fill a least whole number of bytes, that number, and a dtype."""
     if 8 % bits == 0:
         return 8 // bits, 1, torch.uint8
     return 8, bits, torch.int64

@@ -23,8 +23,8 @@ class QParams:
     """What turns codes into values.
 
     Attributes:
-        scale: one per block, ``[n0, n1, ...]`` for a tensor cut into n0 x n1 x ... blocks; None where a
-            scheme has no scale (a cast).
+        scale: one per block, ``[n0, n1, ...]`` for a tensor cut into n0 x n1 x ... blocks; None
+            where a scheme has no scale (a cast).
         zero_point: the code that means zero (an integer tensor shaped like `scale`), or a float in
             the scale's dtype, or None for a symmetric grid.
         block_size: the block of values that shares one scale, a size per dimension.
@@ -44,7 +44,8 @@ class QTensor:
     Attributes:
         codes: integers (or low-precision floats for a cast), of the tensor's shape.
         qparams: what turns codes into values.
-        dtype: the floating dtype of the tensor that was quantized, and of what `dequantize` returns.
+        dtype: the floating dtype of the tensor that was quantized, and of what `dequantize`
+            returns.
     """
 
     codes: Tensor
@@ -78,14 +79,14 @@ class Layout:
 
     @classmethod
     def grouped(cls, native: Shape, groups: int = 1) -> "Layout":
-        """Return the layout of a weight ``[out, in / G, *kernel]``: Linear, convolution, embedding."""
+        """Return the layout of a weight ``[out, in / G, *kernel]``: a Linear or convolution."""
         rows, columns = native[0] // groups, _product(native[1:])
         stack = (groups, rows, columns)
         return cls(native, stack, (0, 1, 2), stack)
 
     @classmethod
     def transposed(cls, native: Shape, groups: int = 1) -> "Layout":
-        """Return the layout of a weight ``[in, out / G, *kernel]``: a transposed convolution or matrix."""
+        """Return the layout of a weight ``[in, out / G, *kernel]``: a transposed convolution."""
         inputs, outputs, kernel = native[0] // groups, native[1], _product(native[2:])
         split = (groups, inputs, outputs, kernel)
         return cls(native, split, (0, 2, 1, 3), (groups, outputs, inputs * kernel))
@@ -105,8 +106,8 @@ class Layout:
 class WeightView:
     """A layer's weight and how to read it as a stack of matrices ``[G, out, in]``.
 
-    G is the number of groups of a grouped convolution, of experts or gates; 1 otherwise. Granularity,
-    rounding, statistics and files see only the stack.
+    G is the number of groups of a grouped convolution, of experts or gates; 1 otherwise.
+    Granularity, rounding, statistics and files see only the stack.
 
     Attributes:
         native: the weight as its layer holds it.

@@ -36,9 +36,7 @@ class MinMax(Observer[MinMaxState]):
 
     def merge(self, left: MinMaxState, right: MinMaxState) -> MinMaxState:
         """Return the wider range."""
-        return MinMaxState(
-            torch.minimum(left.low, right.low), torch.maximum(left.high, right.high)
-        )
+        return MinMaxState(torch.minimum(left.low, right.low), torch.maximum(left.high, right.high))
 
     def calculate_range(self, state: MinMaxState, scheme: Scheme) -> tuple[Tensor, Tensor]:
         """Return the extremes."""

@@ -12,7 +12,9 @@ from mono_quant.errors import ConfigurationError
 from mono_quant.numerics.blocks import block_range, block_sum
 from mono_quant.numerics.granularity import Shape
 
-_CHUNK = 1 << 18  # values searched at a time: about what stays in a core's cache with its temporaries
+_CHUNK = (
+    1 << 18
+)  # values searched at a time: about what stays in a core's cache with its temporaries
 
 
 @register
@@ -20,9 +22,9 @@ _CHUNK = 1 << 18  # values searched at a time: about what stays in a core's cach
 class MSE(RangeEstimator):
     """The min-max range shrunk, each block by its own factor, to where squared error is least.
 
-    Both ends shrink by one factor. Every factor of an even grid from 1 down to `smallest` is tried on
-    the very scheme that will be used, and the first of equals wins, so the error never exceeds that
-    of min-max.
+    Both ends shrink by one factor. Every factor of an even grid from 1 down to `smallest` is tried
+    on the very scheme that will be used, and the first of equals wins, so the error never exceeds
+    that of min-max.
 
     Attributes:
         steps: how many factors are tried, the unshrunk range included.
@@ -41,12 +43,12 @@ class MSE(RangeEstimator):
             raise ConfigurationError(f"smallest lies between 0 and 1, not at {self.smallest}")
 
     def range_of(self, x: Tensor, scheme: Scheme, block_size: Shape) -> tuple[Tensor, Tensor]:
-        """Return the best range of each block, searching a few rows at a time where blocks allow it."""
+        """Return the best range of each block, found a few rows at a time where blocks allow it."""
         rows = x.shape[1] if x.dim() == 3 else 0
         if not rows or block_size[:2] != (1, 1):
             return self._search(x, scheme, block_size)
         at_once = max(1, _CHUNK // max(1, x.shape[0] * x.shape[2]))
-        found = [self._search(part, scheme, block_size) for part in x.split(at_once, dim=1)]
+        found = [self._search(part, scheme, block_size) for part in torch.split(x, at_once, dim=1)]
         lows, highs = zip(*found, strict=True)
         return torch.cat(lows, dim=1), torch.cat(highs, dim=1)
 

@@ -41,19 +41,21 @@ class Plan(Generic[ModelT]):
     outline: Outline
 
     def explain(self) -> str:
-        """Return what will happen to each weight and why, the predicted size and the peak memory."""
+        """Return what will happen to each weight and why, predicted size and peak memory."""
         return self.outline.explain()
 
     def __str__(self) -> str:
         """Return `explain()`."""
         return self.explain()
 
-    def run(self, *, in_place: bool = False, progress: bool | None = None) -> QuantizationResult[ModelT]:
+    def run(
+        self, *, in_place: bool = False, progress: bool = True
+    ) -> QuantizationResult[ModelT]:
         """Carry the plan out, layer by layer.
 
         Args:
             in_place: change the model itself, and free its float weights on the way.
-            progress: show progress bars; by default only on a terminal.
+            progress: show progress bars where the output is a terminal.
 
         Returns:
             the quantized model with the evidence.
@@ -62,25 +64,26 @@ class Plan(Generic[ModelT]):
             InputError: a weight is not finite; names it.
             CalibrationError: the model failed on the data.
         """
-        label = "quantizing" if progress is not False else None
-        data, request = self._request.data, self._request
+        label = "quantizing" if progress else None
+        request = self._request
+        data = request.data.held() if request.data is not None else None
         todo = [weight for weight in self.weights if weight.recipe is not None]
         kept = Outputs()
         if in_place:
             self._check_finite(todo)
             if data is not None:
-                for outputs in data.outputs(self._model, "float outputs"):
+                for outputs in data.outputs(self._model, label and "float outputs"):
                     kept.add(outputs)
         work = self._model if in_place else copy_structure(self._model)
         for transform in request.transforms:
             transform.apply(work)
-        statistics = self._gather(work, todo, label)
+        statistics = _gather(work, todo, data, label)
         rows = quantize_weights(work, todo, statistics, label)
         adapt_containers(work, (*request.containers, *BUILT_IN_CONTAINERS))
         error, samples, notes = SquaredError(), 0, self.outline.report.notes
         if data is not None:
             floats = kept if in_place else data.outputs(self._model)
-            error = compare(floats, data.outputs(work, "measuring"))
+            error = compare(floats, data.outputs(work, label and "measuring"))
             samples = sum(count_samples(batch) for batch in data.batches())
             notes = (*notes, *left_out(work, data))
         report = attrs.evolve(
@@ -91,28 +94,31 @@ class Plan(Generic[ModelT]):
             notes=notes,
         )
         report = attrs.evolve(report, warnings=warnings_of(report))
-        return QuantizationResult(work, report, self.outline, data, request.layers)
+        example = CalibrationData([data.first()], 1, data.forward) if data is not None else None
+        return QuantizationResult(work, report, self.outline, example, request.layers)
 
     def _check_finite(self, todo: Iterable[WeightPlan]) -> None:
         for weight in todo:
             for source in weight.sources:
                 check_finite(source, self._model.get_parameter(source))
 
-    def _gather(
-        self, work: nn.Module, todo: Iterable[WeightPlan], label: str | None
-    ) -> Mapping[str, Mapping[str, Statistics]]:
-        wanted: dict[str, Wanted] = {}
-        for weight in todo:
-            if weight.recipe is not None and weight.recipe.rounding.needs:
-                known = wanted.get(weight.path)
-                needs = {**(known.needs if known else {}), weight.name: weight.recipe.rounding.needs}
-                wanted[weight.path] = Wanted(weight.maker, needs)
-        if not wanted:
-            return {}
-        if self._request.data is None:
-            names = ", ".join(wanted)
-            raise CalibrationError(f"the rounding of {names} needs data; give some with fit(data)")
-        return gather(work, wanted, self._request.data, label and "calibrating")
+
+def _gather(
+    work: nn.Module, todo: Iterable[WeightPlan], data: CalibrationData | None, label: str | None
+) -> Mapping[str, Mapping[str, Statistics]]:
+    """Return the statistics that the roundings need, from one pass over the data."""
+    wanted: dict[str, Wanted] = {}
+    for weight in todo:
+        if weight.recipe is not None and weight.recipe.rounding.needs:
+            known = wanted.get(weight.path)
+            needs = {**(known.needs if known else {}), weight.name: weight.recipe.rounding.needs}
+            wanted[weight.path] = Wanted(weight.maker, needs)
+    if not wanted:
+        return {}
+    if data is None:
+        names = ", ".join(wanted)
+        raise CalibrationError(f"the rounding of {names} needs data; give some with fit(data)")
+    return gather(work, wanted, data, label and "calibrating")
 
 
 def left_out(model: nn.Module, data: CalibrationData) -> list[str]:

@@ -25,7 +25,7 @@ class Request:
         data: batches to measure and calibrate on.
     """
 
-    settings: Settings = Settings()
+    settings: Settings = attrs.field(factory=Settings)
     overrides: tuple[tuple[Selector, Settings], ...] = ()
     only: tuple[Selector, ...] = ()
     skip: tuple[Selector, ...] = ()

@@ -23,7 +23,7 @@ from mono_quant.settings import Settings
 SMALL = 512
 """Layers with fewer parameters stay float below 8 bits unless they are asked for."""
 LOW_BITS = 8
-"""Widths below this leave small layers, and those their quantizer is wary of, in float by default."""
+"""Widths below this leave small layers and embeddings in float by default."""
 WORK_BYTES = 24
 """Bytes of working memory that each value of the layer at hand takes while it is quantized."""
 
@@ -33,7 +33,8 @@ def resolve(model: ModelT, request: Request, config: Config) -> Plan[ModelT]:
 
     Raises:
         InputError: the model cannot be quantized at all.
-        ConfigurationError: a selector matches nothing, or tied weights are asked for different things.
+        ConfigurationError: a selector matches nothing, or tied weights are asked for different
+            things.
     """
     check_supported(model)
     weights = _join_ties(model, _weights(model, request))
@@ -50,7 +51,9 @@ def resolve(model: ModelT, request: Request, config: Config) -> Plan[ModelT]:
     )
     todo = [weight for weight in weights if weight.recipe is not None]
     work = WORK_BYTES * max((weight.parameters for weight in todo), default=0)
-    outline = Outline(report, report.float_bytes + report.bytes + work, report.float_bytes + work, config)
+    outline = Outline(
+        report, report.float_bytes + report.bytes + work, report.float_bytes + work, config
+    )
     return Plan(model=model, request=request, weights=tuple(weights), outline=outline)
 
 
@@ -130,11 +133,7 @@ def _decide(weight: WeightPlan, module: nn.Module, reason: str | None) -> Weight
     """Return the weight with a recipe, or with the reason why it has none."""
     recipe = weight.settings.recipe(weight.layout.stack)
     scheme = recipe.grid.scheme
-    reason = (
-        reason
-        or weight.maker.refuse(module, scheme)
-        or scheme.refuse(weight.layout.stack)
-    )
+    reason = reason or weight.maker.refuse(module, scheme) or scheme.refuse(weight.layout.stack)
     if reason is not None:
         return attrs.evolve(weight, reason=reason)
     if weight.settings.width < LOW_BITS and not weight.asked:
@@ -158,7 +157,9 @@ def _join_ties(model: nn.Module, weights: list[WeightPlan]) -> list[WeightPlan]:
         groups.setdefault(_identity(tensor), []).append(place)
     joined = list(weights)
     for identity, places in groups.items():
-        others = owners[identity] - {source for place in places for source in weights[place].sources}
+        others = owners[identity] - {
+            source for place in places for source in weights[place].sources
+        }
         if len(places) == 1 and not others:
             continue
         group = [weights[place] for place in places]
@@ -171,7 +172,9 @@ def _one_fate(group: list[WeightPlan], others: list[str]) -> list[WeightPlan]:
     asked = [weight for weight in group if weight.asked and weight.recipe is not None]
     if asked and len({weight.settings for weight in asked}) > 1:
         names = " and ".join(weight.key for weight in asked)
-        raise ConfigurationError(f"{names} are one tied weight, and different things are asked of it")
+        raise ConfigurationError(
+            f"{names} are one tied weight, and different things are asked of it"
+        )
     floats = [weight for weight in group if weight.recipe is None]
     if asked:
         floats = [weight for weight in floats if not weight.by_default]
@@ -195,7 +198,7 @@ def _one_fate(group: list[WeightPlan], others: list[str]) -> list[WeightPlan]:
 
 
 def _rows(model: nn.Module, weights: Iterable[WeightPlan]) -> Iterable[LayerReport]:
-    """Yield a row for each weight and, for parameters that are none, for each module that has some."""
+    """Yield a row for each weight, and one for each module's other parameters."""
     by_path: dict[str, list[WeightPlan]] = {}
     for weight in weights:
         by_path.setdefault(weight.path, []).append(weight)
@@ -216,7 +219,9 @@ def _rows(model: nn.Module, weights: Iterable[WeightPlan]) -> Iterable[LayerRepo
             counted.update(map(id, rest))
             size = sum(map(tensor_bytes, rest))
             known = path in by_path or isinstance(module, QuantizedModule)
-            reason = "biases stay float" if known else f"no quantizer knows a {type(module).__name__}"
+            reason = (
+                "biases stay float" if known else f"no quantizer knows a {type(module).__name__}"
+            )
             yield LayerReport(
                 path or "(root)",
                 type(module).__name__,
@@ -277,15 +282,21 @@ def _notes(request: Request, weights: Sequence[WeightPlan]) -> Iterable[str]:
 
 
 def _sources(module: nn.Module, path: str, name: str) -> tuple[str, ...]:
-    """Return the names of the parameters that a weight is made of: several if it is parametrized."""
+    """Return the names of the parameters that a weight is made of; several if parametrized."""
     prefix = f"{path}." if path else ""
     if is_parametrized(module, name):
         made_of = f"parametrizations.{name}."
         return tuple(
             prefix + key for key, _ in module.named_parameters() if key.startswith(made_of)
         )
-    return (prefix + name,) if name in module._parameters else tuple(
-        prefix + key for key, _ in module.named_parameters(recurse=False) if key.startswith(name)
+    return (
+        (prefix + name,)
+        if name in module._parameters
+        else tuple(
+            prefix + key
+            for key, _ in module.named_parameters(recurse=False)
+            if key.startswith(name)
+        )
     )
 
 
@@ -328,5 +339,3 @@ def _owners(model: nn.Module) -> Mapping[tuple[object, ...], set[str]]:
                 key = f"{path}.{name}" if path else name
                 owners.setdefault(_identity(parameter), set()).add(key)
     return owners
-
-

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mono_quant.base import PackedTensor, Scheme, Statistics
+from mono_quant.calibration import evaluating
 from mono_quant.checkpoint import put
 from mono_quant.errors import CalibrationError, InputError
 from mono_quant.modules import tie
@@ -32,7 +33,9 @@ def quantize_weights(
     rows: dict[str, LayerReport] = {}
     packed: dict[str, PackedTensor] = {}
     done: dict[str, nn.Module] = {}
-    bar = tqdm(by_layer.items(), desc=label, unit="layer", disable=None if label else True, leave=False)
+    bar = tqdm(
+        by_layer.items(), desc=label, unit="layer", disable=None if label else True, leave=False
+    )
     with torch.no_grad(), bar:
         for path, weights in bar:
             layer = model.get_submodule(path)
@@ -59,20 +62,21 @@ def _round(
     weight: WeightPlan, layer: nn.Module, statistics: Statistics
 ) -> tuple[PackedTensor, LayerReport]:
     recipe = cast("Recipe", weight.recipe)  # only weights with a recipe are rounded
-    view = weight.maker.weights(layer)[weight.name]
+    with evaluating(layer):  # in train mode, reading a spectral_norm weight changes it
+        view = weight.maker.weights(layer)[weight.name]
     stack = view.stack()
     check_finite(weight.key, stack)
     missing = [need for need in recipe.rounding.needs if need not in statistics]
     if missing:
         raise CalibrationError(
-            f"the data never reached {weight.path!r}, or {type(weight.maker).__name__} does not read "
-            f"its inputs; {type(recipe.rounding).__name__} needs them: skip({weight.path!r}) or "
-            "give it another rounding with override(...)"
+            f"no data reached {weight.path!r}, or {type(weight.maker).__name__} does not "
+            f"read its inputs; {type(recipe.rounding).__name__} needs them: "
+            f"skip({weight.path!r}) or give it another rounding with override(...)"
         )
     try:
         q = recipe.rounding.round(stack, recipe.grid, statistics)
-    except InputError as error:
-        raise InputError(f"{weight.key} cannot be quantized: {error}") from error
+    except InputError as reason:
+        raise InputError(f"{weight.key} cannot be quantized: {reason}") from reason
     scheme = recipe.grid.scheme
     packed = PackedTensor.pack(q, scheme, weight.layout, view.native.dtype)
     error = SquaredError.between(stack, scheme.dequantize(q))
@@ -92,6 +96,7 @@ def _round(
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse a weight that holds NaN or infinity, by its name."""
     if not bool(torch.isfinite(tensor).all()):
         raise InputError(
             f"{name} holds NaN or infinity; mend the weight, or leave the layer in float with "

@@ -49,7 +49,7 @@ def _low_layers(report: Report) -> list[str]:
 
 
 def _low_head(report: Report) -> str | None:
-    """Return a warning if the last weight of the model, as a rule its output head, has 4 bits or fewer."""
+    """Return a warning if the last weight, as a rule the output head, has 4 bits or fewer."""
     weights = [row for row in report.layers if row.shape]
     if not weights or weights[-1].scheme is None or weights[-1].bits_per_weight >= 6:
         return None

@@ -19,6 +19,11 @@ _SATURATED = 0.25
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+def _check_granularity(_: object, __: object, granularity: object) -> None:
+    if not isinstance(granularity, Granularity):
+        raise ConfigurationError(f"granularity is a Granularity, not {granularity!r}")
+
+
 @register
 @attrs.frozen
 class Affine(Scheme):
@@ -27,8 +32,8 @@ class Affine(Scheme):
     Symmetric: codes ``-2^(b-1) .. 2^(b-1) - 1``, no zero point, ``scale = max|x| / quant_max``.
     Asymmetric: codes ``0 .. 2^b - 1``, a range that includes zero,
     ``scale = (max - min) / (quant_max - quant_min)`` and
-    ``zero_point = quant_min - round(min / scale)``, so that zero is on the grid. Rounding is half to
-    even. The zero point is chosen for the scale as it is stored.
+    ``zero_point = quant_min - round(min / scale)``, so that zero is on the grid. Rounding is half
+    to even. The zero point is chosen for the scale as it is stored.
 
     A scale that `scale_dtype` cannot hold closely enough (its error, times the codes, would pass an
     eighth of a step: under- and overflow) makes that tensor's scales float32; the report says so.
@@ -46,9 +51,7 @@ class Affine(Scheme):
     kind: ClassVar[str] = "affine"
     bits: int = 8
     symmetric: bool = True
-    granularity: Granularity = attrs.field(
-        factory=PerChannel, validator=attrs.validators.instance_of(Granularity)
-    )
+    granularity: Granularity = attrs.field(factory=PerChannel, validator=_check_granularity)
     scale_dtype: torch.dtype = attrs.field(default=torch.float16, converter=as_dtype)
 
     def __attrs_post_init__(self) -> None:
@@ -58,7 +61,9 @@ class Affine(Scheme):
                 f"Affine has 2 to 8 bits, not {self.bits!r}; for 16 use FloatCast()"
             )
         if self.scale_dtype not in _SCALE_DTYPES:
-            raise ConfigurationError(f"scale_dtype is one of {_SCALE_DTYPES}, not {self.scale_dtype}")
+            raise ConfigurationError(
+                f"scale_dtype is one of {_SCALE_DTYPES}, not {self.scale_dtype}"
+            )
 
     @property
     def quant_min(self) -> int:
@@ -81,7 +86,7 @@ class Affine(Scheme):
         return self.quant_min
 
     def nbytes(self, shape: Shape) -> int:
-        """Return the bytes of packed codes, scales and packed zero points for a stack of `shape`."""
+        """Return the bytes of codes, scales and zero points of a packed stack of `shape`."""
         *rows, length = shape
         blocks = torch.Size(block_counts(shape, self.granularity.block_size(shape))).numel()
         codes = torch.Size(rows).numel() * packed_length(length, self.bits)
@@ -116,8 +121,8 @@ class Affine(Scheme):
     def quantize(self, x: Tensor, qparams: QParams) -> QTensor:
         """Return the nearest code of each value: ``clamp(round(x / scale) + zero_point)``.
 
-        Multiplies by the float32 reciprocal of the scale, as torch's quantized operators do, so that
-        codes agree with theirs bit for bit.
+        Multiplies by the float32 reciprocal of the scale, as torch's quantized operators do, so
+        that codes agree with theirs bit for bit.
 
         Args:
             x: finite values; computed in float32.
@@ -139,8 +144,8 @@ class Affine(Scheme):
         scale, zero_point = self._parts(q.qparams)
         blocks = to_blocks(q.codes.to(torch.float32), q.qparams.block_size)
         if zero_point is not None:
-            blocks = blocks - spread(zero_point)
-        return (blocks * spread(scale)).reshape(q.codes.shape)
+            blocks = blocks.sub_(spread(zero_point))
+        return blocks.mul_(spread(scale)).reshape(q.codes.shape)
 
     def describe(self) -> str:
         """Return width, symmetry and granularity."""

@@ -22,7 +22,8 @@ class FloatCast(Scheme):
     matrix products are slow on most processors.
 
     Attributes:
-        dtype: float16 (11 significant bits, up to 65504) or bfloat16 (8 bits, the range of float32).
+        dtype: float16 (11 significant bits, up to 65504) or bfloat16 (8 bits, the range of
+            float32).
     """
 
     kind: ClassVar[str] = "float_cast"

@@ -18,7 +18,8 @@ from mono_quant.serializers.wire import decode, encode, read_header
 class SafetensorsSerializer(Serializer):
     """Tensors in the safetensors format, the header in its metadata.
 
-    Written with the library's own writer from the tensors' memory, without a copy and without numpy.
+    Written with the library's own writer from the tensors' memory, without a copy and without
+    numpy.
     """
 
     format = "safetensors"

@@ -29,7 +29,7 @@ FORMAT_VERSION = 1
 class TensorSource(Protocol):
     """Gives tensors by name, in memory of their own."""
 
-    def __call__(self, key: str) -> Tensor:
+    def __call__(self, key: str, /) -> Tensor:
         """Return the tensor of a key.
 
         Raises:
@@ -200,7 +200,9 @@ def _check_shapes(key: str, packed: PackedTensor) -> None:
     for name, shape in expected.items():
         found = tuple(packed.tensors[name].shape)
         if found != shape:
-            raise CorruptCheckpointError(f"{name} of {key!r} is {found}, where {shape} was expected")
+            raise CorruptCheckpointError(
+                f"{name} of {key!r} is {found}, where {shape} was expected"
+            )
     if torch.Size(packed.layout.native).numel() != torch.Size(stack).numel():
         raise CorruptCheckpointError(f"the layout of {key!r} does not fit its shape")
 
