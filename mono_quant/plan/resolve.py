@@ -198,11 +198,12 @@ def _one_fate(group: list[WeightPlan], others: list[str]) -> list[WeightPlan]:
 
 
 def _rows(model: nn.Module, weights: Iterable[WeightPlan]) -> Iterable[LayerReport]:
-    """Yield a row for each weight, and one for each module's other parameters."""
+    """Yield a row for each weight, one for each module's other parameters, one for all biases."""
     by_path: dict[str, list[WeightPlan]] = {}
     for weight in weights:
         by_path.setdefault(weight.path, []).append(weight)
     counted: set[int] = set()
+    biases: list[nn.Parameter] = []
     for path, module in model.named_modules():
         for weight in by_path.get(path, ()):
             counted.update(id(model.get_parameter(source)) for source in weight.sources)
@@ -215,22 +216,22 @@ def _rows(model: nn.Module, weights: Iterable[WeightPlan]) -> Iterable[LayerRepo
             for parameter in module._parameters.values()
             if parameter is not None and id(parameter) not in counted
         ]
-        if rest:
-            counted.update(map(id, rest))
-            size = sum(map(tensor_bytes, rest))
-            known = path in by_path or isinstance(module, QuantizedModule)
-            reason = (
-                "biases stay float" if known else f"no quantizer knows a {type(module).__name__}"
-            )
-            yield LayerReport(
-                path or "(root)",
-                type(module).__name__,
-                (),
-                sum(parameter.numel() for parameter in rest),
-                size,
-                size,
-                reason=reason,
-            )
+        counted.update(map(id, rest))
+        if path in by_path or isinstance(module, QuantizedModule):
+            biases += rest
+        elif rest:
+            layer = type(module).__name__
+            yield _float_row(path or "(root)", layer, rest, f"no quantizer knows a {layer}")
+    if biases:
+        yield _float_row(f"({len(biases)} biases)", "", biases, "biases stay float")
+
+
+def _float_row(
+    name: str, layer: str, parameters: Sequence[nn.Parameter], reason: str
+) -> LayerReport:
+    count = sum(parameter.numel() for parameter in parameters)
+    size = sum(map(tensor_bytes, parameters))
+    return LayerReport(name, layer, (), count, size, size, reason=reason)
 
 
 def _weight_row(weight: WeightPlan) -> LayerReport:
@@ -263,7 +264,8 @@ def _quantized_rows(path: str, module: QuantizedModule, counted: set[int]) -> It
             count,
             packed.nbytes,
             packed.nbytes,
-            reason=f"quantized already: {packed.scheme.describe()}",
+            scheme=packed.scheme.describe(),
+            reason="quantized before",
         )
 
 
@@ -278,7 +280,7 @@ def _notes(request: Request, weights: Sequence[WeightPlan]) -> Iterable[str]:
     if request.activation_observer is not None:
         yield f"activations stay float, so {request.activation_observer!r} watches nothing yet"
     if not widths:
-        yield "nothing is quantized"
+        yield "no weight is quantized by this"
 
 
 def _sources(module: nn.Module, path: str, name: str) -> tuple[str, ...]:

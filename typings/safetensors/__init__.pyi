@@ -20,7 +20,7 @@ def serialize_file(
     metadata: Mapping[str, str] | None = None,
 ) -> None: ...
 
-class safe_open:  # noqa: N801  # its name there
+class safe_open:  # its name there
     def __init__(
         self, filename: str | PathLike[str], framework: Literal["pt"], device: str = "cpu"
     ) -> None: ...

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Generic, Self, TextIO
+
 from typing_extensions import TypeVar
 
 T = TypeVar("T", default=object)
