@@ -1,0 +1,148 @@
+"""The project's checks, each in an environment of its own. `nox -l` lists them."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import nox
+from packaging.requirements import Requirement
+
+nox.options.default_venv_backend = "virtualenv"
+nox.options.error_on_external_run = True
+nox.options.reuse_venv = "yes"
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+CONSTRAINTS = Path("constraints.txt")
+
+SMOKE = """
+from pathlib import Path
+
+import mono_quant
+import torch
+from torch import nn
+
+assert "site-packages" in mono_quant.__file__, mono_quant.__file__
+assert Path(mono_quant.__file__).with_name("py.typed").is_file(), "the wheel lost its types"
+
+
+def skeleton() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+
+
+result = mono_quant.Quantizer().bits(4).apply(skeleton())
+result.save("model.safetensors")
+restored = mono_quant.load_model("model.safetensors", skeleton())
+x = torch.randn(8, 64)
+assert torch.equal(restored(x), result.model(x)), "a saved model came back different"
+"""
+
+
+def pins() -> dict[str, str]:
+    """What constraints.txt says, as names and releases."""
+    lines = CONSTRAINTS.read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def oldest() -> dict[str, str]:
+    """The lower bound of each runtime dependency in pyproject.toml."""
+    return {
+        requirement.name: bound.version
+        for requirement in map(Requirement, PYPROJECT["project"]["dependencies"])
+        for bound in requirement.specifier
+        if bound.operator == ">="
+    }
+
+
+def group(name: str) -> tuple[str, ...]:
+    """The requirements of one dependency group of pyproject.toml."""
+    return nox.project.dependency_groups(PYPROJECT, name)
+
+
+def install(session: nox.Session, *packages: str, older: dict[str, str] | None = None) -> None:
+    """Install under constraints.txt, torch before all else so that no package chooses its build."""
+    chosen = pins() | (older or {})
+    constraints = Path(session.virtualenv.location, "constraints.txt")
+    constraints.write_text("".join(f"{name}=={release}\n" for name, release in chosen.items()))
+    session.install("-c", str(constraints), f"torch=={chosen['torch']}")
+    session.install("-c", str(constraints), *packages)
+
+
+def run_tests(session: nox.Session, *options: str) -> None:
+    """Run pytest on all but the benchmarks and the snippets, which have sessions of their own."""
+    elsewhere = ("--ignore=tests/benchmarks", "--ignore=tests/docs")
+    session.run("pytest", *elsewhere, *options, *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the test suite."""
+    install(session, "-e", ".[demo]", *group("tests"))
+    run_tests(session)
+
+
+@nox.session
+def typecheck(session: nox.Session) -> None:
+    """Check every type, strictly."""
+    install(session, "-e", ".", *group("typecheck"))
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting."""
+    session.install("-c", str(CONSTRAINTS), *group("lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation and run every snippet in it."""
+    install(session, "-e", ".[demo]", *group("docs"))
+    with tempfile.TemporaryDirectory() as site:
+        session.run("sphinx-build", "-W", "--keep-going", "-q", "docs", site)
+    session.run("pytest", "tests/docs", *session.posargs)
+
+
+@nox.session(reuse_venv=False)
+def dist(session: nox.Session) -> None:
+    """Build the distribution and use its wheel, with nothing else installed, from elsewhere."""
+    with tempfile.TemporaryDirectory() as built, tempfile.TemporaryDirectory() as empty:
+        session.install("-c", str(CONSTRAINTS), *group("dist"))
+        session.run("python", "-m", "build", "--no-isolation", "--outdir", built)
+        install(session, *map(str, Path(built).glob("*.whl")))
+        with session.chdir(empty):
+            session.run("python", "-c", SMOKE)
+            session.run("monoquant", "--help")
+
+
+@nox.session
+def minimums(session: nox.Session) -> None:
+    """Run the fast tests with the oldest attrs, safetensors and tqdm that are allowed."""
+    older = oldest() | {"torch": pins()["torch"]}
+    install(session, "-e", ".", *group("tests"), older=older)
+    run_tests(session, "-m", "not slow and not network")
+
+
+@nox.session(default=False)
+def older_torch(session: nox.Session) -> None:
+    """Run the fast tests with the oldest torch that is allowed (may fetch gigabytes)."""
+    older = {"torch": oldest()["torch"]}
+    install(session, "-e", ".", *group("tests"), older=older)
+    run_tests(session, "-m", "not slow and not network")
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """Measure what the documentation claims about speed, size and accuracy."""
+    install(session, "-e", ".[demo]", *group("tests"))
+    session.run("python", "-m", "tests.benchmarks", *session.posargs)
+
+
+@nox.session(default=False)
+def fmt(session: nox.Session) -> None:
+    """Format the code and mend what ruff can mend."""
+    session.install("-c", str(CONSTRAINTS), *group("lint"))
+    session.run("ruff", "check", "--fix")
+    session.run("ruff", "format")
