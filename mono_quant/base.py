@@ -168,9 +168,10 @@ class PackedTensor:
 
     def rows(self, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return rows of a single matrix, ``[*indices.shape, in]``, without decoding the others."""
-        _, count, length = self.layout.stack
-        flat = torch.where(indices < 0, indices + count, indices).flatten()
-        codes = _unpack_codes(self.tensors["codes"][0, flat], self.scheme, length)
+        length = self.layout.stack[-1]
+        flat = indices.flatten()
+        stored = self.tensors["codes"][0].index_select(0, flat)  # refuses indices out of range
+        codes = _unpack_codes(stored, self.scheme, length)
         block = self.block_size
         qparams = self._qparams(block, places=flat // block[1])
         values = self.scheme.dequantize(QTensor(codes[None], qparams, self.dtype))
@@ -185,8 +186,8 @@ class PackedTensor:
             zero_point = _unpack_codes(zero_point, self.scheme, count).reshape(counts)
         if places is not None:
             block = (1, 1, block[2])
-            scale = scale[:, places] if scale is not None else None
-            zero_point = zero_point[:, places] if zero_point is not None else None
+            scale = scale.index_select(1, places) if scale is not None else None
+            zero_point = zero_point.index_select(1, places) if zero_point is not None else None
         extra = {
             name: tensor
             for name, tensor in self.tensors.items()

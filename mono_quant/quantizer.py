@@ -264,9 +264,7 @@ class Quantizer:
         return resolve(tree, self._request, self._config(Selection.of(tree)))
 
     @overload
-    def apply(
-        self, model: ModelT, *, progress: bool = True
-    ) -> QuantizationResult[ModelT]: ...
+    def apply(self, model: ModelT, *, progress: bool = True) -> QuantizationResult[ModelT]: ...
     @overload
     def apply(
         self, model: Mapping[str, Tensor], *, progress: bool = True

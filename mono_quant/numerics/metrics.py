@@ -24,12 +24,15 @@ class SquaredError:
 
     @classmethod
     def between(cls, reference: Tensor, other: Tensor) -> "SquaredError":
-        """Return the sums over all elements of two tensors of one shape, added up in float64."""
+        """Return the sums over all elements of two tensors of one shape.
+
+        Squared and added up in float64: float32 has no squares of values near 1e-22 or 1e20.
+        """
         reference, other = reference.detach(), other.detach()
         wide = torch.promote_types(reference.dtype, torch.float32)
-        signal = reference.to(wide).square().sum(dtype=torch.float64)
-        noise = (reference.to(wide) - other.to(wide)).square_().sum(dtype=torch.float64)
-        return cls(float(signal), float(noise), reference.numel())
+        signal = torch.linalg.vector_norm(reference.to(wide), dtype=torch.float64)
+        noise = torch.linalg.vector_norm(reference.to(wide) - other.to(wide), dtype=torch.float64)
+        return cls(float(signal.square()), float(noise.square()), reference.numel())
 
     def __add__(self, other: "SquaredError") -> "SquaredError":
         """Return the sums over both."""

@@ -1,6 +1,8 @@
 """Torch's own format, in the part of it that holds no code."""
 
 import pickle
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -40,29 +42,56 @@ class TorchSerializer(Serializer):
     def header(self, path: Path) -> Config:
         """Return the header of a file."""
         try:
-            return read_header(_texts(read_pickled(path)))
+            return read_header(_texts(read_pickled(path, mapped=True)))
         except CheckpointError as error:
             raise type(error)(f"{path} cannot be read: {error}") from error
 
 
-def read_pickled(path: Path) -> dict[str, object]:
+def read_pickled(path: Path, *, mapped: bool = False) -> dict[str, object]:
     """Return the dictionary in a file of torch's format; nothing in it is executed.
+
+    Args:
+        path: the file.
+        mapped: leave the tensors in the file, where its format allows it, until they are used.
 
     Raises:
         CorruptCheckpointError: it is not whole, holds more than tensors and plain values, or is no
             dictionary.
     """
+    content = read_plain(path, mapped=mapped)
+    if not isinstance(content, dict):
+        raise CorruptCheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary")
+    return content
+
+
+def read_plain(path: Path, *, mapped: bool = False) -> object:
+    """Return the tensors and plain values in a file of torch's format; nothing in it is executed.
+
+    Raises:
+        CorruptCheckpointError: it is not whole, or holds more than that.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file")
     try:
-        content: object = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        content: object = torch.load(
+            path,
+            map_location="cpu",
+            weights_only=True,
+            mmap=mapped and zipfile.is_zipfile(path),
+        )
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if named is None:
+            raise CorruptCheckpointError(f"{path} is not a file that torch wrote") from error
         raise CorruptCheckpointError(
-            f"{path} is not a file of tensors and plain values, or not a whole one: "
-            f"{str(error).splitlines()[0]}"
+            f"{path} holds Python objects beside tensors ({named[1]}), and reading those runs code "
+            "of the file's choice: save model.state_dict() instead"
         ) from error
-    if not isinstance(content, dict):
-        raise CorruptCheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary")
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+        raise CorruptCheckpointError(
+            f"{path} is not a file of tensors and plain values, or not a whole one: {reason}"
+        ) from error
     return content
 
 
