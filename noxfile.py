@@ -30,10 +30,11 @@ def skeleton() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
 
 
-result = mono_quant.Quantizer().bits(4).apply(skeleton())
+model, x = skeleton(), torch.randn(8, 64)
+result = mono_quant.Quantizer().bits(4).apply(model)
 result.save("model.safetensors")
 restored = mono_quant.load_model("model.safetensors", skeleton())
-x = torch.randn(8, 64)
+assert not torch.equal(result.model(x), model(x)), "nothing was quantized"
 assert torch.equal(restored(x), result.model(x)), "a saved model came back different"
 """
 

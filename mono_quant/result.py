@@ -102,18 +102,24 @@ class QuantizationResult(Generic[ModelT]):
         return dequantized(copy_structure(self.model))
 
     def validate(
-        self, example: object = None, *, serializer: Serializer | None = None
+        self,
+        example: object = None,
+        *,
+        serializer: Serializer | None = None,
+        path: str | PathLike[str] | None = None,
     ) -> Validation:
         """Save the model, load it into a fresh one without a weight, run both, and compare.
 
         Args:
             example: a batch, as `fit` takes them; by default the first one of the data.
             serializer: the format to go through; by default the first that can hold the model.
+            path: a file that `save` wrote, to be looked at instead of a temporary one.
 
         Returns:
             "valid" only if both were run on an example and agree to the bit.
         """
-        return validate(self.model, self._example(example), serializer, self._layers)
+        saved = Path(path) if path is not None else None
+        return validate(self.model, self._example(example), serializer, self._layers, saved)
 
     def export(
         self, example: object = None, *, strict: bool = False
@@ -154,17 +160,26 @@ def validate(
     example: CalibrationData | None,
     serializer: Serializer | None = None,
     layers: tuple[LayerQuantizer, ...] = (),
+    path: Path | None = None,
 ) -> Validation:
-    """Return what saving, reloading and running a quantized model shows; see `Validation`."""
+    """Return what saving, reloading and running a quantized model shows; see `Validation`.
+
+    With a path, the file there is taken for the saved model.
+    """
     checks: list[tuple[str, str]] = []
     try:
         saved = to_checkpoint(model)
-        chosen = serializer or _first_able(saved)
-        with tempfile.TemporaryDirectory(prefix="mono_quant_") as folder:
-            path = Path(folder) / f"model{chosen.suffixes[0]}"
-            chosen.save(saved, path)
-            checks.append(("saved", f"{path.stat().st_size} bytes, {chosen.format}"))
+        if path is not None:
+            chosen = serializer or serializer_for(path)
             loaded = chosen.load(path)
+            checks.append(("saved", f"{path.stat().st_size} bytes, {chosen.format}"))
+        else:
+            chosen = serializer or _first_able(saved)
+            with tempfile.TemporaryDirectory(prefix="mono_quant_") as folder:
+                path = Path(folder) / f"model{chosen.suffixes[0]}"
+                chosen.save(saved, path)
+                checks.append(("saved", f"{path.stat().st_size} bytes, {chosen.format}"))
+                loaded = chosen.load(path)
         fresh = dequantized(copy_structure(model, torch.device("meta")))
         rebuild(fresh, loaded, layers=layers)
         if unequal := _unequal(saved, to_checkpoint(fresh)):

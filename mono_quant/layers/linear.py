@@ -72,16 +72,20 @@ class LinearLikeQuantizer(SingleWeightQuantizer):
     transposed: bool = False
 
     def matches(self, layer: nn.Module) -> bool:
-        """Return whether the layer's class, or a parent, has the name."""
+        """Return whether the layer's class, or a parent, has the name, and the layer a weight."""
         names = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(layer).__mro__}
-        return self.class_name in names and not isinstance(layer, QuantizedModule)
+        return (
+            self.class_name in names
+            and not isinstance(layer, QuantizedModule)
+            and isinstance(getattr(layer, "weight", None), Tensor)
+        )
 
     def refuse(self, layer: nn.Module, scheme: Scheme) -> str | None:
         """Return that the layer has no matrix, or None."""
         weight = layer._parameters.get("weight")
         if weight is None or weight.dim() != 2:
             return f"{self.class_name} has no two-dimensional parameter named weight"
-        return None
+        return SingleWeightQuantizer.refuse(self, layer, scheme)
 
     def layout(self, layer: nn.Module) -> Layout:
         """Return ``[1, out, in]``."""

@@ -32,9 +32,11 @@ class SingleWeightQuantizer(LayerQuantizer):
 
     def refuse(self, layer: nn.Module, scheme: Scheme) -> str | None:
         """Return why the weight cannot be taken over, or None."""
-        if is_parametrized(layer, "weight"):
+        if is_parametrized(layer):
             others = set(cast("nn.ModuleDict", layer.parametrizations)) - {"weight"}
-            return f"it also has a parametrized {min(others)}" if others else None
+            if others:
+                return f"it also has a parametrized {min(others)}"
+            return None
         if "weight" not in layer._parameters:
             return (
                 "its weight is made by a hook (old-style weight_norm, spectral_norm or pruning): "

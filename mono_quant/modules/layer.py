@@ -41,6 +41,7 @@ class QuantizedLayer(QuantizedModule):
         """Turn this object back into the float layer, its weights on the grid."""
         weights = {name: packed.dequantize() for name, packed in self.packed_weights().items()}
         del self._modules["quantized"]
+        self.__dict__.pop("made_by", None)
         self.__class__ = float_class_of(type(self))  # type: ignore[assignment]  # that is the point
         for name, weight in weights.items():
             self.register_parameter(name, nn.Parameter(weight))
@@ -81,7 +82,8 @@ def convert(
     base = type_before_parametrizations(layer)
     layer._modules.pop("parametrizations", None)
     for name in weights:
-        layer._parameters.pop(name, None)
+        if name in layer._parameters:
+            layer._parameters[name] = None  # keeps its place among the parameters
     layer.__class__ = quantized_class(base, into)
     converted = cast("QuantizedLayer", layer)  # its class was changed in the line above
     converted.quantized = nn.ModuleDict(

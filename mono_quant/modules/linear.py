@@ -26,11 +26,11 @@ class QuantizedLinearLike(QuantizedLayer):
 
     float_class = nn.Module
     keeps_forward = False
-    bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product."""
-        return self.run(self._operation, x, self.bias)
+        bias = getattr(self, "bias", None)  # a layer of its own need not know the word
+        return self.run(self._operation, x, bias if isinstance(bias, Tensor) else None)
 
     @property
     def weight(self) -> Tensor:

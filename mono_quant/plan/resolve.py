@@ -153,7 +153,9 @@ def _join_ties(model: nn.Module, weights: list[WeightPlan]) -> list[WeightPlan]:
     owners = _owners(model)
     groups: dict[tuple[object, ...], list[int]] = {}
     for place, weight in enumerate(weights):
-        tensor = model.get_parameter(weight.sources[0])
+        if weight.sources != (weight.key,):
+            continue  # computed from others, so its values are its own
+        tensor = model.get_parameter(weight.key)
         groups.setdefault(_identity(tensor), []).append(place)
     joined = list(weights)
     for identity, places in groups.items():

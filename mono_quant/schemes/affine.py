@@ -19,6 +19,16 @@ _SATURATED = 0.25
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+def _check_bits(_: object, __: object, bits: object) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise ConfigurationError(f"Affine has 2 to 8 bits, not {bits!r}; for 16 use FloatCast()")
+
+
+def _check_symmetric(_: object, __: object, symmetric: object) -> None:
+    if not isinstance(symmetric, bool):
+        raise ConfigurationError(f"symmetric is True or False, not {symmetric!r}")
+
+
 def _check_granularity(_: object, __: object, granularity: object) -> None:
     if not isinstance(granularity, Granularity):
         raise ConfigurationError(f"granularity is a Granularity, not {granularity!r}")
@@ -49,17 +59,13 @@ class Affine(Scheme):
     """
 
     kind: ClassVar[str] = "affine"
-    bits: int = 8
-    symmetric: bool = True
+    bits: int = attrs.field(default=8, validator=_check_bits)
+    symmetric: bool = attrs.field(default=True, validator=_check_symmetric)
     granularity: Granularity = attrs.field(factory=PerChannel, validator=_check_granularity)
     scale_dtype: torch.dtype = attrs.field(default=torch.float16, converter=as_dtype)
 
     def __attrs_post_init__(self) -> None:
-        """Refuse widths and dtypes that are no grid."""
-        if isinstance(self.bits, bool) or self.bits not in range(2, 9):
-            raise ConfigurationError(
-                f"Affine has 2 to 8 bits, not {self.bits!r}; for 16 use FloatCast()"
-            )
+        """Refuse dtypes that hold no scales."""
         if self.scale_dtype not in _SCALE_DTYPES:
             raise ConfigurationError(
                 f"scale_dtype is one of {_SCALE_DTYPES}, not {self.scale_dtype}"
@@ -121,8 +127,10 @@ class Affine(Scheme):
     def quantize(self, x: Tensor, qparams: QParams) -> QTensor:
         """Return the nearest code of each value: ``clamp(round(x / scale) + zero_point)``.
 
-        Multiplies by the float32 reciprocal of the scale, as torch's quantized operators do, so
-        that codes agree with theirs bit for bit.
+        Multiplies by the float32 reciprocal of the scale, as torch's operators do, so that codes
+        agree with theirs bit for bit. (With a zero point, ``torch.quantize_per_channel`` on x86
+        adds it before it rounds, unlike ``torch.fake_quantize_per_channel_affine``, which is
+        followed here: values within 1e-4 of a half may then differ by one code.)
 
         Args:
             x: finite values; computed in float32.

@@ -62,9 +62,9 @@ class FloatCast(Scheme):
         if not bool(torch.isfinite(bounds).all()):
             raise InputError("a range is not finite: the tensor holds NaN or infinity")
         if not bool(torch.isfinite(bounds.to(self.dtype)).all()):
+            cure = "; use FloatCast(torch.bfloat16)" if self.dtype is torch.float16 else ""
             raise InputError(
-                f"values up to {float(bounds.abs().max()):.3g} do not fit {self.dtype}; "
-                "use FloatCast(torch.bfloat16)"
+                f"values up to {float(bounds.abs().max()):.3g} do not fit {self.dtype}{cure}"
             )
         return QParams(None, None, block_size)
 

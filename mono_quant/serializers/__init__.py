@@ -1,14 +1,28 @@
 """Files: a checkpoint as bytes and back."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from mono_quant.base import Serializer
-from mono_quant.configurable import Config
+from mono_quant.base import Checkpoint, Serializer
+from mono_quant.configurable import Config, Kinds
 from mono_quant.errors import CheckpointError, CorruptCheckpointError
-from mono_quant.serializers.safetensors import SafetensorsSerializer, read_safetensors
-from mono_quant.serializers.torch import TorchSerializer, read_pickled, state_dict_in
+from mono_quant.numerics.metrics import tensor_bytes
+from mono_quant.serializers.safetensors import (
+    SafetensorsSerializer,
+    read_safetensors,
+    read_texts,
+    write_safetensors,
+)
+from mono_quant.serializers.torch import (
+    TorchSerializer,
+    read_pickled,
+    read_plain,
+    state_dict_in,
+    write_pickled,
+)
+from mono_quant.serializers.wire import FORMAT
 
 SAFETENSORS = SafetensorsSerializer()
 TORCH = TorchSerializer()
@@ -37,15 +51,42 @@ def read_header(path: Path) -> Config:
     return TORCH.header(path)
 
 
+def is_quantized(path: Path) -> bool:
+    """Return whether a file says that this package wrote it; no tensor is read.
+
+    Raises:
+        CorruptCheckpointError: it is not a whole file of its format.
+    """
+    if path.suffix in SAFETENSORS.suffixes:
+        return read_texts(path).get("format") == FORMAT
+    return read_pickled(path, mapped=True).get("format") == FORMAT
+
+
+def stored_bytes(path: Path) -> dict[str, int]:
+    """Return the bytes of each tensor in a quantized file, without reading one."""
+    if path.suffix in SAFETENSORS.suffixes:
+        tensors: Mapping[str, object] = read_safetensors(path)
+    else:
+        held = read_pickled(path, mapped=True).get("tensors")
+        tensors = held if isinstance(held, Mapping) else {}
+    return {key: tensor_bytes(x) for key, x in tensors.items() if isinstance(x, Tensor)}
+
+
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a float checkpoint: safetensors, or torch's format without code.
 
     Raises:
         CorruptCheckpointError: it is not whole, or holds no state dict.
+        CheckpointError: it is quantized.
     """
     if path.suffix in SAFETENSORS.suffixes:
+        if is_quantized(path):
+            raise CheckpointError(f"{path} is quantized already; load_model(path) reads it")
         return read_safetensors(path)
-    found = state_dict_in(read_pickled(path))
+    content = read_pickled(path)
+    if content.get("format") == FORMAT:
+        raise CheckpointError(f"{path} is quantized already; load_model(path) reads it")
+    found = state_dict_in(content)
     if found is None:
         raise CorruptCheckpointError(
             f"{path} holds no state dict: expected a dictionary of tensors, or one under "
@@ -54,11 +95,47 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return found
 
 
+def read_checkpoint(path: Path, *, kinds: Kinds | None = None) -> Checkpoint:
+    """Return what a file holds: a quantized one, or a float one as a checkpoint of no record.
+
+    Raises:
+        CheckpointError: it can be read as neither.
+    """
+    if is_quantized(path):
+        return serializer_for(path).load(path, kinds=kinds)
+    return Checkpoint({}, read_state_dict(path))
+
+
+def write_state_dict(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a float checkpoint: the old file or the whole new one.
+
+    Args:
+        path: its suffix chooses the format: .safetensors, .pt or .pth.
+        tensors: by name; in a .pt file, tied ones stay tied.
+
+    Raises:
+        CheckpointError: no format has that suffix, or it cannot hold the tensors.
+        OSError: the file cannot be written.
+    """
+    if serializer_for(path) is SAFETENSORS:
+        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        write_safetensors(path, plain, {"format": "pt"})  # what transformers asks for
+    else:
+        write_pickled(path, dict(tensors))
+
+
 __all__ = [
     "BUILT_IN_SERIALIZERS",
     "SafetensorsSerializer",
     "TorchSerializer",
+    "is_quantized",
+    "read_checkpoint",
     "read_header",
+    "read_plain",
+    "read_safetensors",
     "read_state_dict",
     "serializer_for",
+    "state_dict_in",
+    "stored_bytes",
+    "write_state_dict",
 ]

@@ -1,6 +1,6 @@
 """The safetensors format: https://github.com/huggingface/safetensors, "Format"."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,21 +27,14 @@ class SafetensorsSerializer(Serializer):
 
     def can_express(self, checkpoint: Checkpoint) -> str | None:
         """Return which tensor has a dtype that safetensors lacks, or None."""
-        for key, tensor in checkpoint.tensors.items():
-            try:
-                _spec(tensor)
-            except (ValueError, SafetensorError):
-                return f"safetensors has no {tensor.dtype}, the dtype of {key!r}; save as .pt"
-        return None
+        return _inexpressible(checkpoint.tensors)
 
     def save(self, checkpoint: Checkpoint, path: Path) -> None:
         """Write the file."""
         if reason := self.can_express(checkpoint):
             raise CheckpointError(reason)
         texts, tensors = encode(checkpoint)
-        with replacing(path) as beside:
-            specs = {key: _spec(tensor) for key, tensor in tensors.items()}
-            serialize_file(specs, beside, metadata=texts)
+        write_safetensors(path, tensors, texts)
 
     def load(self, path: Path, *, kinds: Kinds | None = None) -> Checkpoint:
         """Return what the file holds, each tensor copied out of the mapped file once."""
@@ -62,6 +55,34 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of any safetensors file, mapped: read from the file when they are used."""
     with _opened(path) as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
+
+
+def read_texts(path: Path) -> dict[str, str]:
+    """Return the texts of any safetensors file without reading a tensor."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
+    """Write contiguous CPU tensors and texts.
+
+    Raises:
+        CheckpointError: safetensors lacks the dtype of one.
+    """
+    if reason := _inexpressible(tensors):
+        raise CheckpointError(reason)
+    with replacing(path) as beside:
+        specs = {key: _spec(tensor) for key, tensor in tensors.items()}
+        serialize_file(specs, beside, metadata=texts)
+
+
+def _inexpressible(tensors: Mapping[str, Tensor]) -> str | None:
+    for key, tensor in tensors.items():
+        try:
+            _spec(tensor)
+        except (ValueError, SafetensorError):
+            return f"safetensors has no {tensor.dtype}, the dtype of {key!r}; save as .pt"
+    return None
 
 
 @contextmanager

@@ -25,8 +25,7 @@ class TorchSerializer(Serializer):
     def save(self, checkpoint: Checkpoint, path: Path) -> None:
         """Write the file."""
         texts, tensors = encode(checkpoint)
-        with replacing(path) as beside:
-            torch.save({**texts, "tensors": tensors}, beside)
+        write_pickled(path, {**texts, "tensors": tensors})
 
     def load(self, path: Path, *, kinds: Kinds | None = None) -> Checkpoint:
         """Return what the file holds."""
@@ -45,6 +44,12 @@ class TorchSerializer(Serializer):
             return read_header(_texts(read_pickled(path, mapped=True)))
         except CheckpointError as error:
             raise type(error)(f"{path} cannot be read: {error}") from error
+
+
+def write_pickled(path: Path, content: Mapping[str, object]) -> None:
+    """Write a dictionary of tensors and plain values."""
+    with replacing(path) as beside:
+        torch.save(content, beside)
 
 
 def read_pickled(path: Path, *, mapped: bool = False) -> dict[str, object]:

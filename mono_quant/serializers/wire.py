@@ -106,8 +106,8 @@ def decode(texts: Mapping[str, str], source: TensorSource, kinds: Kinds | None) 
 
 
 def read_header(texts: Mapping[str, str]) -> Config:
-    """Return the header without a tensor: what `decode` reads first."""
-    return _header(texts)
+    """Return the header without a tensor: what `decode` reads first, and the format's version."""
+    return {**_header(texts), "format_version": int(texts["format_version"])}
 
 
 def checksum(tensor: Tensor) -> int:

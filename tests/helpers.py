@@ -1,0 +1,190 @@
+"""Oracles and small things that several tests share.
+
+Nothing here calls the code under test to find out what is right: codes are unpacked bit by bit and
+weights are computed in float64 from codes, scales and zero points as a file holds them.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from hypothesis import strategies
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from mono_quant import Affine, FloatCast, PackedTensor, QuantizedModule, Quantizer
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+TOLERANCES = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.float16: 5e-3,
+    torch.bfloat16: 4e-2,
+}
+"""How far an output may lie from its float64 oracle, as a share of the largest output."""
+
+GRIDS = {
+    "8-bit": Quantizer(),
+    "8-bit asymmetric": Quantizer().asymmetric(),
+    "4-bit": Quantizer().bits(4),
+    "3-bit": Quantizer().bits(3),
+    "16-bit": Quantizer().bits(16),
+}
+"""A grid of each kind: symmetric, asymmetric, packed, straddling bytes, and none at all."""
+
+
+def quantized(model: ModelT, quantizer: Quantizer | None = None) -> ModelT:
+    """Return the model with every layer that can be quantized, small ones and embeddings too."""
+    return (quantizer or Quantizer()).only("*").apply(model).model
+
+
+def unpacked(stream: Tensor, bits: int, count: int) -> Tensor:
+    """Return the `count` codes of each row of bytes: value i from bit ``i * bits`` on."""
+    ones = (stream.to(torch.int64).unsqueeze(-1) >> torch.arange(8) & 1).flatten(-2)
+    rows = ones[..., : count * bits].reshape(*stream.shape[:-1], count, bits)
+    return (rows << torch.arange(bits)).sum(-1)
+
+
+def stack_and_step(packed: PackedTensor, length: int) -> tuple[Tensor, Tensor]:
+    """Return the values ``[G, out, length]`` of a weight and the step of each, in float64."""
+    tensors, scheme = packed.tensors, packed.scheme
+    if isinstance(scheme, FloatCast):
+        values = tensors["codes"].to(torch.float64)
+        limits = torch.finfo(scheme.dtype)
+        return values, values.abs().clamp(min=limits.smallest_normal) * limits.eps
+    assert isinstance(scheme, Affine)
+    scale = tensors["scale"].to(torch.float64)
+    codes = unpacked(tensors["codes"], scheme.bits, length)
+    zero = torch.full(scale.shape, 1 << scheme.bits - 1)
+    if not scheme.symmetric:
+        zero = unpacked(tensors["zero_point"], scheme.bits, scale.numel()).reshape(scale.shape)
+    scale, zero = for_each(scale, codes.shape), for_each(zero, codes.shape)
+    return (codes - zero) * scale, scale
+
+
+def native(stack: Tensor, source: nn.Module, shape: torch.Size) -> Tensor:
+    """Return a stack ``[G, out, in]`` as the weight of `source` has it."""
+    if isinstance(source, nn.modules.conv._ConvTransposeNd):  # [in, out / G, *kernel]
+        groups, outputs, _ = stack.shape
+        parts = stack.reshape(groups, outputs, shape[0] // groups, -1).transpose(1, 2)
+        return parts.reshape(shape)
+    if type(source).__name__ == "Conv1D":  # [in, out]
+        return stack[0].t()
+    return stack.reshape(shape)
+
+
+def dense(layer: nn.Module, source: nn.Module) -> Tensor:
+    """Return the weight of a quantized `layer` in float64, seen to be nearest to its source's."""
+    assert isinstance(layer, QuantizedModule)
+    packed = layer.packed_weights()["weight"]
+    weight = source.weight
+    assert isinstance(weight, Tensor)
+    weight = weight.detach().to(torch.float64)
+    groups = source.groups if isinstance(source, nn.modules.conv._ConvNd) else 1
+    inputs_first = isinstance(source, nn.modules.conv._ConvTransposeNd)
+    if inputs_first or type(source).__name__ == "Conv1D":
+        rows = weight.shape[1]
+    else:
+        rows = weight.shape[0] // groups
+    length = weight.numel() // (groups * rows)
+    stack, step = stack_and_step(packed, length)
+    assert stack.shape == (groups, rows, length)
+    values = native(stack, source, weight.shape)
+    room = 0.65 * native(step, source, weight.shape)  # half a step, and a rounded scale at the ends
+    assert ((values - weight).abs() <= room + 1e-12).all(), "a code is not the nearest"
+    return values
+
+
+def oracle(model: nn.Module, source: ModelT) -> ModelT:
+    """Return `source` in float64 and eval, with the weights of the quantized `model`."""
+    source = copy.deepcopy(source).eval()
+    twin = copy.deepcopy(source).to(torch.float64)
+    for name, layer in model.named_modules():
+        if not isinstance(layer, QuantizedModule):
+            continue
+        weight = dense(layer, source.get_submodule(name))
+        place = twin.get_submodule(name)
+        if parametrize.is_parametrized(place, "weight"):
+            parametrize.remove_parametrizations(place, "weight", leave_parametrized=True)
+        place.register_parameter("weight", nn.Parameter(weight))
+    return twin
+
+
+def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Assert that `found` is `expected`, a float64 tensor, but for the arithmetic of its dtype."""
+    dtype = dtype or found.dtype
+    assert found.dtype == dtype
+    assert found.shape == expected.shape
+    found, expected = found.detach(), expected.detach()
+    room = TOLERANCES[dtype] * float(expected.abs().max()) if expected.numel() else 0.0
+    torch.testing.assert_close(found.to(torch.float64), expected, rtol=0, atol=room + 1e-30)
+
+
+def assert_like_float(model: nn.Module, source: nn.Module, *inputs: Tensor) -> None:
+    """Assert that a model computes what its float source does on the dequantized weights."""
+    twin = oracle(model, source)
+    wide = [x.to(torch.float64) if x.is_floating_point() else x for x in inputs]
+    with torch.no_grad():
+        found, expected = model(*inputs), twin(*wide)
+    assert_near(found, expected)
+
+
+def same_tensors(one: nn.Module, other: nn.Module) -> bool:
+    """Return whether two modules' state dicts have the same names, dtypes and bits."""
+    first, second = one.state_dict(), other.state_dict()
+    return list(first) == list(second) and all(
+        first[key].dtype == second[key].dtype and same_bits(first[key], second[key])
+        for key in first
+    )
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are equal to the bit, NaN and minus zero included."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    left, right = one.detach().contiguous(), other.detach().contiguous()
+    return torch.equal(left.flatten().view(torch.uint8), right.flatten().view(torch.uint8))
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    """Return normal noise, the same each time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def for_each(per_block: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return values per block repeated to `shape`: for each value that of its block."""
+    for dim, size in enumerate(shape):
+        count = per_block.shape[dim]
+        per_block = per_block.repeat_interleave(size // count if count else 0, dim)
+    return per_block
+
+
+@strategies.composite
+def tensors(
+    draw: strategies.DrawFn, shape: Sequence[int], low: float = -1e3, high: float = 1e3
+) -> Tensor:
+    """Draw a float32 tensor of finite values, zero and denormal ones among them."""
+    count = torch.Size(shape).numel()
+    low, high = (float(torch.tensor(end, dtype=torch.float32)) for end in (low, high))
+    values = strategies.floats(low, high, width=32)
+    drawn = draw(strategies.lists(values, min_size=count, max_size=count))
+    return torch.tensor(drawn, dtype=torch.float32).reshape(list(shape))
+
+
+class TiedModel(nn.Module):
+    """A language model in small: its head shares the weight of its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(64, 64)
+        self.middle = nn.Linear(64, 64)
+        self.norm = nn.LayerNorm(64)
+        self.head = nn.Linear(64, 64, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.norm(self.middle(self.embedding(x)))
+        scores: Tensor = self.head(hidden)
+        return scores

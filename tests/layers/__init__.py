@@ -1,0 +1,1 @@
+"""Each kind of layer against its float twin."""

@@ -1,0 +1,539 @@
+"""The affine grid, against torch's quantized operators and the definition in float64."""
+
+import math
+from itertools import product
+
+import attrs
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mono_quant import (
+    Affine,
+    ConfigurationError,
+    Granularity,
+    InputError,
+    MinMax,
+    PackedTensor,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    QParams,
+)
+from mono_quant.configurable import Json
+from mono_quant.numerics.granularity import Shape
+from mono_quant.numerics.values import Layout
+from tests.helpers import for_each, noise, same_bits, stack_and_step, tensors
+
+SHAPE = (2, 3, 8)
+GRANULARITIES = (PerTensor(), PerChannel(), PerGroup(4))
+GRIDS = st.builds(
+    Affine,
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    granularity=st.sampled_from(GRANULARITIES),
+    scale_dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+)
+ANY_FLOATS = tensors(SHAPE, -1e38, 1e38)
+SMALL_FLOATS = tensors(SHAPE, -1e-3, 1e-3)
+STACKS = st.one_of(tensors(SHAPE), SMALL_FLOATS, ANY_FLOATS)
+
+
+def qparams_of(scheme: Affine, x: Tensor) -> QParams:
+    return scheme.choose_qparams(x, MinMax())
+
+
+def scale_of(qparams: QParams) -> Tensor:
+    assert qparams.scale is not None
+    return qparams.scale
+
+
+def torch_fake_quantize(scheme: Affine, x: Tensor, qparams: QParams) -> Tensor:
+    """Return what torch's own operator makes of `x`, block by block."""
+    scale = scale_of(qparams).to(torch.float32).flatten()
+    zero = torch.zeros(scale.shape, dtype=torch.int32)
+    if qparams.zero_point is not None:
+        zero = qparams.zero_point.flatten().to(torch.int32)
+    blocks = cut(x, qparams)
+    ends = (scheme.quant_min, scheme.quant_max)
+    return torch.fake_quantize_per_channel_affine(blocks, scale, zero, 0, *ends).reshape(x.shape)
+
+
+def cut(x: Tensor, qparams: QParams) -> Tensor:
+    """Return each block of a contiguous stack as a row; blocks here never split other rows."""
+    return x.reshape(scale_of(qparams).numel(), -1)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")  # it is deprecated
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=repr)
+@pytest.mark.parametrize("magnitude", [1e-7, 1e-3, 1.0, 2e7])
+def test_symmetric_codes_equal_those_of_torch_bit_for_bit(
+    granularity: Granularity, magnitude: float
+) -> None:
+    scheme = Affine(8, granularity=granularity)
+    x = noise(4, 16, 64) * magnitude
+    qparams = qparams_of(scheme, x * 0.9)  # so that some of it is clipped
+    codes = scheme.quantize(x, qparams).codes
+    scale = scale_of(qparams).to(torch.float32).flatten()
+    zero = torch.zeros_like(scale, dtype=torch.int64)
+    blocks = cut(x, qparams)
+    rows = torch.quantize_per_channel(blocks, scale, zero, 0, torch.qint8)
+    assert same_bits(codes.reshape(blocks.shape), rows.int_repr())
+    if isinstance(granularity, PerTensor):
+        whole = torch.quantize_per_tensor(x, float(scale), 0, torch.qint8)
+        assert same_bits(codes, whole.int_repr())
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=repr)
+@pytest.mark.parametrize("magnitude", [1e-7, 1e-3, 1.0, 2e7])
+def test_asymmetric_codes_equal_those_of_torch_but_for_halves(
+    granularity: Granularity, magnitude: float
+) -> None:
+    """On x86 torch adds the zero point before it rounds, which moves what lies by a half."""
+    scheme = Affine(8, symmetric=False, granularity=granularity)
+    x = noise(4, 16, 64) * magnitude
+    qparams = qparams_of(scheme, x * 0.9)
+    blocks = cut(x, qparams)
+    codes = scheme.quantize(x, qparams).codes.reshape(blocks.shape)
+    scale = scale_of(qparams).to(torch.float32).flatten()
+    assert qparams.zero_point is not None
+    zero = qparams.zero_point.flatten().to(torch.int64)
+    expected = torch.quantize_per_channel(blocks, scale, zero, 0, torch.quint8).int_repr()
+    places = (blocks.to(torch.float64) / scale.to(torch.float64).unsqueeze(1)).remainder(1)
+    halves = (places - 0.5).abs() < 1e-4
+    assert torch.equal(codes[~halves], expected[~halves])
+    assert ((codes.to(torch.int16) - expected.to(torch.int16)).abs() <= 1).all()
+    assert halves.double().mean() < 1e-3
+
+
+@pytest.mark.parametrize(("scale", "zero_point"), [(0.1, 0), (1 / 3, 7), (0.25, 128), (1.0, 255)])
+def test_halves_are_rounded_as_torch_rounds_them(scale: float, zero_point: int) -> None:
+    x = (torch.arange(-300, 300) + 0.5) * scale
+    zero = torch.tensor([[[zero_point]]], dtype=torch.uint8)
+    qparams = QParams(torch.tensor([[[scale]]]), zero, (1, 1, 600))
+    found = Affine(8, symmetric=False).fake_quantize(x.reshape(1, 1, -1), qparams)
+    expected = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, 255)
+    assert torch.equal(found.flatten(), expected)
+
+
+def test_halves_go_to_the_even_code() -> None:
+    x = torch.tensor([[[-2.5, -1.5, -0.5, 0.5, 1.5, 2.5]]])
+    qparams = QParams(torch.ones(1, 1, 1), None, (1, 1, 6))
+    assert Affine(4).quantize(x, qparams).codes.tolist() == [[[-2, -2, 0, 0, 2, 2]]]
+
+
+@given(scheme=GRIDS, x=STACKS)
+def test_values_equal_those_of_torch_at_every_width(scheme: Affine, x: Tensor) -> None:
+    qparams = qparams_of(scheme, x)
+    found = scheme.fake_quantize(x, qparams)
+    assert torch.equal(found, torch_fake_quantize(scheme, x, qparams))
+
+
+@given(scheme=GRIDS, x=STACKS, shrunk=st.sampled_from([1.0, 0.5]))
+def test_no_other_grid_point_is_nearer(scheme: Affine, x: Tensor, shrunk: float) -> None:
+    qparams = qparams_of(scheme, x * shrunk)
+    codes = scheme.quantize(x, qparams).codes
+    assert int(codes.min()) >= scheme.quant_min
+    assert int(codes.max()) <= scheme.quant_max
+    scale = for_each(scale_of(qparams).to(torch.float64), SHAPE)
+    zero = torch.zeros(SHAPE, dtype=torch.float64)
+    if qparams.zero_point is not None:
+        zero = for_each(qparams.zero_point.to(torch.float64), SHAPE)
+    exact = x.to(torch.float64)
+    grid = torch.arange(scheme.quant_min, scheme.quant_max + 1, dtype=torch.float64)
+    points = (grid - zero.unsqueeze(-1)) * scale.unsqueeze(-1)
+    least = (points - exact.unsqueeze(-1)).abs().amin(-1)
+    chosen = ((codes.to(torch.float64) - zero) * scale - exact).abs()
+    room = 4e-7 * exact.abs()  # a float32 reciprocal and product decide near a half
+    assert (chosen <= least + room).all()
+
+
+@given(scheme=GRIDS, x=STACKS)
+def test_zero_is_on_every_grid(scheme: Affine, x: Tensor) -> None:
+    qparams = qparams_of(scheme, x)
+    zeros = scheme.fake_quantize(torch.zeros(SHAPE), qparams)
+    assert torch.equal(zeros, torch.zeros(SHAPE))
+
+
+@given(scheme=GRIDS, x=STACKS)
+def test_a_grid_is_made_once_and_quantizing_again_changes_nothing(
+    scheme: Affine, x: Tensor
+) -> None:
+    qparams = qparams_of(scheme, x)
+    once = scheme.quantize(x, qparams)
+    again = scheme.quantize(scheme.dequantize(once), qparams)
+    assert torch.equal(again.codes, once.codes)
+
+
+@given(scheme=GRIDS, x=STACKS)
+def test_the_error_is_half_a_step_and_what_a_rounded_scale_adds(scheme: Affine, x: Tensor) -> None:
+    qparams = qparams_of(scheme, x)
+    step = for_each(scale_of(qparams).to(torch.float64), SHAPE)
+    error = (scheme.fake_quantize(x, qparams).to(torch.float64) - x.to(torch.float64)).abs()
+    # Half a step; an eighth because the scale is rounded to its dtype; another half where the
+    # rounded zero point pushes an end of the range off the grid.
+    room = 0.625 + (0.5 if not scheme.symmetric else 0)
+    assert (error <= step * room * (1 + 1e-5)).all()
+
+
+@given(scheme=GRIDS, x=STACKS)
+def test_nothing_that_is_handed_in_is_changed(scheme: Affine, x: Tensor) -> None:
+    before = x.clone()
+    qparams = qparams_of(scheme, x)
+    scale = scale_of(qparams).clone()
+    q = scheme.quantize(x, qparams)
+    codes = q.codes.clone()
+    scheme.dequantize(q)
+    assert same_bits(x, before)
+    assert same_bits(scale_of(qparams), scale)
+    assert same_bits(q.codes, codes)
+
+
+@given(bits=st.integers(2, 8), x=STACKS)
+def test_a_symmetric_scale_is_the_largest_magnitude_over_the_largest_code(
+    bits: int, x: Tensor
+) -> None:
+    scheme = Affine(bits, scale_dtype=torch.float32)
+    qparams = qparams_of(scheme, x)
+    largest = x.abs().amax(-1, keepdim=True).to(torch.float64)
+    expected = (largest / (2 ** (bits - 1) - 1)).clamp(min=torch.finfo(torch.float32).tiny)
+    expected[largest == 0] = 1
+    usual = largest / (2 ** (bits - 1) - 1) > 1e-44  # below, float32 knows zero and its neighbour
+    found = scale_of(qparams)
+    assert torch.equal(found[usual], expected.to(torch.float32)[usual])
+    assert qparams.zero_point is None
+
+
+@given(bits=st.integers(2, 8), x=STACKS)
+def test_an_asymmetric_scale_is_the_range_with_zero_over_the_steps(bits: int, x: Tensor) -> None:
+    scheme = Affine(bits, symmetric=False, scale_dtype=torch.float32)
+    qparams = qparams_of(scheme, x)
+    low = x.amin(-1, keepdim=True).to(torch.float64).clamp(max=0)
+    high = x.amax(-1, keepdim=True).to(torch.float64).clamp(min=0)
+    expected = (high - low) / (2**bits - 1)
+    usual = expected > torch.finfo(torch.float32).tiny
+    found = scale_of(qparams).to(torch.float64)
+    torch.testing.assert_close(found[usual], expected[usual], rtol=3e-7, atol=0)
+    assert qparams.zero_point is not None
+    assert qparams.zero_point.dtype == torch.uint8
+    exact = (-low / found).clamp(0, 2**bits - 1)
+    assert ((qparams.zero_point.to(torch.float64) - exact).abs() <= 0.5 + 1e-4).all()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "scale", "zero_point"),
+    [
+        (-1.0, 2.0, 3 / 15, 5),
+        (0.0, 3.0, 3 / 15, 0),
+        (1.0, 3.0, 3 / 15, 0),  # the range is made to include zero
+        (-3.0, 0.0, 3 / 15, 15),
+        (-3.0, -1.0, 3 / 15, 15),
+        (-1.5, 1.5, 3 / 15, 8),  # 7.5 goes to the even one
+        (0.0, 0.0, 1.0, 0),
+    ],
+)
+def test_asymmetric_qparams_of_four_bits(
+    low: float, high: float, scale: float, zero_point: int
+) -> None:
+    scheme = Affine(4, symmetric=False, scale_dtype=torch.float32)
+    ends = (torch.tensor([[[low]]]), torch.tensor([[[high]]]))
+    qparams = scheme.calculate_qparams(*ends, block_size=(1, 1, 8))
+    assert qparams.zero_point is not None
+    assert float(scale_of(qparams)) == pytest.approx(scale, rel=1e-6)
+    assert int(qparams.zero_point) == zero_point
+    assert qparams.block_size == (1, 1, 8)
+
+
+def test_the_zero_point_is_chosen_for_the_scale_as_it_is_stored() -> None:
+    # 8.9 / 255 in float16 is 0.034912, 3.2e-4 above: -8.8 / scale then rounds to another code.
+    scheme = Affine(8, symmetric=False)
+    found: list[bool] = []
+    for tenth in range(1, 100):
+        low, high = torch.tensor([[[-tenth / 10 - 0.03]]]), torch.tensor([[[0.1]]])
+        qparams = scheme.calculate_qparams(low, high, block_size=(1, 1, 8))
+        stored, wide = scale_of(qparams).to(torch.float64), (high - low).to(torch.float64) / 255
+        assert scale_of(qparams).dtype == torch.float16
+        assert qparams.zero_point is not None
+        expected = int((-low.to(torch.float64) / stored).round().clamp(0, 255))
+        assert int(qparams.zero_point) == expected
+        found.append(expected != int((-low.to(torch.float64) / wide).round().clamp(0, 255)))
+    assert any(found), "no case where it matters was tried"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_codes_span_the_whole_width(bits: int, symmetric: bool) -> None:
+    scheme = Affine(bits, symmetric)
+    assert (scheme.quant_min, scheme.quant_max) == (
+        (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+    )
+    assert scheme.code_bits == bits
+    assert scheme.code_min == scheme.quant_min
+    x = torch.linspace(-1, 1, 4 * 2**bits).reshape(1, 1, -1)
+    q = scheme.quantize(x, qparams_of(scheme, x))
+    assert q.codes.dtype == (torch.int8 if symmetric else torch.uint8)
+    seen = set(q.codes.flatten().tolist())
+    lowest = scheme.quant_min + (1 if symmetric else 0)  # max|x| is the largest code, mirrored
+    assert seen == set(range(lowest, scheme.quant_max + 1))
+
+
+EVERY_GRID = [
+    Affine(bits, symmetric, granularity)
+    for bits, symmetric, granularity in product((2, 4, 8), (True, False), GRANULARITIES)
+]
+
+
+@pytest.mark.parametrize("scheme", EVERY_GRID, ids=Affine.describe)
+def test_a_block_of_zeros_comes_back_as_zeros(scheme: Affine) -> None:
+    x = torch.zeros(SHAPE)
+    qparams = qparams_of(scheme, x)
+    assert (scale_of(qparams) == 1).all()
+    assert torch.equal(scheme.fake_quantize(x, qparams), x)
+
+
+@pytest.mark.parametrize("scheme", EVERY_GRID, ids=Affine.describe)
+@pytest.mark.parametrize("value", [1.0, -1.0, 0.3, -1e-7, 2e7, 1e38, -1e38])
+def test_a_constant_block_comes_back(scheme: Affine, value: float) -> None:
+    x = torch.full(SHAPE, value)
+    exact = attrs.evolve(scheme, scale_dtype=torch.float32)
+    found = exact.fake_quantize(x, qparams_of(exact, x))
+    torch.testing.assert_close(found, x, rtol=1e-6, atol=0)
+    found = scheme.fake_quantize(x, qparams_of(scheme, x))
+    torch.testing.assert_close(found, x, rtol=1e-3, atol=0)  # a float16 scale has 11 bits
+
+
+@pytest.mark.parametrize("scheme", EVERY_GRID, ids=Affine.describe)
+@pytest.mark.parametrize("magnitude", [1e-44, 1e-40, 1e-38, 1e-30, 1e-7, 2e7, 1e30, 1e38])
+def test_extreme_magnitudes_stay_finite_and_lie_within_a_step(
+    scheme: Affine, magnitude: float
+) -> None:
+    x = noise(*SHAPE).clamp(-3, 3) * magnitude
+    qparams = qparams_of(scheme, x)
+    found = scheme.fake_quantize(x, qparams)
+    assert torch.isfinite(found).all()
+    assert torch.isfinite(scale_of(qparams)).all()
+    assert (scale_of(qparams) > 0).all()
+    step = for_each(scale_of(qparams).to(torch.float64), SHAPE)
+    assert ((found.to(torch.float64) - x.to(torch.float64)).abs() <= step * 1.001).all()
+
+
+@pytest.mark.parametrize("scheme", EVERY_GRID, ids=Affine.describe)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_refused(scheme: Affine, bad: float) -> None:
+    x = noise(*SHAPE)
+    x[1, 2, 3] = bad
+    with pytest.raises(InputError, match="NaN or infinity"):
+        qparams_of(scheme, x)
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 8), (1, 4, 0), (1, 0, 0)])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel()], ids=repr)
+def test_empty_stacks_quantize_to_empty_ones(
+    shape: Shape, symmetric: bool, granularity: Granularity
+) -> None:
+    scheme = Affine(4, symmetric, granularity)
+    x = torch.zeros(shape)
+    q = scheme.quantize(x, qparams_of(scheme, x))
+    assert q.shape == shape
+    assert scheme.dequantize(q).shape == shape
+    packed = PackedTensor.pack(q, scheme, Layout.grouped(shape[1:]), torch.float32)
+    assert packed.nbytes == scheme.nbytes(shape)
+    assert packed.dequantize().shape == shape[1:]
+
+
+@pytest.mark.parametrize("magnitude", [1e-7, 2e7])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_scale_that_half_precision_cannot_hold_makes_all_of_them_float32(
+    magnitude: float, symmetric: bool
+) -> None:
+    scheme = Affine(8, symmetric)
+    x = noise(1, 4, 64)
+    x[0, 2] *= magnitude
+    q = scheme.quantize(x, qparams_of(scheme, x))
+    assert scale_of(q.qparams).dtype == torch.float32
+    remark = scheme.remark(q)
+    assert remark is not None
+    assert "its scales are float32, since float16 cannot hold them closely enough" in remark
+    layout = Layout.grouped((4, 64))
+    packed = PackedTensor.pack(q, scheme, layout, torch.float32)
+    assert packed.nbytes == scheme.nbytes((1, 4, 64)) + 4 * 2
+    assert torch.equal(packed.dequantize(), scheme.dequantize(q)[0])
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("magnitude", [1e-2, 1.0, 1e3])
+def test_usual_scales_are_stored_in_half_precision_without_a_remark(
+    bits: int, magnitude: float
+) -> None:
+    scheme = Affine(bits, symmetric=False)
+    x = noise(1, 64, 64) * magnitude
+    q = scheme.quantize(x, qparams_of(scheme, x))
+    assert scale_of(q.qparams).dtype == torch.float16
+    assert scheme.remark(q) is None
+
+
+@given(scheme=GRIDS, x=STACKS)
+def test_a_stored_scale_is_within_an_eighth_of_a_step_over_all_codes(
+    scheme: Affine, x: Tensor
+) -> None:
+    wide = qparams_of(attrs.evolve(scheme, scale_dtype=torch.float32), x)
+    stored = qparams_of(scheme, x)
+    assert scale_of(stored).dtype in (scheme.scale_dtype, torch.float32)
+    exact = scale_of(wide).to(torch.float64)
+    drift = (scale_of(stored).to(torch.float64) - exact).abs() * (2**scheme.bits - 1)
+    assert (drift <= exact / 8 * (1 + 1e-6)).all()
+
+
+def test_a_remark_says_how_much_is_clipped() -> None:
+    scheme = Affine(8)
+    x = torch.linspace(-1, 1, 1000).reshape(1, 1, -1)
+    ends = (torch.tensor([[[-0.5]]]), torch.tensor([[[0.5]]]))
+    q = scheme.quantize(x, scheme.calculate_qparams(*ends, block_size=(1, 1, 1000)))
+    remark = scheme.remark(q)
+    assert remark is not None
+    assert remark.startswith("50% of its codes lie on the ends")
+
+
+@pytest.mark.parametrize(("group", "bits"), [(32, 4.625), (64, 4.3125), (128, 4.15625)])
+@pytest.mark.parametrize("shape", [(1, 384, 384), (1, 1536, 384), (1, 384, 1536), (1, 384, 128)])
+def test_four_bits_take_what_their_group_adds(group: int, bits: float, shape: Shape) -> None:
+    scheme = Affine(4, symmetric=False, granularity=PerGroup(group))
+    assert scheme.bits_per_weight(shape) == bits
+    assert scheme.nbytes(shape) == bits * math.prod(shape) / 8
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bits"),
+    [
+        (Affine(8), 8 + 16 / 384),
+        (Affine(8, scale_dtype=torch.float32), 8 + 32 / 384),
+        (Affine(4, granularity=PerGroup(64)), 4 + 16 / 64),
+        (Affine(3, symmetric=False, granularity=PerGroup(64)), 3 + (16 + 3) / 64),
+        (Affine(2, symmetric=False, granularity=PerGroup(16)), 2 + (16 + 2) / 16),
+        (Affine(8, granularity=PerTensor()), 8 + 16 / (384 * 384)),
+    ],
+    ids=repr,
+)
+def test_bits_per_weight_count_scales_and_zero_points(scheme: Affine, bits: float) -> None:
+    assert scheme.bits_per_weight((1, 384, 384)) == pytest.approx(bits, abs=1e-12)
+
+
+@given(
+    scheme=GRIDS,
+    groups=st.integers(1, 3),
+    rows=st.integers(1, 7),
+    columns=st.integers(1, 9).map(lambda n: 4 * n),
+)
+def test_predicted_bytes_are_the_packed_bytes(
+    scheme: Affine, groups: int, rows: int, columns: int
+) -> None:
+    stack = (groups, rows, columns)
+    x = noise(*stack)
+    q = scheme.quantize(x, qparams_of(scheme, x))
+    layout = Layout.grouped((groups * rows, columns), groups)
+    packed = PackedTensor.pack(q, scheme, layout, torch.float32)
+    scales = scale_of(q.qparams)
+    wider = scales.numel() * (scales.element_size() - scheme.scale_dtype.itemsize)
+    assert packed.nbytes == scheme.nbytes(stack) + wider
+    if wider == 0:
+        assert scheme.bits_per_weight(stack) == 8 * packed.nbytes / x.numel()
+
+
+@given(scheme=GRIDS, x=STACKS)
+def test_packing_loses_nothing(scheme: Affine, x: Tensor) -> None:
+    q = scheme.quantize(x, qparams_of(scheme, x))
+    layout = Layout.grouped((6, 8), groups=2)
+    packed = PackedTensor.pack(q, scheme, layout, torch.float32)
+    back = packed.unpack()
+    assert same_bits(back.codes, q.codes)
+    assert same_bits(scale_of(back.qparams), scale_of(q.qparams))
+    assert (back.qparams.zero_point is None) == (q.qparams.zero_point is None)
+    if back.qparams.zero_point is not None and q.qparams.zero_point is not None:
+        assert same_bits(back.qparams.zero_point, q.qparams.zero_point)
+    assert back.qparams.block_size == q.qparams.block_size
+    values, _ = stack_and_step(packed, 8)
+    torch.testing.assert_close(
+        packed.dequantize(torch.float64).reshape(SHAPE), values, rtol=1e-6, atol=1e-45
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_dtype_of_the_weight_is_remembered(dtype: torch.dtype) -> None:
+    scheme = Affine(8)
+    x = noise(1, 4, 8).to(dtype)
+    q = scheme.quantize(x, qparams_of(scheme, x))
+    assert q.dtype == dtype
+    assert scheme.dequantize(q).dtype == torch.float32
+
+
+@pytest.mark.parametrize("bits", [-1, 0, 1, 9, 16, 4.0, "4", True, None])
+def test_a_width_is_a_whole_number_from_2_to_8(bits: Json) -> None:
+    with pytest.raises(ConfigurationError, match="Affine has 2 to 8 bits, not"):
+        Affine.from_config({"kind": "affine", "bits": bits})
+
+
+@pytest.mark.parametrize("symmetric", ["no", "false", 0, None])
+def test_symmetric_is_a_boolean(symmetric: Json) -> None:
+    with pytest.raises(ConfigurationError, match="symmetric"):
+        Affine.from_config({"kind": "affine", "symmetric": symmetric})
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int8", "nonsense", 16, None])
+def test_a_scale_dtype_is_one_of_three(dtype: Json) -> None:
+    with pytest.raises(ConfigurationError):
+        Affine.from_config({"kind": "affine", "scale_dtype": dtype})
+
+
+@pytest.mark.parametrize("granularity", ["channel", 64, None, {"kind": "minmax"}])
+def test_a_granularity_is_an_object(granularity: Json) -> None:
+    with pytest.raises(ConfigurationError, match="granularity is a Granularity"):
+        Affine.from_config({"kind": "affine", "granularity": granularity})
+
+
+def test_a_group_that_does_not_divide_is_refused_with_the_reason() -> None:
+    scheme = Affine(4, granularity=PerGroup(64))
+    assert scheme.refuse((1, 8, 128)) is None
+    assert scheme.refuse((1, 8, 100)) == "a group of 64 does not divide a row of 100"
+
+
+def test_qparams_without_a_scale_are_refused() -> None:
+    with pytest.raises(InputError, match="Affine needs a scale"):
+        Affine().quantize(noise(*SHAPE), QParams(None, None, (1, 1, 8)))
+
+
+def test_schemes_are_values_that_differ_in_every_field() -> None:
+    base = Affine(4, False, PerGroup(32), torch.float16)
+    assert base == Affine(4, False, PerGroup(32), torch.float16)
+    assert hash(base) == hash(Affine(4, False, PerGroup(32), torch.float16))
+    others = {
+        Affine(5, False, PerGroup(32), torch.float16),
+        Affine(4, True, PerGroup(32), torch.float16),
+        Affine(4, False, PerGroup(64), torch.float16),
+        Affine(4, False, PerGroup(32), torch.float32),
+    }
+    assert len(others | {base}) == 5
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        setattr(base, "bits", 8)  # noqa: B010  # mypy knows that it is frozen
+
+
+def test_a_scale_dtype_may_be_given_by_name() -> None:
+    assert Affine.from_config({"kind": "affine", "scale_dtype": "bfloat16"}) == Affine(
+        scale_dtype=torch.bfloat16
+    )
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [
+        (Affine(), "8-bit symmetric per-channel"),
+        (Affine(4, False, PerGroup(64)), "4-bit asymmetric per-group 64"),
+        (Affine(2, True, PerTensor()), "2-bit symmetric per-tensor"),
+    ],
+    ids=repr,
+)
+def test_schemes_describe_themselves_in_a_few_words(scheme: Affine, words: str) -> None:
+    assert scheme.describe() == words
