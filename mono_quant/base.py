@@ -385,7 +385,7 @@ class LayerQuantizer(Configurable, ABC):
     ) -> Iterable[tuple[str, Tensor]]:
         """Return each weight's name with its inputs as rows ``[n, in]``, for one call of the layer.
 
-        Nothing by default: a rounding that needs statistics then leaves the layer in float.
+        Nothing by default: a rounding that needs statistics then refuses the layer.
         """
         return ()
 

@@ -85,7 +85,8 @@ def register(cls: type[ConfigurableT]) -> type[ConfigurableT]:
         ConfigurationError: another class already has that kind.
     """
     known = _KINDS.setdefault(cls.kind, cls)
-    if known is not cls and known.__qualname__ != cls.__qualname__:
+    names = [(one.__module__, one.__qualname__) for one in (known, cls)]
+    if names[0] != names[1]:  # a module that is run again defines its classes anew
         raise ConfigurationError(f"kind {cls.kind!r} already belongs to {known.__name__}")
     _KINDS[cls.kind] = cls
     return cls
@@ -132,14 +133,14 @@ def encode(value: object) -> Json:
     """Return a field's value as JSON data."""
     if isinstance(value, Configurable):
         return value.to_config()
-    if isinstance(value, torch.dtype):
-        return dtype_name(value)
     if isinstance(value, tuple):
         return [_encode_scalar(item) for item in value]
     return _encode_scalar(value)
 
 
 def _encode_scalar(value: object) -> Scalar:
+    if isinstance(value, torch.dtype):
+        return dtype_name(value)
     if value is None or isinstance(value, str | int | float | bool):
         return value
     raise ConfigurationError(f"{value!r} cannot be written to a configuration")

@@ -38,8 +38,7 @@ class Quantizer:
     """Says how a model is to be quantized.
 
     Immutable: every method returns a new quantizer, so one may be kept, shared and varied. Its repr
-        is
-    the chain of calls that makes it. Without a word more, `Quantizer()` means 8 bits.
+    is the chain of calls that makes it. Without a word more, `Quantizer()` means 8 bits.
 
     Example:
         ``Quantizer().bits(4).group_size(64).skip("head").fit(data).apply(model)``

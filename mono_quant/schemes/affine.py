@@ -125,12 +125,12 @@ class Affine(Scheme):
         return QParams(scale, zero_point, block_size)
 
     def quantize(self, x: Tensor, qparams: QParams) -> QTensor:
-        """Return the nearest code of each value: ``clamp(round(x / scale) + zero_point)``.
+        """Return the nearest code of each value: ``clamp(round(x / scale + zero_point))``.
 
-        Multiplies by the float32 reciprocal of the scale, as torch's operators do, so that codes
-        agree with theirs bit for bit. (With a zero point, ``torch.quantize_per_channel`` on x86
-        adds it before it rounds, unlike ``torch.fake_quantize_per_channel_affine``, which is
-        followed here: values within 1e-4 of a half may then differ by one code.)
+        Computed in float32 from the reciprocal of the scale, the zero point added before rounding,
+        as ``torch.quantize_per_channel`` does it: codes agree with its bit for bit. Operators that
+        add it afterwards (``torch.fake_quantize_per_channel_affine``) or in one fused step
+        (``torch.quantize_per_tensor``) may differ by a code where a value lies on a half.
 
         Args:
             x: finite values; computed in float32.
@@ -141,10 +141,10 @@ class Affine(Scheme):
         """
         scale, zero_point = self._parts(qparams)
         blocks = to_blocks(x.to(torch.float32), qparams.block_size)
-        values = (blocks * spread(1.0 / scale)).round_()
+        values = blocks * spread(1.0 / scale)
         if zero_point is not None:
             values += spread(zero_point)
-        codes = values.clamp_(self.quant_min, self.quant_max).reshape(x.shape)
+        codes = values.round_().clamp_(self.quant_min, self.quant_max).reshape(x.shape)
         return QTensor(codes.to(torch.int8 if self.symmetric else torch.uint8), qparams, x.dtype)
 
     def dequantize(self, q: QTensor) -> Tensor:

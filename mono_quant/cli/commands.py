@@ -1,0 +1,205 @@
+"""What each command does: it hands words on and brings back what the API says."""
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+
+import attrs
+
+from mono_quant.cli.inputs import data_of, factory_of, float_model, import_module, model_path
+from mono_quant.cli.options import (
+    CompareOptions,
+    DemoOptions,
+    DequantizeOptions,
+    InfoOptions,
+    ModelOptions,
+    QuantizeOptions,
+    ValidateOptions,
+)
+from mono_quant.cli.values import build_quantizer
+from mono_quant.comparison import compare_files
+from mono_quant.configurable import Config
+from mono_quant.demo.run import run_demo
+from mono_quant.errors import ConfigurationError
+from mono_quant.files import describe_file, float_state_dict, validate_file
+from mono_quant.report import format_bytes
+from mono_quant.result import Validation
+from mono_quant.serializers import read_checkpoint, serializer_for, write_state_dict
+
+OK = 0
+FAILED = 1
+
+
+@attrs.frozen
+class Outcome:
+    """What a command has to say.
+
+    Attributes:
+        text: for people.
+        data: for ``--json``.
+        problem: what failed, where something did.
+    """
+
+    text: str
+    data: Config
+    problem: str | None = None
+
+    @property
+    def code(self) -> int:
+        """The exit code."""
+        return OK if self.problem is None else FAILED
+
+
+def quantize(given: Namespace) -> Outcome:
+    """Quantize a model, save it, and see that what was saved is right."""
+    options = QuantizeOptions(**vars(given))
+    _import_all(options)
+    quantizer = build_quantizer(options)
+    if options.dump_config:
+        config = quantizer.to_config()
+        return Outcome(_json_text(config), config)
+    output = None if options.dry_run else _checked_output(options.output, model_path(options))
+    model = float_model(options)
+    if options.calibration is not None:
+        if isinstance(model, Mapping):
+            raise ConfigurationError(
+                "--calibration runs the model, and a bare checkpoint cannot be run: "
+                "add --factory package.module:name"
+            )
+        data = data_of(options.calibration, options, options.samples)
+        quantizer = quantizer.fit(data.source, samples=data.samples, forward=data.forward)
+    elif options.forward is not None:
+        raise ConfigurationError("--forward calls the model with --calibration; add that")
+    plan = quantizer.plan(model)
+    del model  # so that --in-place can free the tensors of a bare checkpoint
+    if output is None:
+        outline = plan.outline
+        return Outcome(
+            plan.explain(),
+            {
+                "plan": outline.report.to_dict(),
+                "peak_bytes": outline.peak_bytes,
+                "peak_bytes_in_place": outline.peak_bytes_in_place,
+                "config": outline.config,
+            },
+        )
+    result = plan.run(in_place=options.in_place, progress=not options.quiet)
+    saved = result.save(output)
+    size = saved.stat().st_size
+    lines = [str(result.report), "", f"saved {saved} ({format_bytes(size)})"]
+    answer: dict[str, Config | str | int] = {
+        "output": str(saved),
+        "file_bytes": size,
+        "report": result.report.to_dict(),
+        "config": result.plan.config,
+    }
+    problem = None
+    if options.validate:
+        validation = result.validate(path=saved)
+        lines.append(f"validation: {validation}")
+        answer["validation"] = _validation(validation)
+        problem = _problem(saved, validation)
+    return Outcome("" if options.quiet else "\n".join(lines), answer, problem)
+
+
+def info(given: Namespace) -> Outcome:
+    """Show what a quantized file says of itself."""
+    options = InfoOptions(**vars(given))
+    _import_all(options)
+    found = describe_file(options.file)
+    return Outcome(str(found), found.to_dict())
+
+
+def validate(given: Namespace) -> Outcome:
+    """Reload a quantized file, and run it where there is a model and an example."""
+    options = ValidateOptions(**vars(given))
+    _import_all(options)
+    make = factory_of(options)
+    if options.example is not None and make is None:
+        raise ConfigurationError("--example is run through a model: add --factory")
+    example = data_of(options.example, options, 1) if options.example is not None else None
+    found = validate_file(options.file, make() if make is not None else None, example)
+    answer: Config = {"path": str(options.file), **_validation(found)}
+    return Outcome(str(found), answer, _problem(options.file, found))
+
+
+def compare(given: Namespace) -> Outcome:
+    """Compare two files, quantized or float."""
+    options = CompareOptions(**vars(given))
+    _import_all(options)
+    make = factory_of(options)
+    if options.calibration is not None and make is None:
+        raise ConfigurationError("--calibration is run through a model: add --factory")
+    data = None
+    if options.calibration is not None:
+        data = data_of(options.calibration, options, options.samples)
+    found = compare_files(options.reference, options.other, make, data)
+    sizes = [path.stat().st_size for path in (options.reference, options.other)]
+    shown = " -> ".join(map(format_bytes, sizes))
+    answer = {
+        "reference": str(options.reference),
+        "other": str(options.other),
+        "reference_file_bytes": sizes[0],
+        "file_bytes": sizes[1],
+        **found.to_dict(),
+    }
+    return Outcome(f"files: {shown}\ntensors: {found}", answer)
+
+
+def dequantize(given: Namespace) -> Outcome:
+    """Write the float state dict of a quantized file."""
+    options = DequantizeOptions(**vars(given))
+    _import_all(options)
+    output = _checked_output(options.output, options.file)
+    checkpoint = read_checkpoint(options.file)
+    if not checkpoint.records:
+        raise ConfigurationError(f"{options.file} is float already")
+    tensors = float_state_dict(checkpoint)
+    write_state_dict(output, tensors)
+    size = output.stat().st_size
+    text = f"saved {output} ({format_bytes(size)}, {len(tensors)} tensors)"
+    answer = {"output": str(output), "file_bytes": size, "tensors": len(tensors)}
+    return Outcome("" if options.quiet else text, answer)
+
+
+def demo(given: Namespace) -> Outcome:
+    """Quantize a real sentence encoder and measure what that does."""
+    options = DemoOptions(**vars(given))
+    found = run_demo(options.output, progress=not options.quiet and sys.stderr.isatty())
+    failed = [run.name for run in found.variants if run.validation != "valid"]
+    problem = f"{', '.join(failed)} failed validation" if failed else None
+    return Outcome("" if options.quiet else str(found), found.to_dict(), problem)
+
+
+def _import_all(options: ModelOptions) -> None:
+    for name in options.imports:
+        import_module(name)
+
+
+def _checked_output(output: Path | None, source: Path | None) -> Path:
+    """Return where to write, once it is seen that one can."""
+    if output is None:
+        raise ConfigurationError("say where to write: --output FILE (.safetensors, .pt or .pth)")
+    serializer_for(output)
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {output.parent} for {output.name}; make it")
+    if source is not None and output.exists() and source.exists() and output.samefile(source):
+        raise ConfigurationError(f"{output} is the input itself; write to another file")
+    return output
+
+
+def _validation(found: Validation) -> dict[str, Config | str]:
+    return {"status": found.status, "checks": dict(found.checks)}
+
+
+def _problem(path: Path, found: Validation) -> str | None:
+    if found.status != "failed":
+        return None
+    what, seen = found.checks[-1]
+    return f"{path} failed validation: {what}: {seen}"
+
+
+def _json_text(config: Config) -> str:
+    return json.dumps(config, indent=2)

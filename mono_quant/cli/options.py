@@ -1,0 +1,84 @@
+"""What each command was told, with its types: argparse itself knows none."""
+
+from argparse import Namespace
+from pathlib import Path
+
+
+class ModelOptions(Namespace):
+    """How a command comes by a model and by data.
+
+    Attributes:
+        factory: ``package.module:callable`` that makes the float model.
+        forward: ``package.module:callable`` that calls the model with a batch.
+        imports: modules to import first, for the kinds that they register.
+    """
+
+    factory: str | None
+    forward: str | None
+    imports: list[str]
+
+
+class QuantizeOptions(ModelOptions):
+    """What ``quantize`` was told; see its help."""
+
+    positional: Path | None
+    model: Path | None
+    output: Path | None
+    trust_pickle: bool
+    bits: int | None
+    scheme: str | None
+    symmetric: bool | None
+    granularity: str | None
+    group_size: int | None
+    scale_dtype: str | None
+    observer: str | None
+    rounding: str | None
+    only: list[str]
+    skip: list[str]
+    override: list[str]
+    dynamic: bool
+    calibration: Path | None
+    samples: int
+    in_place: bool
+    dry_run: bool
+    validate: bool
+    config: Path | None
+    dump_config: bool
+    quiet: bool
+
+
+class InfoOptions(ModelOptions):
+    """What ``info`` was told; see its help."""
+
+    file: Path
+
+
+class ValidateOptions(ModelOptions):
+    """What ``validate`` was told; see its help."""
+
+    file: Path
+    example: Path | None
+
+
+class CompareOptions(ModelOptions):
+    """What ``compare`` was told; see its help."""
+
+    reference: Path
+    other: Path
+    calibration: Path | None
+    samples: int
+
+
+class DequantizeOptions(ModelOptions):
+    """What ``dequantize`` was told; see its help."""
+
+    file: Path
+    output: Path
+    quiet: bool
+
+
+class DemoOptions(Namespace):
+    """What ``demo`` was told; see its help."""
+
+    output: Path | None
+    quiet: bool

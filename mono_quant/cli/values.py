@@ -1,0 +1,208 @@
+"""From the words of a command line to strategies and a `Quantizer`."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from torch import nn
+
+from mono_quant.api import create_observer
+from mono_quant.base import RangeEstimator, Rounding, Scheme
+from mono_quant.cli.inputs import imported
+from mono_quant.cli.options import QuantizeOptions
+from mono_quant.configurable import Config, Configurable, Json, Scalar, as_dtype, registered
+from mono_quant.errors import ConfigurationError, UnknownKindError
+from mono_quant.numerics.granularity import Granularity
+from mono_quant.quantizer import Quantizer
+from mono_quant.selection import Selector
+
+StrategyT = TypeVar("StrategyT", bound=Configurable)
+
+_OF_TYPE = "type:"
+_IN_OVERRIDE = (
+    "bits",
+    "symmetric",
+    "granularity",
+    "group_size",
+    "scale_dtype",
+    "scheme",
+    "observer",
+    "rounding",
+)
+
+
+def build_quantizer(options: QuantizeOptions) -> Quantizer:
+    """Return the quantizer that the options describe, the file of ``--config`` first.
+
+    Raises:
+        ConfigurationError: they contradict each other or cannot be read.
+    """
+    config = _read_config(options.config) if options.config is not None else {}
+    if options.dynamic:
+        _check_dynamic(config, options)
+    quantizer = Quantizer.from_config(config)
+    if options.bits is not None:
+        quantizer = quantizer.bits(options.bits)
+    if options.scheme is not None:
+        quantizer = quantizer.scheme(_strategy(Scheme.from_config, Scheme, options.scheme))
+    if options.symmetric is not None:
+        quantizer = quantizer.symmetric(options.symmetric)
+    if options.granularity is not None:
+        quantizer = quantizer.granularity(_granularity(options.granularity))
+    if options.group_size is not None:
+        quantizer = quantizer.group_size(options.group_size)
+    if options.scale_dtype is not None:
+        quantizer = quantizer.scale_dtype(as_dtype(options.scale_dtype))
+    if options.observer is not None:
+        quantizer = quantizer.observer(_observer(options.observer))
+    if options.rounding is not None:
+        quantizer = quantizer.rounding(_rounding(options.rounding))
+    quantizer = quantizer.only(*map(_selector, options.only))
+    quantizer = quantizer.skip(*map(_selector, options.skip))
+    for text in options.override:
+        quantizer = _override(quantizer, text)
+    return quantizer
+
+
+def _check_dynamic(config: Config, options: QuantizeOptions) -> None:
+    settings = config.get("settings")
+    bits = options.bits or (settings.get("bits", 8) if isinstance(settings, Mapping) else 8)
+    if bits != 8:
+        raise ConfigurationError(f"--dynamic has 8 bits, not {bits}")
+    if options.calibration is not None:
+        raise ConfigurationError("--dynamic needs no --calibration; leave one of the two out")
+
+
+def _read_config(path: Path) -> Config:
+    try:
+        config: Json = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigurationError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, Mapping):
+        raise ConfigurationError(f"{path} holds no JSON object; --dump-config prints one")
+    return config
+
+
+def _strategy(make: Callable[[Config], StrategyT], base: type, text: str) -> StrategyT:
+    """Return the strategy of ``KIND``, of ``KIND:name=value,...`` or of a JSON object."""
+    config = _described(text)
+    try:
+        return make(config)
+    except UnknownKindError as error:
+        known = sorted(kind for kind, cls in registered().items() if issubclass(cls, base))
+        raise ConfigurationError(
+            f"there is no {base.__name__} of kind {config.get('kind')!r}: there is "
+            f"{', '.join(known)}; --import the module of another"
+        ) from error
+
+
+def _described(text: str) -> Config:
+    if text.lstrip().startswith("{"):
+        try:
+            config: Json = json.loads(text)
+        except ValueError as error:
+            raise ConfigurationError(f"{text!r} is not JSON: {error}") from error
+        return config if isinstance(config, Mapping) else {}
+    kind, _, rest = text.partition(":")
+    return {**_pairs(rest), "kind": kind}
+
+
+def _observer(text: str) -> RangeEstimator:
+    config = _described(text)
+    kind = config.get("kind")
+    simple: dict[str, Scalar] = {
+        name: value
+        for name, value in config.items()
+        if name != "kind" and (value is None or isinstance(value, str | int | float))
+    }
+    if isinstance(kind, str) and len(simple) == len(config) - 1:
+        return create_observer(kind, **simple)
+    return _strategy(RangeEstimator.from_config, RangeEstimator, text)
+
+
+def _rounding(text: str) -> Rounding:
+    return _strategy(Rounding.from_config, Rounding, text)
+
+
+def _granularity(text: str) -> Granularity | str:
+    if text in registered() or not text.isalpha():
+        return _strategy(Granularity.from_config, Granularity, text)
+    return text
+
+
+def _selector(text: str) -> Selector:
+    """Return a name pattern, or the class of ``type:Linear`` or ``type:package.module:Class``."""
+    if not text.startswith(_OF_TYPE):
+        return text
+    name = text.removeprefix(_OF_TYPE)
+    found = imported(name) if ":" in name else getattr(nn, name, None)
+    if isinstance(found, type) and issubclass(found, nn.Module):
+        return found
+    raise ConfigurationError(
+        f"{text!r} names no module class: type:Linear is torch.nn.Linear, and another one is "
+        "type:package.module:Class"
+    )
+
+
+def _override(quantizer: Quantizer, text: str) -> Quantizer:
+    pattern, said = _split_override(text)
+    if unknown := set(said) - set(_IN_OVERRIDE):
+        raise ConfigurationError(
+            f"--override {text!r}: there is no {', '.join(sorted(unknown))}; there is "
+            f"{', '.join(_IN_OVERRIDE)}"
+        )
+    named = {name: str(value) for name, value in said.items()}
+    symmetric = said.get("symmetric")
+    if not isinstance(symmetric, bool | None):
+        raise ConfigurationError(f"--override {text!r}: symmetric is true or false")
+    return quantizer.override(
+        _selector(pattern),
+        bits=_whole(said, "bits", text),
+        symmetric=symmetric,
+        granularity=_granularity(named["granularity"]) if "granularity" in said else None,
+        group_size=_whole(said, "group_size", text),
+        scale_dtype=as_dtype(named["scale_dtype"]) if "scale_dtype" in said else None,
+        scheme=_strategy(Scheme.from_config, Scheme, named["scheme"]) if "scheme" in said else None,
+        observer=_observer(named["observer"]) if "observer" in said else None,
+        rounding=_rounding(named["rounding"]) if "rounding" in said else None,
+    )
+
+
+def _split_override(text: str) -> tuple[str, dict[str, Scalar]]:
+    """Return the pattern and what is said of it: ``PATTERN=BITS`` or ``PATTERN:name=value,...``."""
+    pattern, colon, rest = text.rpartition(":")
+    of_type = f"{pattern}:".startswith(_OF_TYPE) and rest.partition("=")[0] not in _IN_OVERRIDE
+    if colon and not of_type:
+        return pattern, _pairs(rest)
+    pattern, equals, bits = text.rpartition("=")
+    if not equals or not pattern:
+        raise ConfigurationError(
+            f"--override {text!r} says nothing: write PATTERN=BITS or PATTERN:name=value,..."
+        )
+    return pattern, {"bits": _scalar(bits)}
+
+
+def _whole(said: Mapping[str, Scalar], name: str, text: str) -> int | None:
+    value = said.get(name)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    raise ConfigurationError(f"--override {text!r}: {name} is a whole number, not {value!r}")
+
+
+def _pairs(text: str) -> dict[str, Scalar]:
+    pairs: dict[str, Scalar] = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigurationError(f"{part!r} is not name=value")
+        pairs[name.strip()] = _scalar(value.strip())
+    return pairs
+
+
+def _scalar(text: str) -> Scalar:
+    try:
+        value: object = json.loads(text)
+    except ValueError:
+        return text
+    return value if value is None or isinstance(value, bool | int | float) else text
