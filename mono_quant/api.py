@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mono_quant.base import LayerQuantizer, QuantizedModule, RangeEstimator, Serializer
 from mono_quant.calibration import CalibrationData, Forward
 from mono_quant.checkpoint import ModelT, copy_structure, dequantized, rebuild, to_checkpoint
-from mono_quant.configurable import Kinds, Scalar, find_kind
+from mono_quant.configurable import Kinds, Scalar, find_kind, registered
 from mono_quant.errors import ConfigurationError, InputError, UnknownKindError
 from mono_quant.modules import BareModule
 from mono_quant.numerics.granularity import Granularity
@@ -228,7 +228,10 @@ def create_observer(name: str, **parameters: Scalar) -> RangeEstimator:
     try:
         found = find_kind(name)
     except UnknownKindError as error:
-        raise ConfigurationError(f"there is no observer {name!r}") from error
+        known = [kind for kind, cls in registered().items() if issubclass(cls, RangeEstimator)]
+        raise ConfigurationError(
+            f"there is no observer {name!r}; there is {', '.join(sorted(known))}"
+        ) from error
     if not issubclass(found, RangeEstimator):
         raise ConfigurationError(f"{name!r} is a {found.__name__}, which is no observer")
     return found.from_config({"kind": name, **parameters})

@@ -1,7 +1,9 @@
 """Running data through a model: batches, outputs, and the statistics of layers' inputs."""
 
 import inspect
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
@@ -121,9 +123,11 @@ class CalibrationData:
         bar: tqdm[object] = tqdm(
             desc=progress, unit="batch", disable=None if progress else True, leave=False
         )
-        with evaluating(model), torch.no_grad(), bar:
+        with evaluating(model), bar:
             for place, batch in enumerate(self.batches()):
-                yield self._run(model, batch, place)
+                with torch.no_grad():  # not across the yield: there it would hold for the caller
+                    found = self._run(model, batch, place)
+                yield found
                 bar.update()
 
     def _run(self, model: nn.Module, batch: object, place: int) -> list[Tensor]:
@@ -203,7 +207,7 @@ class Outputs:
         """Keep up to `limit` bytes in memory."""
         self._limit = limit
         self._kept: list[list[Tensor] | Path] = []
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Path | None = None
 
     def add(self, outputs: list[Tensor]) -> None:
         """Keep the outputs of one more batch."""
@@ -212,8 +216,9 @@ class Outputs:
             self._kept.append([tensor.clone() for tensor in outputs])
             return
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="mono_quant_")
-        path = Path(self._folder.name) / f"{len(self._kept)}.pt"
+            self._folder = Path(tempfile.mkdtemp(prefix="mono_quant_"))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        path = self._folder / f"{len(self._kept)}.pt"
         torch.save(outputs, path)
         self._kept.append(path)
 
@@ -284,10 +289,14 @@ def _fold(statistic: Statistic[object], rows: Tensor, seen: dict[AnyStatistic, o
 
 
 def _to_device(value: object, device: torch.device) -> object:
+    """Return a copy of a batch there: a model may write into its inputs."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return value.to(device, copy=True)
     if isinstance(value, Mapping):
         return {key: _to_device(item, device) for key, item in value.items()}
-    if isinstance(value, tuple | list):
+    if isinstance(value, tuple):
+        made = getattr(value, "_make", tuple)  # a named tuple keeps its names
+        return cast("object", made(_to_device(item, device) for item in value))
+    if isinstance(value, list):
         return [_to_device(item, device) for item in value]
     return value

@@ -89,9 +89,12 @@ class Comparison:
 
     def __str__(self) -> str:
         """Return it as text for a terminal."""
+        times, what = (self.ratio, "smaller")
+        if self.bytes > self.reference_bytes > 0:
+            times, what = (1 / self.ratio, "larger")
         lines = [
             f"{format_bytes(self.reference_bytes)} -> {format_bytes(self.bytes)} "
-            f"({self.ratio:.2f} times smaller)"
+            f"({times:.2f} times {what})"
         ]
         if self.output_sqnr_db is not None:
             lines.append(

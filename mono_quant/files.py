@@ -1,5 +1,6 @@
 """Files as they are, quantized or float: what is in them, and how it gets into a model."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -104,8 +105,12 @@ class FileInfo:
             f"{self.path}: {format_bytes(self.file_bytes)}, {self.format}, "
             f"format version {self.format_version}, written by {made_by}"
         ]
-        lines += [f"{name}: {_short(value)}" for name, value in self.summary.items() if value]
-        lines += [f"config {name}: {_short(value)}" for name, value in self.config.items() if value]
+        for name, value in self.summary.items():
+            said = value if isinstance(value, list) else [_short(name, value)] if value else []
+            lines += [f"{name.replace('_', ' ')}: {one}" for one in said]
+        lines += [
+            f"config {name}: {json.dumps(value)}" for name, value in self.config.items() if value
+        ]
         lines.append(
             f"{len(self.weights)} quantized weights, {self.float_tensors} other tensors "
             f"({format_bytes(self.float_tensor_bytes)})"
@@ -269,5 +274,7 @@ def _list(value: Json) -> list[Json]:
     return value
 
 
-def _short(value: Json) -> str:
+def _short(name: str, value: Json) -> str:
+    if name.endswith("bytes") and isinstance(value, int):
+        return format_bytes(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -73,6 +73,7 @@ class Report:
         samples: how many samples the outputs were measured on.
         notes: what was decided that the user did not say.
         warnings: what ought to be looked at, worst first.
+        head: name of the weight of the last layer, as a rule the output head.
     """
 
     layers: tuple[LayerReport, ...]
@@ -81,6 +82,7 @@ class Report:
     samples: int = 0
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    head: str | None = None
 
     @property
     def quantized(self) -> tuple[LayerReport, ...]:

@@ -188,7 +188,8 @@ def validate(
     except (CheckpointError, InputError) as error:
         return Validation("failed", (*checks, (type(error).__name__, str(error))))
     if example is None or isinstance(model, BareModule):
-        why = "a state dict has no forward" if example else "no example: validate(example=...)"
+        bare = isinstance(model, BareModule)
+        why = "a state dict has no forward" if bare else "no example: validate(example=...)"
         return Validation("reloaded, not run", (*checks, ("run", why)))
     one = CalibrationData([example.first()], 1, example.forward)
     ours, theirs = (next(one.outputs(which)) for which in (model, fresh))

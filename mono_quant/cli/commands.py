@@ -160,7 +160,7 @@ def dequantize(given: Namespace) -> Outcome:
     write_state_dict(output, tensors)
     size = output.stat().st_size
     text = f"saved {output} ({format_bytes(size)}, {len(tensors)} tensors)"
-    answer = {"output": str(output), "file_bytes": size, "tensors": len(tensors)}
+    answer: Config = {"output": str(output), "file_bytes": size, "tensors": len(tensors)}
     return Outcome("" if options.quiet else text, answer)
 
 

@@ -28,9 +28,10 @@ class BareWeightQuantizer(SingleWeightQuantizer):
 
     def matches(self, layer: nn.Module) -> bool:
         """Return whether `layer` is a place in a state dict with such a tensor."""
+        if not SingleWeightQuantizer.matches(self, layer):
+            return False
         weight = layer._parameters.get("weight")
-        known = SingleWeightQuantizer.matches(self, layer)
-        return known and weight is not None and 2 <= weight.dim() <= 5
+        return weight is not None and 2 <= weight.dim() <= 5
 
     def refuse(self, layer: nn.Module, scheme: Scheme) -> str | None:
         """Return None: a tensor is a tensor."""

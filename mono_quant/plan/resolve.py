@@ -38,16 +38,12 @@ def resolve(model: ModelT, request: Request, config: Config) -> Plan[ModelT]:
     """
     check_supported(model)
     weights = _join_ties(model, _weights(model, request))
+    rows = tuple(_rows(model, weights))
     report = Report(
-        layers=tuple(_rows(model, weights)),
-        buffer_bytes=sum(
-            tensor_bytes(buffer)
-            for module in model.modules()
-            if not isinstance(module, QuantizedWeight)
-            for buffer in module._buffers.values()
-            if buffer is not None
-        ),
+        layers=rows,
+        buffer_bytes=sum(map(tensor_bytes, _buffers(model))),
         notes=tuple(_notes(request, weights)),
+        head=_last_weight(model, rows),
     )
     todo = [weight for weight in weights if weight.recipe is not None]
     work = WORK_BYTES * max((weight.parameters for weight in todo), default=0)
@@ -199,26 +195,23 @@ def _one_fate(group: list[WeightPlan], others: list[str]) -> list[WeightPlan]:
     return [lead, *(attrs.evolve(weight, tied_to=lead) for weight in fates[1:])]
 
 
-def _rows(model: nn.Module, weights: Iterable[WeightPlan]) -> Iterable[LayerReport]:
+def _rows(model: nn.Module, weights: Sequence[WeightPlan]) -> Iterable[LayerReport]:
     """Yield a row for each weight, one for each module's other parameters, one for all biases."""
     by_path: dict[str, list[WeightPlan]] = {}
     for weight in weights:
         by_path.setdefault(weight.path, []).append(weight)
-    counted: set[int] = set()
+    sources = (source for weight in weights for source in weight.sources)
+    counted: set[object] = {_identity(model.get_parameter(source)) for source in sources}
     biases: list[nn.Parameter] = []
     for path, module in model.named_modules():
         for weight in by_path.get(path, ()):
-            counted.update(id(model.get_parameter(source)) for source in weight.sources)
             if weight.tied_to is None:
                 yield _weight_row(weight)
         if isinstance(module, QuantizedModule):
             yield from _quantized_rows(path, module, counted)
-        rest = [
-            parameter
-            for parameter in module._parameters.values()
-            if parameter is not None and id(parameter) not in counted
-        ]
-        counted.update(map(id, rest))
+        own = {_identity(one): one for one in module._parameters.values() if one is not None}
+        rest = [one for identity, one in own.items() if identity not in counted]
+        counted.update(own)
         if path in by_path or isinstance(module, QuantizedModule):
             biases += rest
         elif rest:
@@ -251,7 +244,9 @@ def _weight_row(weight: WeightPlan) -> LayerReport:
     )
 
 
-def _quantized_rows(path: str, module: QuantizedModule, counted: set[int]) -> Iterable[LayerReport]:
+def _quantized_rows(
+    path: str, module: QuantizedModule, counted: set[object]
+) -> Iterable[LayerReport]:
     for name, packed in module.packed_weights().items():
         if id(packed.tensors["codes"]) in counted:
             continue
@@ -269,6 +264,25 @@ def _quantized_rows(path: str, module: QuantizedModule, counted: set[int]) -> It
             scheme=packed.scheme.describe(),
             reason="quantized before",
         )
+
+
+def _last_weight(model: nn.Module, rows: Iterable[LayerReport]) -> str | None:
+    """Return the name of the last weight in the model's order, one that is tied among them."""
+    places = {path: place for place, (path, _) in enumerate(model.named_modules())}
+    names = [name for row in rows if row.shape for name in (row.name, *row.aliases)]
+    return max(names, key=lambda name: places[name.rpartition(".")[0]], default=None)
+
+
+def _buffers(model: nn.Module) -> Iterable[Tensor]:
+    """Return every buffer once, those of quantized weights left out: their rows count them."""
+    found = {
+        _identity(buffer): buffer
+        for module in model.modules()
+        if not isinstance(module, QuantizedWeight)
+        for buffer in module._buffers.values()
+        if buffer is not None
+    }
+    return found.values()
 
 
 def _notes(request: Request, weights: Sequence[WeightPlan]) -> Iterable[str]:

@@ -49,13 +49,14 @@ def _low_layers(report: Report) -> list[str]:
 
 
 def _low_head(report: Report) -> str | None:
-    """Return a warning if the last weight, as a rule the output head, has 4 bits or fewer."""
-    weights = [row for row in report.layers if row.shape]
-    if not weights or weights[-1].scheme is None or weights[-1].bits_per_weight >= 6:
+    """Return a warning if the output head has fewer than 6 bits per weight."""
+    rows = (row for row in report.quantized if report.head in (row.name, *row.aliases))
+    row = next(rows, None)
+    if row is None or report.head is None or row.bits_per_weight >= 6:
         return None
-    name = weights[-1].name.rpartition(".")[0]
+    name = report.head.rpartition(".")[0]
     return (
-        f"the output head {name!r} is at {weights[-1].bits_per_weight:.2f} bits per weight; "
+        f"the output head {name!r} is at {row.bits_per_weight:.2f} bits per weight; "
         f"override({name!r}, bits=8) or skip({name!r}) is the user's choice"
     )
 

@@ -12,6 +12,8 @@ from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.numerics.granularity import Granularity, PerTensor, Shape
 from mono_quant.numerics.values import QParams, QTensor
 
+_ONE_BLOCK = PerTensor()  # made once: torch.compile cannot trace the making of an attrs class
+
 
 @register
 @attrs.frozen
@@ -37,7 +39,7 @@ class FloatCast(Scheme):
     @property
     def granularity(self) -> Granularity:
         """One block: there is no scale to share."""
-        return PerTensor()
+        return _ONE_BLOCK
 
     @property
     def code_bits(self) -> None:

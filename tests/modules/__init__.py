@@ -1,0 +1,1 @@
+"""Quantized modules as modules: moved, copied, compiled, exported."""
