@@ -270,7 +270,7 @@ def _last_weight(model: nn.Module, rows: Iterable[LayerReport]) -> str | None:
     """Return the name of the last weight in the model's order, one that is tied among them."""
     places = {path: place for place, (path, _) in enumerate(model.named_modules())}
     names = [name for row in rows if row.shape for name in (row.name, *row.aliases)]
-    return max(names, key=lambda name: places[name.rpartition(".")[0]], default=None)
+    return max(names, key=lambda name: places.get(name.rpartition(".")[0], -1), default=None)
 
 
 def _buffers(model: nn.Module) -> Iterable[Tensor]:

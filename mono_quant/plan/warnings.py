@@ -41,7 +41,7 @@ def _low_layers(report: Report) -> list[str]:
         for row in report.quantized
         if row.sqnr_db is not None and not row.sqnr_db >= WARNING_DB
     ]
-    low.sort()
+    low.sort(key=lambda one: -math.inf if math.isnan(one[0]) else one[0])
     lines = [line for decibels, name in low[:_SHOWN] for line in _graded(name, decibels)]
     if len(low) > _SHOWN:
         lines.append(f"{len(low) - _SHOWN} more weights are below {WARNING_DB:.0f} dB")

@@ -1,5 +1,6 @@
 """The safetensors format: https://github.com/huggingface/safetensors, "Format"."""
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +16,11 @@ from mono_quant.serializers.atomic import replacing
 from mono_quant.serializers.wire import decode, encode, read_header
 
 
+_ENTRY = "mono_quant"
+
+
 class SafetensorsSerializer(Serializer):
-    """Tensors in the safetensors format, the header in its metadata.
+    """Tensors in the safetensors format, our texts as JSON in one entry of its metadata.
 
     Written with the library's own writer from the tensors' memory, without a copy and without
     numpy.
@@ -34,7 +38,7 @@ class SafetensorsSerializer(Serializer):
         if reason := self.can_express(checkpoint):
             raise CheckpointError(reason)
         texts, tensors = encode(checkpoint)
-        write_safetensors(path, tensors, texts)
+        write_safetensors(path, tensors, {_ENTRY: json.dumps(texts)})
 
     def load(self, path: Path, *, kinds: Kinds | None = None) -> Checkpoint:
         """Return what the file holds, each tensor copied out of the mapped file once."""
@@ -43,12 +47,12 @@ class SafetensorsSerializer(Serializer):
             def read(key: str) -> Tensor:
                 return file.get_tensor(key).clone()
 
-            return decode(file.metadata() or {}, read, kinds)
+            return decode(_texts(file), read, kinds)
 
     def header(self, path: Path) -> Config:
         """Return the header of a file without reading a tensor."""
         with _opened(path) as file:
-            return read_header(file.metadata() or {})
+            return read_header(_texts(file))
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -58,13 +62,17 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_texts(path: Path) -> dict[str, str]:
-    """Return the texts of any safetensors file without reading a tensor."""
+    """Return our texts in any safetensors file, none in a foreign one, without reading a tensor."""
     with _opened(path) as file:
-        return file.metadata() or {}
+        return _texts(file)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
-    """Write contiguous CPU tensors and texts.
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write contiguous CPU tensors and metadata.
+
+    Of one entry of metadata the library writes the same bytes each time; of several it does not.
 
     Raises:
         CheckpointError: safetensors lacks the dtype of one.
@@ -73,7 +81,17 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[
         raise CheckpointError(reason)
     with replacing(path) as beside:
         specs = {key: _spec(tensor) for key, tensor in tensors.items()}
-        serialize_file(specs, beside, metadata=texts)
+        serialize_file(specs, beside, metadata=metadata)
+
+
+def _texts(file: safe_open) -> dict[str, str]:
+    try:
+        found: object = json.loads((file.metadata() or {}).get(_ENTRY, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpointError(f"its metadata is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CorruptCheckpointError("its metadata is no mapping")
+    return {str(key): value for key, value in found.items() if isinstance(value, str)}
 
 
 def _inexpressible(tensors: Mapping[str, Tensor]) -> str | None:

@@ -48,8 +48,8 @@ class TorchSerializer(Serializer):
 
 def write_pickled(path: Path, content: Mapping[str, object]) -> None:
     """Write a dictionary of tensors and plain values."""
-    with replacing(path) as beside:
-        torch.save(content, beside)
+    with replacing(path) as beside, beside.open("wb") as file:
+        torch.save(content, file)  # given a path, it would write the temporary name into the file
 
 
 def read_pickled(path: Path, *, mapped: bool = False) -> dict[str, object]:

@@ -1,0 +1,183 @@
+"""How the options of ``monoquant quantize`` become the calls of the builder."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mono_quant import (
+    MSE,
+    Affine,
+    FloatCast,
+    MinMax,
+    PerGroup,
+    Quantizer,
+    RoundToNearest,
+    load_model,
+)
+from tests.cli.conftest import SMALL, Monoquant
+from tests.cli.networks import small
+from tests.helpers import same_tensors
+
+AFFINE_JSON = '{"kind": "affine", "bits": 6, "granularity": {"kind": "per_group", "size": 32}}'
+
+
+@pytest.mark.parametrize(
+    ("words", "quantizer"),
+    [
+        ([], Quantizer()),
+        (["--bits", "4"], Quantizer().bits(4)),
+        (["--symmetric"], Quantizer().symmetric()),
+        (["--asymmetric"], Quantizer().asymmetric()),
+        (["--granularity", "tensor"], Quantizer().granularity("tensor")),
+        (["--granularity", "per_group:size=32"], Quantizer().granularity(PerGroup(32))),
+        (["--group-size", "32"], Quantizer().group_size(32)),
+        (["--granularity", "group", "--group-size", "32"], Quantizer().group_size(32)),
+        (["--scale-dtype", "bfloat16"], Quantizer().scale_dtype(torch.bfloat16)),
+        (["--scheme", "float_cast:dtype=bfloat16"], Quantizer().scheme(FloatCast(torch.bfloat16))),
+        (["--scheme", "affine:bits=5"], Quantizer().scheme(Affine(5))),
+        (["--scheme", AFFINE_JSON], Quantizer().scheme(Affine(6, granularity=PerGroup(32)))),
+        (["--observer", "minmax"], Quantizer().observer(MinMax())),
+        (
+            ["--observer", "mse:steps=100,smallest=0.5"],
+            Quantizer().observer(MSE(steps=100, smallest=0.5)),
+        ),
+        (["--observer", '{"kind": "mse", "steps": 9}'], Quantizer().observer(MSE(steps=9))),
+        (["--rounding", "round_to_nearest"], Quantizer().rounding(RoundToNearest())),
+        (["--only", "a", "--only", "b.*"], Quantizer().only("a", "b.*")),
+        (["--skip", "a", "--skip", "b"], Quantizer().skip("a", "b")),
+        (["--override", "blocks.*.head=8"], Quantizer().override("blocks.*.head", bits=8)),
+        (
+            ["--override", "a:bits=8,group_size=32", "--override", "b=16"],
+            Quantizer().override("a", bits=8, group_size=32).override("b", bits=16),
+        ),
+        (
+            ["--override", "a:symmetric=false,granularity=tensor,scale_dtype=float32,observer=mse"],
+            Quantizer().override(
+                "a",
+                symmetric=False,
+                granularity="tensor",
+                scale_dtype=torch.float32,
+                observer=MSE(),
+            ),
+        ),
+        (
+            ["--override", "a:scheme=float_cast,rounding=round_to_nearest"],
+            Quantizer().override("a", scheme=FloatCast(), rounding=RoundToNearest()),
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_say_what_the_builder_says(
+    words: list[str], quantizer: Quantizer, monoquant: Monoquant
+) -> None:
+    done = monoquant("quantize", *words, "--dump-config")
+    assert (done.code, done.err) == (0, "")
+    assert done.json == quantizer.to_config()
+
+
+def test_a_dumped_configuration_can_be_begun_with(folder: Path, monoquant: Monoquant) -> None:
+    dumped = monoquant("quantize", "--bits", 4, "--skip", "2", "--dump-config").out
+    (folder / "four.json").write_text(dumped)
+    done = monoquant(
+        "quantize", "--config", "four.json", "--bits", 3, "--override", "0=8", "--dump-config"
+    )
+    assert done.json == Quantizer().bits(3).skip("2").override("0", bits=8).to_config()
+
+
+def test_a_file_carries_the_configuration_that_made_it(folder: Path, monoquant: Monoquant) -> None:
+    words = ("--bits", 4, "--override", "2=8", "--observer", "mse:steps=20")
+    assert monoquant("quantize", "model.pt", *words, "-o", "s.safetensors").code == 0
+    config = monoquant("info", "s.safetensors", "--json").json["config"]
+    (folder / "made.json").write_text(json.dumps(config))
+    assert (
+        monoquant("quantize", "model.pt", "--config", "made.json", "-o", "t.safetensors").code == 0
+    )
+    assert same_tensors(load_model("s.safetensors", small()), load_model("t.safetensors", small()))
+
+
+@pytest.mark.parametrize("name", ["type:Linear", "type:torch.nn:Linear"])
+def test_layers_can_be_named_by_type(name: str, folder: Path, monoquant: Monoquant) -> None:
+    skipped = monoquant("quantize", "--factory", SMALL, "--skip", name, "--plan")
+    assert skipped.out.count("float: skipped") == 2
+    overridden = monoquant("quantize", "--factory", SMALL, "--override", f"{name}:bits=5", "--plan")
+    assert overridden.out.count("5-bit asymmetric") == 2
+    shorter = monoquant("quantize", "--factory", SMALL, "--override", f"{name}=5", "--plan")
+    assert shorter.out == overridden.out
+
+
+def test_an_imported_module_brings_its_kinds(folder: Path, monoquant: Monoquant) -> None:
+    done = monoquant(
+        "quantize", "model.pt", "--import", "tests.cli.networks",
+        "--scheme", "renamed_for_the_command_line:bits=7", "--plan",
+    )  # fmt: skip
+    assert "7-bit symmetric per-channel" in done.out
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--bits", "9"], "bits is 2 to 8, or 16 for a cast, not 9"),
+        (["--bits", "four"], "argument --bits: invalid int value: 'four'"),
+        (["--symmetric", "--asymmetric"], "not allowed with argument --symmetric"),
+        (["--granularity", "channel", "--group-size", "32"], "say one of the two"),
+        (["--granularity", "rows"], "granularity is 'tensor', 'channel', 'group'"),
+        (["--group-size", "0"], "a group has 1 value or more, not 0"),
+        (["--scale-dtype", "float12"], "'float12' is not the name of a torch dtype"),
+        (["--bits", "4", "--scheme", "affine"], "already fixes bits"),
+        (["--scheme", "afine"], "no Scheme of kind 'afine': there is affine, float_cast"),
+        (["--scheme", "minmax"], "expected a Scheme, but kind 'minmax' is a MinMax"),
+        (["--scheme", "affine:bit=4"], "Affine has no field bit; it has bits"),
+        (["--scheme", "{"], "is not JSON"),
+        (["--scheme", "affine:4"], "'4' is not name=value"),
+        (["--observer", "median"], "there is no observer 'median'; there is minmax, mse"),
+        (["--observer", "affine"], "'affine' is a Affine, which is no observer"),
+        (["--observer", "mse:steps=1"], "a search has 2 steps or more, not 1"),
+        (["--rounding", "up"], "no Rounding of kind 'up': there is round_to_nearest"),
+        (["--override", "head"], "write PATTERN=BITS or PATTERN:name=value"),
+        (["--override", "head=eight"], "bits is a whole number, not 'eight'"),
+        (["--override", "head:bitz=8"], "there is no bitz; there is bits"),
+        (["--override", "head:symmetric=maybe"], "symmetric is true or false"),
+        (["--override", "head:group_size=32,granularity=tensor"], "not both"),
+        (["--skip", "type:Liner"], "'type:Liner' names no module class"),
+        (["--dynamic", "--bits", "4"], "--dynamic has 8 bits, not 4"),
+        (["--dynamic", "--calibration", "x.pt"], "--dynamic needs no --calibration"),
+        (["--import", "no_such_module"], "cannot import 'no_such_module'"),
+        (["--fast"], "unrecognized arguments: --fast"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_that_cannot_be_are_refused_in_one_line(
+    words: list[str], complaint: str, folder: Path, monoquant: Monoquant
+) -> None:
+    done = monoquant("quantize", "--dump-config", *words)
+    assert done.code == 2
+    assert done.complaint.startswith("monoquant: error: ")
+    assert complaint in done.complaint
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "holds no JSON object"),
+        ('{"bits": 4}', "a quantizer has no bits"),
+        ('{"settings": {"bits": 4}}', "--dynamic has 8 bits, not 4"),
+    ],
+)
+def test_configurations_that_cannot_be_are_refused(
+    text: str, complaint: str, folder: Path, monoquant: Monoquant
+) -> None:
+    (folder / "config.json").write_text(text)
+    done = monoquant("quantize", "--config", "config.json", "--dynamic", "--dump-config")
+    assert done.code == 2
+    assert complaint in done.complaint
+
+
+def test_a_type_cannot_be_written_to_a_configuration(monoquant: Monoquant) -> None:
+    done = monoquant("quantize", "--skip", "type:Linear", "--dump-config")
+    assert done.code == 2
+    assert nn.Linear.__qualname__ in done.complaint
+    assert "cannot be written down" in done.complaint

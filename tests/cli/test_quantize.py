@@ -1,0 +1,222 @@
+"""``monoquant quantize``: what comes in, what comes out."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mono_quant import QuantizationResult, QuantizedModule, Quantizer, Validation, load_model
+from tests.cli.conftest import SMALL, TIED, Monoquant
+from tests.cli.networks import Tied, small
+from tests.helpers import same_tensors
+
+GROUPS = 128 * 64 // 64 + 10 * 128 // 64
+FOUR_BIT_BYTES = (128 * 64 + 10 * 128) // 2 + 2 * GROUPS + GROUPS // 2
+
+
+def expected(quantizer: Quantizer) -> nn.Module:
+    return quantizer.apply(small()).model
+
+
+@pytest.mark.parametrize("model", ["model.pt", "model.safetensors", "training.pt"])
+@pytest.mark.parametrize("output", ["small.pt", "small.pth", "small.safetensors"])
+def test_a_checkpoint_of_any_format_becomes_one_of_any_format(
+    model: str, output: str, folder: Path, monoquant: Monoquant
+) -> None:
+    done = monoquant("quantize", "--model", model, "--bits", 4, "-o", output)
+    assert (done.code, done.err) == (0, "")
+    assert same_tensors(load_model(output, small()), expected(Quantizer().bits(4)))
+
+
+def test_the_command_of_the_requirements_works(folder: Path, monoquant: Monoquant) -> None:
+    done = monoquant("quantize", "--model", "model.pt", "--bits", 8, "--dynamic", "-o", "s.pt")
+    assert done.code == 0
+    assert "dynamic quantization of activations" in done.out
+    assert same_tensors(load_model("s.pt", small()), expected(Quantizer().bits(8)))
+
+
+def test_the_report_counts_codes_scales_and_zero_points(folder: Path, monoquant: Monoquant) -> None:
+    done = monoquant("quantize", "model.pt", "--bits", 4, "-o", "s.safetensors", "--json")
+    report = done.json["report"]
+    assert isinstance(report, dict)
+    assert report["float_bytes"] == 4 * (128 * 64 + 128 + 10 * 128 + 10)
+    assert report["bytes"] == FOUR_BIT_BYTES + 4 * (128 + 10)
+    assert done.json["file_bytes"] == (folder / "s.safetensors").stat().st_size
+
+
+def test_a_model_with_data_is_measured_and_validated(folder: Path, monoquant: Monoquant) -> None:
+    done = monoquant(
+        "quantize", "model.pt", "--factory", SMALL, "--calibration", "batches.pt",
+        "-o", "s.pt", "--json",
+    )  # fmt: skip
+    report, validation = done.json["report"], done.json["validation"]
+    assert isinstance(report, dict)
+    assert isinstance(validation, dict)
+    assert report["samples"] == 64
+    assert validation["status"] == "valid"
+    model, loaded = small(), load_model("s.pt", small())
+    with torch.no_grad():
+        batches = torch.load("batches.pt", weights_only=True)
+        floats = torch.cat([model(batch) for batch in batches]).double()
+        others = torch.cat([loaded(batch) for batch in batches]).double()
+    noise = (floats - others).square().sum()
+    decibels = 10 * torch.log10(floats.square().sum() / noise).item()
+    assert report["output_sqnr_db"] == pytest.approx(decibels, abs=0.01)
+
+
+def test_samples_end_the_data_early(folder: Path, monoquant: Monoquant) -> None:
+    done = monoquant(
+        "quantize", "--factory", SMALL, "--calibration", "batches.pt", "--samples", 17,
+        "-o", "s.pt", "--json",
+    )  # fmt: skip
+    report = done.json["report"]
+    assert isinstance(report, dict)
+    assert report["samples"] == 32  # the batch that reaches them is still used
+
+
+@pytest.mark.parametrize("data", ["batch.safetensors", "batches.pt"])
+def test_a_single_tensor_is_positional(data: str, folder: Path, monoquant: Monoquant) -> None:
+    done = monoquant("quantize", "--factory", SMALL, "--calibration", data, "-o", "s.pt")
+    assert done.code == 0
+    assert "validation: valid" in done.out
+
+
+def test_several_tensors_of_a_file_are_keyword_arguments(
+    folder: Path, monoquant: Monoquant
+) -> None:
+    done = monoquant(
+        "quantize", "tied.safetensors", "--factory", TIED,
+        "--calibration", "tied-batch.safetensors", "-o", "s.safetensors",
+    )  # fmt: skip
+    assert done.code == 0
+    assert "validation: valid" in done.out
+
+
+def test_a_checkpoint_without_the_second_name_of_a_tie_fits(
+    folder: Path, monoquant: Monoquant
+) -> None:
+    assert monoquant("quantize", "tied.safetensors", "--factory", TIED, "-o", "s.pt").code == 0
+    loaded = load_model("s.pt", Tied())
+    state = loaded.state_dict()
+    codes = [tensor for name, tensor in state.items() if name.endswith(".codes")]
+    assert len(codes) == 2
+    assert codes[0].data_ptr() == codes[1].data_ptr()
+
+
+def test_forward_says_how_the_model_is_called(folder: Path, monoquant: Monoquant) -> None:
+    done = monoquant(
+        "quantize", "--factory", SMALL, "--calibration", "named.pt",
+        "--forward", "tests.cli.networks:doubled", "-o", "s.pt",
+    )  # fmt: skip
+    assert done.code == 0
+    assert "validation: valid" in done.out
+
+
+def test_without_a_file_the_factory_brings_the_weights(folder: Path, monoquant: Monoquant) -> None:
+    assert monoquant("quantize", "--factory", SMALL, "-o", "s.pt").code == 0
+    assert same_tensors(load_model("s.pt", small()), expected(Quantizer()))
+
+
+def test_a_factory_is_also_looked_for_in_this_folder(folder: Path, monoquant: Monoquant) -> None:
+    code = "from tests.cli.networks import small\n\n\nclass Nets:\n    make = staticmethod(small)\n"
+    (folder / "only_in_this_folder.py").write_text(code)
+    sys.modules.pop("only_in_this_folder", None)
+    made = "only_in_this_folder:Nets.make"
+    assert monoquant("quantize", "model.pt", "--factory", made, "-o", "s.pt").code == 0
+
+
+@pytest.mark.parametrize("model", ["whole.pt", "inside.pt"])
+def test_a_trusted_pickle_is_a_model(model: str, folder: Path, monoquant: Monoquant) -> None:
+    done = monoquant(
+        "quantize", model, "--trust-pickle", "--calibration", "batches.pt", "-o", "s.pt"
+    )
+    assert done.code == 0
+    assert "validation: valid" in done.out
+    assert same_tensors(load_model("s.pt", small()), expected(Quantizer()))
+
+
+@pytest.mark.parametrize("model", ["model.pt", "whole.pt"])
+def test_a_trusted_pickle_may_hold_no_code(model: str, folder: Path, monoquant: Monoquant) -> None:
+    done = monoquant("quantize", model, "--trust-pickle", "--factory", SMALL, "-o", "s.pt")
+    assert done.code == 0
+
+
+def test_in_place_writes_the_same_file(folder: Path, monoquant: Monoquant) -> None:
+    common = ("--factory", SMALL, "--bits", 4, "--calibration", "batches.pt", "--quiet")
+    assert monoquant("quantize", "model.pt", *common, "-o", "a.safetensors").code == 0
+    assert monoquant("quantize", "model.pt", *common, "--in-place", "-o", "b.safetensors").code == 0
+    one, other = (load_model(name, small()) for name in ("a.safetensors", "b.safetensors"))
+    assert same_tensors(one, other)
+
+
+@pytest.mark.parametrize("flag", ["--plan", "--dry-run"])
+def test_a_plan_writes_nothing(flag: str, folder: Path, monoquant: Monoquant) -> None:
+    before = sorted(folder.iterdir())
+    done = monoquant("quantize", "model.pt", "--bits", 4, "--skip", "2", flag)
+    assert done.code == 0
+    assert "4-bit asymmetric per-group 64" in done.out
+    assert "float: skipped" in done.out
+    assert sorted(folder.iterdir()) == before
+    shown = monoquant("quantize", "model.pt", "--bits", 4, flag, "--json").json
+    assert {"plan", "peak_bytes", "peak_bytes_in_place", "config"} == set(shown)
+
+
+def test_quiet_says_nothing(folder: Path, monoquant: Monoquant) -> None:
+    done = monoquant("quantize", "model.pt", "-o", "s.pt", "--quiet")
+    assert (done.code, done.out, done.err) == (0, "", "")
+
+
+def test_json_is_all_that_is_on_stdout(folder: Path, monoquant: Monoquant) -> None:
+    done = monoquant(
+        "quantize", "--factory", "tests.cli.networks:talkative", "-o", "s.pt", "--json"
+    )
+    assert done.json["output"] == "s.pt"
+    assert "making a model" in done.err
+
+
+def test_without_validation_none_is_shown(folder: Path, monoquant: Monoquant) -> None:
+    done = monoquant("quantize", "model.pt", "-o", "s.pt", "--no-validate", "--json")
+    assert "validation" not in done.json
+    assert load_model("s.pt")
+
+
+def test_a_failed_validation_is_told_and_has_its_exit_code(
+    folder: Path, monoquant: Monoquant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> Validation:
+        return Validation("failed", (("reloaded", "0.weight differs"),))
+
+    monkeypatch.setattr(QuantizationResult, "validate", fail)
+    done = monoquant("quantize", "model.pt", "-o", "s.pt", "--json")
+    assert done.code == 1
+    assert done.err == "monoquant: error: s.pt failed validation: reloaded: 0.weight differs\n"
+    assert json.loads(done.out)["validation"]["status"] == "failed"
+
+
+def test_what_is_validated_is_the_file_that_was_written(
+    folder: Path, monoquant: Monoquant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = QuantizationResult.save
+
+    def save_badly(self: QuantizationResult[nn.Module], path: Path) -> Path:
+        saved = save(self, path)
+        content = bytearray(saved.read_bytes())
+        content[-100] ^= 1
+        saved.write_bytes(content)
+        return saved
+
+    monkeypatch.setattr(QuantizationResult, "save", save_badly)
+    done = monoquant("quantize", "model.pt", "-o", "s.safetensors", "--quiet")
+    assert done.code == 1
+    assert "was changed: the checksum differs" in done.complaint
+
+
+def test_every_module_of_the_output_that_can_be_is_quantized(
+    folder: Path, monoquant: Monoquant
+) -> None:
+    assert monoquant("quantize", "--factory", TIED, "--bits", 8, "-o", "s.pt").code == 0
+    loaded = load_model("s.pt", Tied())
+    assert sum(isinstance(module, QuantizedModule) for module in loaded.modules()) == 2
