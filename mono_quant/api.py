@@ -108,7 +108,10 @@ def quantize(
     if data is not None:
         quantizer = quantizer.fit(data, samples=samples, forward=forward)
     if isinstance(model, str | PathLike):
-        return quantizer.apply(read_state_dict(Path(model)))
+        result = quantizer.apply(read_state_dict(Path(model)))
+        for parameter in result.model.parameters():
+            parameter.data = parameter.data.clone()  # else it would stay in the mapped file
+        return result
     if isinstance(model, nn.Module):
         return quantizer.apply(model)
     return quantizer.apply(model)

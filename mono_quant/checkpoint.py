@@ -127,6 +127,7 @@ def rebuild(
     """
     makers = _makers(skeleton, checkpoint, (*layers, *BUILT_IN_LAYERS), kinds)
     _check_fit(skeleton, checkpoint)
+    recorded = [Container.from_config(config, kinds) for config in checkpoint.containers]
     replaced: dict[str, nn.Module] = {}
     for path, (maker, weights) in makers.items():
         layer = skeleton.get_submodule(path)
@@ -142,7 +143,6 @@ def rebuild(
             one, other = checkpoint.records[first], checkpoint.records[alias]
             tie(replaced[one.module], one.name, replaced[other.module], other.name)
     _fill(skeleton, checkpoint)
-    recorded = [Container.from_config(config, kinds) for config in checkpoint.containers]
     adapt_containers(skeleton, (*recorded, *containers))
     return skeleton
 

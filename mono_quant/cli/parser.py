@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import (
+    ArgumentParser,
+    Namespace,
+    RawDescriptionHelpFormatter,
+    _ArgumentGroup,
+    _SubParsersAction,
+)
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from mono_quant.calibration import DEFAULT_SAMPLES
 from mono_quant.cli import commands
 from mono_quant.errors import ConfigurationError
 from mono_quant.version import __version__
-
-if TYPE_CHECKING:
-    from argparse import _ArgumentGroup, _SubParsersAction
 
 _PROGRAM = "monoquant"
 _EXIT_CODES = """exit codes:

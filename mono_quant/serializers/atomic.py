@@ -15,7 +15,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        beside.touch()  # what cannot be written fails here, as an OSError, whoever writes then
+        mode = beside.stat().st_mode
         yield beside
+        beside.chmod(mode)  # a writer may have put a private file in its place
         _sync(beside, os.O_RDWR)
         beside.replace(path)
     finally:

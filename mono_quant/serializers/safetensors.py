@@ -15,7 +15,6 @@ from mono_quant.numerics.metrics import tensor_bytes
 from mono_quant.serializers.atomic import replacing
 from mono_quant.serializers.wire import decode, encode, read_header
 
-
 _ENTRY = "mono_quant"
 
 
@@ -81,7 +80,10 @@ def write_safetensors(
         raise CheckpointError(reason)
     with replacing(path) as beside:
         specs = {key: _spec(tensor) for key, tensor in tensors.items()}
-        serialize_file(specs, beside, metadata=metadata)
+        try:
+            serialize_file(specs, beside, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def _texts(file: safe_open) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Torch's own format, in the part of it that holds no code."""
 
+import errno
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -49,7 +49,10 @@ class TorchSerializer(Serializer):
 def write_pickled(path: Path, content: Mapping[str, object]) -> None:
     """Write a dictionary of tensors and plain values."""
     with replacing(path) as beside, beside.open("wb") as file:
-        torch.save(content, file)  # given a path, it would write the temporary name into the file
+        try:
+            torch.save(content, file)  # given a path, it would write the temporary name into it
+        except RuntimeError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def read_pickled(path: Path, *, mapped: bool = False) -> dict[str, object]:
@@ -82,7 +85,7 @@ def read_plain(path: Path, *, mapped: bool = False) -> object:
             path,
             map_location="cpu",
             weights_only=True,
-            mmap=mapped and zipfile.is_zipfile(path),
+            mmap=mapped and _is_zip(path),
         )
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
@@ -92,12 +95,19 @@ def read_plain(path: Path, *, mapped: bool = False) -> object:
             f"{path} holds Python objects beside tensors ({named[1]}), and reading those runs code "
             "of the file's choice: save model.state_dict() instead"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # of a damaged pickle, torch's reader raises whatever comes up
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # torch says EINVAL of some files that were cut off
         reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise CorruptCheckpointError(
             f"{path} is not a file of tensors and plain values, or not a whole one: {reason}"
         ) from error
     return content
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def _texts(content: Mapping[str, object]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from typing import Protocol, cast
@@ -99,9 +100,17 @@ def decode(texts: Mapping[str, str], source: TensorSource, kinds: Kinds | None) 
     header = _header(texts)
     try:
         return _checkpoint(header, source, kinds)
-    except MonoQuantError:
+    except CheckpointError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (
+        MonoQuantError,
+        LookupError,
+        ArithmeticError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
         raise CorruptCheckpointError(f"the header does not fit the file: {error!r}") from error
 
 
@@ -147,7 +156,9 @@ def _checkpoint(header: Config, source: TensorSource, kinds: Kinds | None) -> Ch
     ties = {alias: _text(first) for alias, first in _mapping(header["ties"]).items()}
 
     def tensor(key: str) -> Tensor:
-        found = source(key)
+        found = source(key).detach()
+        if found.layout != torch.strided or found.device.type != "cpu" or not found.is_contiguous():
+            raise CorruptCheckpointError(f"tensor {key!r} is not stored as plain memory")
         if checksum(found) != checksums[key]:
             raise CorruptCheckpointError(f"tensor {key!r} was changed: the checksum differs")
         return found
@@ -191,20 +202,35 @@ def _record(
 
 
 def _check_shapes(key: str, packed: PackedTensor) -> None:
-    stack, scheme = packed.layout.stack, packed.scheme
-    *rows, length = stack
-    columns = length if scheme.code_bits is None else packed_length(length, scheme.code_bits)
-    expected = {"codes": (*rows, columns)}
-    if "scale" in packed.tensors:
-        expected["scale"] = block_counts(stack, packed.block_size)
+    layout, scheme, tensors = packed.layout, packed.scheme, packed.tensors
+    *rows, length = layout.stack
+    counts = block_counts(layout.stack, packed.block_size)
+    bits = scheme.code_bits
+    columns = length if bits is None else packed_length(length, bits)
+    expected: dict[str, tuple[int, ...]] = {"codes": (*rows, columns)}
+    floating = {"codes": bits is None}
+    if "scale" in tensors:
+        expected["scale"], floating["scale"] = counts, True
+    if "zero_point" in tensors:
+        expected["zero_point"] = counts
+        floating["zero_point"] = tensors["zero_point"].is_floating_point()
+        if bits is not None and not floating["zero_point"]:
+            expected["zero_point"] = (packed_length(math.prod(counts), bits),)
     for name, shape in expected.items():
-        found = tuple(packed.tensors[name].shape)
+        found = tuple(tensors[name].shape)
         if found != shape:
             raise CorruptCheckpointError(
                 f"{name} of {key!r} is {found}, where {shape} was expected"
             )
-    if torch.Size(packed.layout.native).numel() != torch.Size(stack).numel():
+        dtype = tensors[name].dtype
+        if not (dtype.is_floating_point if floating[name] else dtype == torch.uint8):
+            raise CorruptCheckpointError(f"{name} of {key!r} is of {dtype}")
+    count = math.prod(layout.stack)
+    moved = sorted(layout.order) == list(range(len(layout.split)))
+    if not moved or math.prod(layout.native) != count or math.prod(layout.split) != count:
         raise CorruptCheckpointError(f"the layout of {key!r} does not fit its shape")
+    if not packed.dtype.is_floating_point:
+        raise CorruptCheckpointError(f"{key!r} is said to be of {packed.dtype}")
 
 
 def _mapping(value: Json) -> Config:

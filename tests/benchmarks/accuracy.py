@@ -1,7 +1,7 @@
 """Accuracy, size and reloading of MiniLM with the 36 Linears of its blocks quantized.
 
-The expected figures come from an independent implementation, written from the papers and measured on
-the same weights and texts; differences of its output SQNR below 0.1 dB are rounding and noise.
+The expected figures come from an independent implementation, written from the papers and measured
+on the same weights and texts; differences of its output SQNR below 0.1 dB are rounding and noise.
 """
 
 from collections.abc import Iterator

@@ -87,7 +87,7 @@ def fresh(module: str, *arguments: object) -> tuple[dict[str, float], float]:
         arguments: handed to it as texts.
 
     Returns:
-        the numbers of that line, and the largest private (anonymous) memory that was seen, in bytes.
+        the numbers of that line, and the largest private (anonymous) memory seen, in bytes.
     """
     command = [sys.executable, "-m", f"tests.benchmarks.{module}", *map(str, arguments)]
     process = subprocess.Popen(command, cwd=_REPOSITORY, stdout=subprocess.PIPE, text=True)
@@ -103,7 +103,7 @@ def fresh(module: str, *arguments: object) -> tuple[dict[str, float], float]:
 
 
 def memory(what: str, process: int | str = "self") -> int:
-    """Return an entry of Linux's /proc/PID/status, such as VmHWM or RssAnon, in bytes; 0 if gone."""
+    """Return an entry of Linux's /proc/PID/status, such as VmHWM, in bytes; 0 if gone."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except (OSError, ValueError):

@@ -32,8 +32,8 @@ def main() -> None:
     print_table(
         (*columns, "measured/predicted", "work (layers)", "kept afterwards MB"), _quantizing()
     )
-    columns = ("call", "bits", "file MB", "peak MB", "of the file", "private peak MB")
-    print_table((*columns, "kept afterwards MB"), _files())
+    files = ("call", "bits", "file MB", "peak MB", "of the file", "private peak MB")
+    print_table((*files, "kept afterwards MB"), _files())
 
 
 def network() -> nn.Sequential:

@@ -1,4 +1,4 @@
-"""MiniLM with the Linears of its blocks quantized: the figures that its benchmarks and tests share."""
+"""MiniLM with the Linears of its blocks quantized: what its benchmarks and tests share."""
 
 import statistics
 import tempfile
@@ -111,7 +111,7 @@ def figures_of(result: QuantizationResult[MiniLM]) -> Figures:
 
 
 def payload(bits: int, group: int | None, symmetric: bool) -> float:
-    """Return the bytes that the shapes say: codes, 16-bit scales, packed zero points, the float rest.
+    """Return the bytes that shapes say: codes, 16-bit scales, zero points, the float rest.
 
     Args:
         bits: of a code; 16 is a cast without scales.

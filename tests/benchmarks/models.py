@@ -1,4 +1,4 @@
-"""Real models of other kinds at 8 and 4 bits: metric, size, output, and what stays float and why."""
+"""Real models of other kinds at 8 and 4 bits: metric, size, output, what stays float."""
 
 import importlib
 from collections import Counter

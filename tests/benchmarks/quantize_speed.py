@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ def _speeds() -> Iterator[tuple[str, ...]]:
         quantizer = _quantizer(bits, observer)
         size = 4 * sum(layer.weight.numel() for layer in model if isinstance(layer, nn.Linear))
         copied, taken = median_seconds(
-            [_copying(size), lambda q=quantizer, m=model: q.apply(m, progress=False)], repeats
+            [_copying(size), partial(quantizer.apply, model, progress=False)], repeats
         )
         speed, copy = size / taken / GB, size / copied / GB
         cells = (f"{speed:.3f}", f"{copy:.2f}", f"{speed / copy:.1%}", f"{speed * 250:.0f}")

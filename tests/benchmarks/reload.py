@@ -1,4 +1,4 @@
-"""In a process of its own: loads a quantized MiniLM and repeats a batch that another process ran."""
+"""In its own process: loads a quantized MiniLM and repeats a batch that another ran."""
 
 import json
 import sys

@@ -43,7 +43,7 @@ def narrow() -> nn.Module:
 
 
 def deeper() -> nn.Module:
-    return nn.Sequential(*small(), nn.Linear(10, 10))
+    return nn.Sequential(*small().children(), nn.Linear(10, 10))
 
 
 def talkative() -> nn.Module:

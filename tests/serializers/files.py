@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from mono_quant import QuantizedModule
 from tests.helpers import TiedModel, same_bits, same_tensors
 
-SUFFIXES = (".safetensors", ".pt", ".pth")
+SUFFIXES = (".safetensors", ".pt")
 
 
 class Buffers(nn.Module):
@@ -34,7 +34,7 @@ class Buffers(nn.Module):
             torch.float64,
         ):
             name = str(dtype).removeprefix("torch.")
-            self.register_buffer(name, (100 * torch.randn(3, 5)).to(dtype))
+            self.register_buffer(f"{name}_values", (100 * torch.randn(3, 5)).to(dtype))
         self.register_buffer("scalar", torch.tensor(3.5))
         self.register_buffer("empty", torch.empty(0, 7))
         self.register_buffer("odd", torch.tensor([torch.nan, torch.inf, -0.0]))
@@ -74,7 +74,7 @@ class Shared(nn.Module):
         self.left = nn.Linear(64, 64)
         self.right = self.left
         self.register_buffer("one", torch.randn(64))
-        self.register_buffer("other", self.one)
+        self.register_buffer("other", self.get_buffer("one"))
 
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.right(self.left(x)) + self.get_buffer("other")
@@ -129,13 +129,13 @@ def read(path: Path) -> Contents:
     """Return the texts and the tensors of one of our files, read by the formats' own libraries."""
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            return file.metadata() or {}, {name: file.get_tensor(name).clone() for name in names}
+            tensors = {name: file.get_tensor(name).clone() for name in list(file.keys())}
+            return json.loads((file.metadata() or {})["mono_quant"]), tensors
     content: dict[str, object] = torch.load(path, weights_only=True)
     texts = {name: value for name, value in content.items() if isinstance(value, str)}
-    tensors = content["tensors"]
-    assert isinstance(tensors, dict)
-    return texts, tensors
+    found = content["tensors"]
+    assert isinstance(found, dict)
+    return texts, found
 
 
 def write(path: Path, texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
@@ -153,7 +153,7 @@ def write(path: Path, texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -
         )
         for name, tensor in tensors.items()
     }
-    serialize_file(specs, path, metadata=texts)
+    serialize_file(specs, path, metadata={"mono_quant": json.dumps(texts)})
 
 
 def crc(tensor: Tensor) -> int:
