@@ -16,7 +16,7 @@ from mono_quant.base import (
     QuantizedModule,
     WeightRecord,
 )
-from mono_quant.configurable import Config, Kinds
+from mono_quant.configurable import Config, Configurable, Kinds, kinds_of
 from mono_quant.errors import CheckpointError, InputError, UnknownKindError, UnsupportedLayerError
 from mono_quant.layers import BUILT_IN_LAYERS
 from mono_quant.modules import QuantizedWeight, tie
@@ -108,6 +108,17 @@ def to_checkpoint(
     )
 
 
+def kinds_in(model: nn.Module) -> Kinds:
+    """Return the classes that a quantized model's file will name, by their kind."""
+    found: list[Configurable] = []
+    for module in model.modules():
+        found += _adapted_by(module)
+        if isinstance(module, QuantizedModule):
+            found += [packed.scheme for packed in module.packed_weights().values()]
+            found += [module.made_by] if module.made_by is not None else []
+    return kinds_of(*found)
+
+
 def rebuild(
     skeleton: ModelT,
     checkpoint: Checkpoint,
@@ -152,7 +163,7 @@ def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     if old is new:
         return
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children leaves out repetitions
             if child is old:
                 setattr(parent, name, new)
 
@@ -281,6 +292,10 @@ def _check_fit(skeleton: nn.Module, checkpoint: Checkpoint) -> None:
     if extra := sorted(set(checkpoint.tensors) - set(expected)):
         raise CheckpointError(f"the file has {_few(extra)}, which the model lacks")
     for key, tensor in checkpoint.tensors.items():
+        if isinstance(expected[key], nn.Parameter) and not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{key} is {tensor.dtype} in the file and a parameter in the model"
+            )
         if not is_lazy(expected[key]) and expected[key].shape != tensor.shape:
             raise CheckpointError(
                 f"{key} is {tuple(tensor.shape)} in the file and "

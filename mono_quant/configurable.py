@@ -108,6 +108,16 @@ def registered() -> Mapping[str, type[Configurable]]:
     return dict(_KINDS)
 
 
+def kinds_of(*strategies: Configurable) -> Kinds:
+    """Return the classes of strategies, and of those that they hold, by their kind."""
+    found: dict[str, type[Configurable]] = {}
+    for strategy in strategies:
+        found[strategy.kind] = type(strategy)
+        held = (getattr(strategy, name) for name in _fields(type(strategy)).values())
+        found.update(kinds_of(*(value for value in held if isinstance(value, Configurable))))
+    return found
+
+
 def as_dtype(value: torch.dtype | str) -> torch.dtype:
     """Return the dtype named by `value`, which may be one already ("float16")."""
     if isinstance(value, torch.dtype):

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from mono_quant.base import Checkpoint, LayerQuantizer, PackedTensor, Serializer
 from mono_quant.calibration import CalibrationData, evaluating, positional_arguments
-from mono_quant.checkpoint import ModelT, copy_structure, dequantized, rebuild, to_checkpoint
+from mono_quant.checkpoint import (
+    ModelT,
+    copy_structure,
+    dequantized,
+    kinds_in,
+    rebuild,
+    to_checkpoint,
+)
 from mono_quant.configurable import Config
 from mono_quant.errors import CheckpointError, InputError
 from mono_quant.modules import BareModule
@@ -168,10 +175,10 @@ def validate(
     """
     checks: list[tuple[str, str]] = []
     try:
-        saved = to_checkpoint(model)
+        saved, kinds = to_checkpoint(model), kinds_in(model)
         if path is not None:
             chosen = serializer or serializer_for(path)
-            loaded = chosen.load(path)
+            loaded = chosen.load(path, kinds=kinds)
             checks.append(("saved", f"{path.stat().st_size} bytes, {chosen.format}"))
         else:
             chosen = serializer or _first_able(saved)
@@ -179,9 +186,9 @@ def validate(
                 path = Path(folder) / f"model{chosen.suffixes[0]}"
                 chosen.save(saved, path)
                 checks.append(("saved", f"{path.stat().st_size} bytes, {chosen.format}"))
-                loaded = chosen.load(path)
+                loaded = chosen.load(path, kinds=kinds)
         fresh = dequantized(copy_structure(model, torch.device("meta")))
-        rebuild(fresh, loaded, layers=layers)
+        rebuild(fresh, loaded, layers=layers, kinds=kinds)
         if unequal := _unequal(saved, to_checkpoint(fresh)):
             return Validation("failed", (*checks, ("reloaded", f"{unequal} differs")))
         checks.append(("reloaded", f"{len(saved.records)} weights, equal to the bit"))

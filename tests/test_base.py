@@ -5,12 +5,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from mono_quant import (
     Affine,
     Configurable,
     FloatCast,
+    Granularity,
     Grid,
     InputError,
     MinMax,
@@ -18,13 +19,18 @@ from mono_quant import (
     PerChannel,
     PerGroup,
     PerTensor,
+    QParams,
+    QTensor,
+    QuantizedModule,
+    Quantizer,
     Scheme,
     Statistic,
     Statistics,
     WeightRecord,
 )
+from mono_quant.numerics.granularity import Shape
 from mono_quant.numerics.values import Layout
-from tests.helpers import noise, same_bits, stack_and_step
+from tests.helpers import noise, same_bits, stack_and_step, unpacked
 
 SCHEMES: list[Scheme] = [
     Affine(bits, symmetric, granularity)
@@ -75,6 +81,68 @@ def test_a_weight_comes_back_in_its_dtype_unless_another_is_asked_for(dtype: tor
     assert weight.dequantize().dtype == dtype
     assert weight.dequantize(torch.float32).dtype == torch.float32
     assert same_bits(weight.dequantize(), weight.dequantize(torch.float32).to(dtype))
+
+
+@attrs.frozen
+class Levels(Scheme):
+    """A third party's grid: four levels for the whole tensor, which travel with the codes."""
+
+    kind = "tests.levels"
+
+    @property
+    def granularity(self) -> Granularity:
+        return PerTensor()
+
+    @property
+    def code_bits(self) -> int:
+        return 2
+
+    def nbytes(self, shape: Shape) -> int:
+        return shape[0] * shape[1] * -(-shape[2] // 4) + 4 * 4
+
+    def calculate_qparams(self, min_val: Tensor, max_val: Tensor, *, block_size: Shape) -> QParams:
+        steps = torch.linspace(0, 1, 4)
+        levels = min_val.flatten() + (max_val - min_val).flatten() * steps
+        return QParams(None, None, block_size, {"levels": levels})
+
+    def quantize(self, x: Tensor, qparams: QParams) -> QTensor:
+        codes = (x.unsqueeze(-1) - qparams.extra["levels"]).abs().argmin(-1)
+        return QTensor(codes.to(torch.uint8), qparams, x.dtype)
+
+    def dequantize(self, q: QTensor) -> Tensor:
+        return q.qparams.extra["levels"][q.codes.to(torch.int64)]
+
+
+def test_a_scheme_of_ones_own_packs_what_it_declares() -> None:
+    scheme = Levels()
+    x = noise(1, 5, 9)
+    q = scheme.quantize(x, Grid(scheme, MinMax()).qparams(x))
+    weight = PackedTensor.pack(q, scheme, Layout.grouped((5, 9)), torch.float32)
+    assert set(weight.tensors) == {"codes", "levels"}
+    assert weight.nbytes == scheme.nbytes((1, 5, 9)) == 5 * 3 + 16
+    assert unpacked(weight.tensors["codes"], 2, 9).tolist() == q.codes.tolist()
+    expected = q.qparams.extra["levels"][q.codes[0].to(torch.int64)]
+    assert same_bits(weight.dequantize(), expected)
+    assert same_bits(weight.rows(torch.tensor([3, 0])), expected[[3, 0]])
+    assert scheme.describe() == "tests.levels"
+    assert scheme.remark(q) is None
+    assert scheme.refuse((1, 5, 9)) is None
+    assert scheme.bits_per_weight((1, 5, 9)) == 8 * (15 + 16) / 45
+
+
+def test_a_scheme_of_ones_own_quantizes_a_model() -> None:
+    model = nn.Sequential(nn.Linear(16, 8), nn.Embedding(6, 12))
+    result = Quantizer().scheme(Levels()).only("*").apply(model, progress=False)
+    assert [row.scheme for row in result.report.quantized] == ["tests.levels"] * 2
+    for place, name in enumerate(("0.weight", "1.weight")):
+        layer = result.model[place]
+        assert isinstance(layer, QuantizedModule)
+        weight = model.get_parameter(name).detach()
+        found = layer.packed_weights()["weight"].dequantize()
+        step = (weight.max() - weight.min()) / 3
+        assert (found - weight).abs().max() <= step / 2 + 1e-6
+        assert len(set(found.flatten().tolist())) == 4
+    assert result.model[1](torch.tensor([2, 5])).shape == (2, 12)
 
 
 @attrs.frozen

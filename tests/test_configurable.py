@@ -33,7 +33,16 @@ from mono_quant import (
     Scheme,
     UnknownKindError,
 )
-from mono_quant.configurable import Config, Json, Kinds, as_dtype, dtype_name, register, registered
+from mono_quant.configurable import (
+    Config,
+    Json,
+    Kinds,
+    as_dtype,
+    dtype_name,
+    kinds_of,
+    register,
+    registered,
+)
 from mono_quant.numerics.granularity import Shape
 
 VARIED: list[Configurable] = [
@@ -263,6 +272,13 @@ def test_a_class_of_the_same_name_from_elsewhere_does_not_take_a_kind_over() -> 
     with pytest.raises(ConfigurationError, match="kind 'per_channel' already belongs to"):
         register(theirs)
     assert registered()["per_channel"] is PerChannel
+
+
+def test_the_kinds_of_a_strategy_are_its_own_and_those_it_holds() -> None:
+    scheme = Affine(4, granularity=Rows(3))
+    assert kinds_of(scheme, MinMax()) == {"affine": Affine, "tests.rows": Rows, "minmax": MinMax}
+    assert kinds_of() == {}
+    assert Scheme.from_config(scheme.to_config(), kinds_of(scheme)) == scheme
 
 
 def test_registering_a_class_again_is_no_clash() -> None:

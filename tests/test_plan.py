@@ -615,6 +615,16 @@ def test_statistics_come_from_no_more_samples_than_were_asked_for(seen: Seen) ->
     torch.testing.assert_close(mean, torch.cat(data[:2]).to(torch.float64).mean(0))
 
 
+@pytest.mark.parametrize(("samples", "used"), [(1, 4), (4, 4), (5, 8), (8, 8), (9, 12), (99, 20)])
+def test_batches_are_used_until_enough_samples_were_seen(
+    samples: int, used: int, seen: Seen
+) -> None:
+    data = [noise(4, 128) for _ in range(5)]
+    quantizer = Quantizer().rounding(Recorded()).fit(data, samples=samples)
+    assert quantizer.apply(mlp(), progress=False).report.samples == used
+    assert seen[128][1] == used
+
+
 def test_statistics_are_gathered_in_place_too(seen: Seen) -> None:
     model, data = mlp(), noise(6, 128)
     Quantizer().rounding(Recorded()).fit(data).apply_(model, progress=False)
@@ -646,10 +656,14 @@ def test_a_rounding_for_some_layers_needs_data_for_those_alone(seen: Seen) -> No
     assert list(seen) == [64]
 
 
-def test_a_rounding_that_needs_data_is_refused_without_and_its_layers_named() -> None:
-    message = r"the rounding of 0, 2 needs data; give some with fit\(data\)"
+def test_a_rounding_that_needs_data_is_refused_by_the_plan_and_its_weights_named() -> None:
+    message = r"the rounding of 0\.weight, 2\.weight needs data; give some with fit\(data\)"
     with pytest.raises(CalibrationError, match=message):
-        Quantizer().rounding(Recorded()).apply(mlp(), progress=False)
+        Quantizer().rounding(Recorded()).plan(mlp())
+    alone = Quantizer().override("2", rounding=Recorded())
+    with pytest.raises(CalibrationError, match=r"the rounding of 2\.weight needs data"):
+        alone.plan(mlp())
+    assert "float: skipped" in alone.skip("2").plan(mlp()).explain()
 
 
 class Unused(nn.Module):
@@ -781,6 +795,16 @@ def test_the_damage_of_the_output_is_its_sqnr_in_float64() -> None:
     ratio = expected.square().sum() / (expected - found).square().sum()
     assert result.report.samples == 7
     assert result.report.output_sqnr_db == pytest.approx(float(10 * ratio.log10()), abs=1e-3)
+
+
+def test_a_weight_that_changes_when_it_is_read_in_train_mode_is_read_in_eval() -> None:
+    model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(64, 64)))
+    before = copy.deepcopy(model)
+    trained = Quantizer().apply(model.train(), progress=False)
+    assert same_tensors(model, before)
+    assert trained.model.training
+    calm = Quantizer().apply(copy.deepcopy(before).eval(), progress=False)
+    assert same_tensors(trained.model, calm.model)
 
 
 def test_a_scale_that_half_precision_cannot_hold_is_said_and_counted() -> None:

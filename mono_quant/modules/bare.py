@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from mono_quant.errors import InputError
 from mono_quant.modules.layer import QuantizedLayer
+from mono_quant.numerics.metrics import memory_of
 
 
 class BareModule(nn.Module):
@@ -29,8 +30,10 @@ def tree_of(tensors: Mapping[str, Tensor]) -> BareModule:
     tied.
     """
     root = BareModule()
-    parameters: dict[int, nn.Parameter] = {}
+    parameters: dict[tuple[object, ...], nn.Parameter] = {}
     for key, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{key!r} is a {type(tensor).__name__}, no tensor of a state dict")
         *path, name = key.split(".")
         if not all([*path, name]):
             raise InputError(f"{key!r} is no name in a state dict")
@@ -39,7 +42,7 @@ def tree_of(tensors: Mapping[str, Tensor]) -> BareModule:
             place = place._modules.setdefault(part, BareModule()) or place
         if tensor.is_floating_point():
             parameter = parameters.setdefault(
-                id(tensor), nn.Parameter(tensor.detach(), requires_grad=False)
+                memory_of(tensor), nn.Parameter(tensor.detach(), requires_grad=False)
             )
             place.register_parameter(name, parameter)
         else:

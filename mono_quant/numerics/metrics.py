@@ -7,6 +7,11 @@ import attrs
 import torch
 from torch import Tensor
 
+from mono_quant.errors import InputError
+
+_PART = 1 << 16
+"""Values that are compared at a time: with their copies in float64, what a core's cache holds."""
+
 
 @attrs.frozen
 class SquaredError:
@@ -26,13 +31,23 @@ class SquaredError:
     def between(cls, reference: Tensor, other: Tensor) -> "SquaredError":
         """Return the sums over all elements of two tensors of one shape.
 
-        Squared and added up in float64: float32 has no squares of values near 1e-22 or 1e20.
+        Squared and added up in float64: float32 has no squares of values near 1e-22 or 1e20. A part
+        at a time, so that no copy of the tensors is made.
+
+        Raises:
+            InputError: the shapes differ.
         """
-        reference, other = reference.detach(), other.detach()
-        wide = torch.promote_types(reference.dtype, torch.float32)
-        signal = torch.linalg.vector_norm(reference.to(wide), dtype=torch.float64)
-        noise = torch.linalg.vector_norm(reference.to(wide) - other.to(wide), dtype=torch.float64)
-        return cls(float(signal.square()), float(noise.square()), reference.numel())
+        if reference.shape != other.shape:
+            raise InputError(
+                f"{tuple(other.shape)} cannot be compared with {tuple(reference.shape)}"
+            )
+        signal = noise = torch.zeros((), dtype=torch.float64, device=reference.device)
+        flat = reference.detach().reshape(-1), other.detach().reshape(-1)
+        for part, against in zip(*(tensor.split(_PART) for tensor in flat), strict=True):
+            exact = part.to(torch.float64)
+            error = exact - against.to(torch.float64)
+            signal, noise = signal + exact.dot(exact), noise + error.dot(error)
+        return cls(float(signal), float(noise), reference.numel())
 
     def __add__(self, other: "SquaredError") -> "SquaredError":
         """Return the sums over both."""
@@ -66,6 +81,13 @@ def sqnr_db(reference: Tensor, other: Tensor) -> float:
     ``10 log10(sum(reference ** 2) / sum((reference - other) ** 2))``; infinite for equal tensors.
     """
     return SquaredError.between(reference, other).sqnr_db
+
+
+def memory_of(tensor: Tensor) -> tuple[object, ...]:
+    """Return what tied tensors have in common: their memory and how they read it."""
+    if not tensor.numel():
+        return (id(tensor),)
+    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 def tensor_bytes(tensor: Tensor) -> int:

@@ -17,7 +17,6 @@ from mono_quant.calibration import (
     positional_arguments,
 )
 from mono_quant.checkpoint import ModelT, adapt_containers, copy_structure
-from mono_quant.errors import CalibrationError
 from mono_quant.layers import BUILT_IN_CONTAINERS
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.plan.request import Request, WeightPlan
@@ -111,11 +110,8 @@ def _gather(
             known = wanted.get(weight.path)
             needs = {**(known.needs if known else {}), weight.name: weight.recipe.rounding.needs}
             wanted[weight.path] = Wanted(weight.maker, needs)
-    if not wanted:
+    if not wanted or data is None:  # the plan has refused the second without the first
         return {}
-    if data is None:
-        names = ", ".join(wanted)
-        raise CalibrationError(f"the rounding of {names} needs data; give some with fit(data)")
     return gather(work, wanted, data, label and "calibrating")
 
 

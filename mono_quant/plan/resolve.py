@@ -9,10 +9,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from mono_quant.base import Container, QuantizedModule
 from mono_quant.checkpoint import ModelT, check_supported
 from mono_quant.configurable import Config
-from mono_quant.errors import ConfigurationError
+from mono_quant.errors import CalibrationError, ConfigurationError
 from mono_quant.layers import BUILT_IN_CONTAINERS, BUILT_IN_LAYERS
 from mono_quant.modules import QuantizedWeight
-from mono_quant.numerics.metrics import tensor_bytes
+from mono_quant.numerics.metrics import memory_of, tensor_bytes
 from mono_quant.plan.plan import Plan
 from mono_quant.plan.request import Request, WeightPlan
 from mono_quant.report import LayerReport, Report
@@ -46,11 +46,20 @@ def resolve(model: ModelT, request: Request, config: Config) -> Plan[ModelT]:
         head=_last_weight(model, rows),
     )
     todo = [weight for weight in weights if weight.recipe is not None]
+    _check_data(request, todo)
     work = WORK_BYTES * max((weight.parameters for weight in todo), default=0)
     outline = Outline(
         report, report.float_bytes + report.bytes + work, report.float_bytes + work, config
     )
     return Plan(model=model, request=request, weights=tuple(weights), outline=outline)
+
+
+def _check_data(request: Request, todo: Sequence[WeightPlan]) -> None:
+    needy = [weight.path for weight in todo if weight.recipe and weight.recipe.rounding.needs]
+    if needy and request.data is None:
+        raise CalibrationError(
+            f"the rounding of {', '.join(needy)} needs data; give some with fit(data)"
+        )
 
 
 @attrs.frozen(eq=False)
@@ -152,7 +161,7 @@ def _join_ties(model: nn.Module, weights: list[WeightPlan]) -> list[WeightPlan]:
         if weight.sources != (weight.key,):
             continue  # computed from others, so its values are its own
         tensor = model.get_parameter(weight.key)
-        groups.setdefault(_identity(tensor), []).append(place)
+        groups.setdefault(memory_of(tensor), []).append(place)
     joined = list(weights)
     for identity, places in groups.items():
         others = owners[identity] - {
@@ -201,7 +210,7 @@ def _rows(model: nn.Module, weights: Sequence[WeightPlan]) -> Iterable[LayerRepo
     for weight in weights:
         by_path.setdefault(weight.path, []).append(weight)
     sources = (source for weight in weights for source in weight.sources)
-    counted: set[object] = {_identity(model.get_parameter(source)) for source in sources}
+    counted: set[object] = {memory_of(model.get_parameter(source)) for source in sources}
     biases: list[nn.Parameter] = []
     for path, module in model.named_modules():
         for weight in by_path.get(path, ()):
@@ -209,16 +218,21 @@ def _rows(model: nn.Module, weights: Sequence[WeightPlan]) -> Iterable[LayerRepo
                 yield _weight_row(weight)
         if isinstance(module, QuantizedModule):
             yield from _quantized_rows(path, module, counted)
-        own = {_identity(one): one for one in module._parameters.values() if one is not None}
+        own = {memory_of(one): one for one in module._parameters.values() if one is not None}
         rest = [one for identity, one in own.items() if identity not in counted]
         counted.update(own)
         if path in by_path or isinstance(module, QuantizedModule):
             biases += rest
         elif rest:
             layer = type(module).__name__
-            yield _float_row(path or "(root)", layer, rest, f"no quantizer knows a {layer}")
+            claimed = _inside(path, set(by_path))
+            reason = (
+                "its parent's quantizer leaves it" if claimed else f"no quantizer knows a {layer}"
+            )
+            yield _float_row(path or "(root)", layer, rest, reason)
     if biases:
-        yield _float_row(f"({len(biases)} biases)", "", biases, "biases stay float")
+        name = f"({len(biases)} biases)" if len(biases) > 1 else "(1 bias)"
+        yield _float_row(name, "", biases, "biases stay float")
 
 
 def _float_row(
@@ -276,7 +290,7 @@ def _last_weight(model: nn.Module, rows: Iterable[LayerReport]) -> str | None:
 def _buffers(model: nn.Module) -> Iterable[Tensor]:
     """Return every buffer once, those of quantized weights left out: their rows count them."""
     found = {
-        _identity(buffer): buffer
+        memory_of(buffer): buffer
         for module in model.modules()
         if not isinstance(module, QuantizedWeight)
         for buffer in module._buffers.values()
@@ -341,13 +355,6 @@ def _inside(path: str, claimed: set[str]) -> bool:
     return any(".".join(parts[:end]) in claimed for end in range(1, len(parts)))
 
 
-def _identity(tensor: Tensor) -> tuple[object, ...]:
-    """Return what two tied tensors have in common: their memory and how they read it."""
-    if not tensor.numel():
-        return (id(tensor),)
-    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-
-
 def _owners(model: nn.Module) -> Mapping[tuple[object, ...], set[str]]:
     """Return every name of each parameter, other names of one module left out."""
     owners: dict[tuple[object, ...], set[str]] = {}
@@ -355,5 +362,5 @@ def _owners(model: nn.Module) -> Mapping[tuple[object, ...], set[str]]:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 key = f"{path}.{name}" if path else name
-                owners.setdefault(_identity(parameter), set()).add(key)
+                owners.setdefault(memory_of(parameter), set()).add(key)
     return owners

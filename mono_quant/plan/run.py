@@ -14,10 +14,13 @@ from mono_quant.errors import CalibrationError, InputError
 from mono_quant.modules import tie
 from mono_quant.numerics.blocks import block_range
 from mono_quant.numerics.metrics import SquaredError
-from mono_quant.numerics.values import QTensor
+from mono_quant.numerics.values import QParams, QTensor
 from mono_quant.plan.request import WeightPlan
 from mono_quant.report import LayerReport
 from mono_quant.settings import Recipe
+
+_PART = 1 << 19
+"""Values that are dequantized at a time: with their temporaries, about what a core's cache holds."""
 
 
 def quantize_weights(
@@ -79,7 +82,7 @@ def _round(
         raise InputError(f"{weight.key} cannot be quantized: {reason}") from reason
     scheme = recipe.grid.scheme
     packed = PackedTensor.pack(q, scheme, weight.layout, view.native.dtype)
-    error = SquaredError.between(stack, scheme.dequantize(q))
+    error = _error(stack, q, scheme)
     row = LayerReport(
         weight.key,
         weight.layer,
@@ -95,9 +98,46 @@ def _round(
     return packed, row
 
 
+def _error(stack: Tensor, q: QTensor, scheme: Scheme) -> SquaredError:
+    """Return the error of `q` against `stack`: some rows at a time where each has its own scales.
+
+    So that the dequantized weight never exists as a whole.
+    """
+    qparams, (matrices, rows, length) = q.qparams, stack.shape
+    shared = qparams.scale is not None and qparams.block_size[:2] != (1, 1)
+    if shared or qparams.extra:
+        return SquaredError.between(stack, scheme.dequantize(q))
+    at_once = max(1, _PART // max(1, matrices * length))
+
+    def some(tensor: Tensor, start: int) -> Tensor:
+        return tensor[:, start : start + at_once]
+
+    def few(tensor: Tensor | None, start: int) -> Tensor | None:
+        return some(tensor, start) if tensor is not None else None
+
+    return SquaredError.total(
+        SquaredError.between(
+            some(stack, start),
+            scheme.dequantize(
+                QTensor(
+                    some(q.codes, start),
+                    QParams(
+                        few(qparams.scale, start),
+                        few(qparams.zero_point, start),
+                        qparams.block_size,
+                    ),
+                    q.dtype,
+                )
+            ),
+        )
+        for start in range(0, rows, at_once)
+    )
+
+
 def check_finite(name: str, tensor: Tensor) -> None:
     """Refuse a weight that holds NaN or infinity, by its name."""
-    if not bool(torch.isfinite(tensor).all()):
+    # The extremes alone: NaN is contagious, and `torch.isfinite` would be a copy and 20 times slower.
+    if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
         raise InputError(
             f"{name} holds NaN or infinity; mend the weight, or leave the layer in float with "
             f"skip({name.rpartition('.')[0]!r})"

@@ -63,7 +63,8 @@ def _low_head(report: Report) -> str | None:
 
 def _left_float(report: Report) -> list[str]:
     total = report.bytes
-    kept: list[LayerReport] = sorted(report.kept, key=lambda row: -row.bytes)
+    layers = [row for row in report.kept if row.layer]  # the row of all biases is of none
+    kept: list[LayerReport] = sorted(layers, key=lambda row: -row.bytes)
     large = [row for row in kept if total and row.bytes / total >= _NOTABLE_SHARE]
     return [
         f"{row.name} stays float with {row.bytes / total:.0%} of the bytes "

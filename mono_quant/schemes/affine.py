@@ -19,6 +19,10 @@ _SATURATED = 0.25
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+def _size(block_size: Shape) -> int:
+    return torch.Size(block_size).numel()
+
+
 def _check_bits(_: object, __: object, bits: object) -> None:
     if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
         raise ConfigurationError(f"Affine has 2 to 8 bits, not {bits!r}; for 16 use FloatCast()")
@@ -170,8 +174,8 @@ class Affine(Scheme):
                 "cannot hold them closely enough"
             )
         ends = (q.codes == self.quant_min) | (q.codes == self.quant_max)
-        share = float(ends.sum()) / max(1, ends.numel())
-        if self.bits > 3 and share > _SATURATED:
+        share = int(ends.count_nonzero()) / max(1, ends.numel())
+        if self.bits > 3 and _size(q.qparams.block_size) > 15 and share > _SATURATED:
             remarks.append(f"{share:.0%} of its codes lie on the ends of the grid")
         return "; ".join(remarks) or None
 

@@ -1,6 +1,7 @@
 """Files: a checkpoint as bytes and back."""
 
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 
 from torch import Tensor
@@ -72,13 +73,14 @@ def stored_bytes(path: Path) -> dict[str, int]:
     return {key: tensor_bytes(x) for key, x in tensors.items() if isinstance(x, Tensor)}
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: str | PathLike[str]) -> dict[str, Tensor]:
     """Return the tensors of a float checkpoint: safetensors, or torch's format without code.
 
     Raises:
         CorruptCheckpointError: it is not whole, or holds no state dict.
         CheckpointError: it is quantized.
     """
+    path = Path(path)
     if path.suffix in SAFETENSORS.suffixes:
         if is_quantized(path):
             raise CheckpointError(f"{path} is quantized already; load_model(path) reads it")

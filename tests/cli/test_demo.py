@@ -1,7 +1,6 @@
 """``monoquant demo``: what it measures, and that it says what it measured."""
 
 import json
-from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -93,7 +92,7 @@ def folder_of_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def measured(folder_of_demo: Path) -> Iterator[Config]:
+def measured(folder_of_demo: Path) -> Config:
     """Return what the demonstration says, run once."""
     try:
         load_minilm()
@@ -103,7 +102,8 @@ def measured(folder_of_demo: Path) -> Iterator[Config]:
     said = StringIO()
     with redirect_stdout(said):
         assert main(["demo", "--json", "--output", str(folder_of_demo)]) == 0
-    yield json.loads(said.getvalue())
+    found: Config = json.loads(said.getvalue())
+    return found
 
 
 def variants_of(measured: Config) -> dict[str, Config]:

@@ -16,6 +16,7 @@ from mono_quant import (
     PerChannel,
     PerGroup,
     PerTensor,
+    QTensor,
     RangeEstimator,
 )
 from mono_quant.configurable import Config
@@ -117,6 +118,21 @@ def test_the_first_of_equals_wins_so_that_an_exact_range_is_kept() -> None:
     x = torch.arange(-7.0, 8.0).reshape(1, 1, 15)  # every value lies on the min-max grid
     low, high = MSE().range_of(x, scheme, (1, 1, 15))
     assert (float(low), float(high)) == (-7.0, 7.0)
+
+
+@attrs.frozen
+class Blind(Affine):
+    """A grid on which every range is as bad as any other."""
+
+    def dequantize(self, q: QTensor) -> Tensor:
+        return torch.zeros(q.shape)
+
+
+def test_of_ranges_that_are_equally_bad_the_whole_one_is_kept() -> None:
+    x = noise(*SHAPE)
+    low, high = MSE().range_of(x, Blind(4), (1, 1, 8))
+    assert torch.equal(low, x.amin(-1, keepdim=True))
+    assert torch.equal(high, x.amax(-1, keepdim=True))
 
 
 @pytest.mark.parametrize("granularity", [PerChannel(), PerGroup(32)], ids=repr)

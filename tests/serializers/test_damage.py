@@ -94,10 +94,10 @@ def test_a_flipped_bit_of_a_pt_file_is_refused_or_was_of_no_use(place: int, save
     saved.write_bytes(content)
     try:
         found = load_model(saved, small())
-    except CheckpointError as error:
-        assert saved.name in str(error)
-        return
-    assert_same(found, expected)
+    except CheckpointError:
+        assert_refused(saved)
+    else:
+        assert_same(found, expected)
 
 
 @each_suffix
@@ -243,7 +243,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(
         torch.save(content, path, _use_new_zipfile_serialization=new)
         RAN.clear()
         assert_refused(path, CorruptCheckpointError)
-        with pytest.raises(CorruptCheckpointError, match="save model.state_dict"):
+        with pytest.raises(CorruptCheckpointError, match=r"save model\.state_dict"):
             read_state_dict(path)
         assert not RAN
 
@@ -256,7 +256,7 @@ def test_the_bomb_is_a_real_one() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_script_archive_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "scripted.pt"
-    torch.jit.script(small()).save(path)
+    torch.jit.script(small()).save(path)  # type: ignore[no-untyped-call]  # untyped in torch
     assert_refused(path, CorruptCheckpointError)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mono_quant import Quantizer, load_model, quantize
 from tests.helpers import same_bits
-from tests.serializers.files import SUFFIXES, small
+from tests.serializers.files import SUFFIXES, small, write
 
 each_suffix = pytest.mark.parametrize("suffix", SUFFIXES)
 
@@ -74,14 +74,13 @@ def test_saving_and_writing_to_the_model_are_apart(suffix: str, tmp_path: Path) 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_weights_quantized_from_a_file_do_not_keep_it_mapped(suffix: str, tmp_path: Path) -> None:
     """Else what stayed float would change with the file, or kill the process with it."""
-    from tests.serializers.files import write
 
     path = tmp_path / f"float{suffix}"
     state = small().state_dict()
     if suffix == ".pt":
         torch.save(state, path)
     else:
-        write(path, {}, state)
+        write(path, {}, {name: tensor.contiguous() for name, tensor in state.items()})
     result = quantize(path)
     assert result.report.quantized
     assert not mapped(path)
