@@ -141,10 +141,7 @@ def _add_grid(grid: _ArgumentGroup) -> None:
     )
     symmetry = grid.add_mutually_exclusive_group()
     symmetry.add_argument(
-        "--symmetric",
-        action="store_const",
-        const=True,
-        help="no zero point (default at 8 bits)",
+        "--symmetric", action="store_const", const=True, help="no zero point (default at 8 bits)"
     )
     symmetry.add_argument(
         "--asymmetric",

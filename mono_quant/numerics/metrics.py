@@ -43,7 +43,7 @@ class SquaredError:
             )
         signal = noise = torch.zeros((), dtype=torch.float64, device=reference.device)
         flat = reference.detach().reshape(-1), other.detach().reshape(-1)
-        for part, against in zip(*(tensor.split(_PART) for tensor in flat), strict=True):
+        for part, against in zip(*(torch.split(tensor, _PART) for tensor in flat), strict=True):
             exact = part.to(torch.float64)
             error = exact - against.to(torch.float64)
             signal, noise = signal + exact.dot(exact), noise + error.dot(error)

@@ -20,7 +20,7 @@ from mono_quant.report import LayerReport
 from mono_quant.settings import Recipe
 
 _PART = 1 << 19
-"""Values that are dequantized at a time: with their temporaries, about what a core's cache holds."""
+"""Values that are dequantized at a time: about what a core's cache holds."""
 
 
 def quantize_weights(
@@ -136,7 +136,7 @@ def _error(stack: Tensor, q: QTensor, scheme: Scheme) -> SquaredError:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Refuse a weight that holds NaN or infinity, by its name."""
-    # The extremes alone: NaN is contagious, and `torch.isfinite` would be a copy and 20 times slower.
+    # The extremes alone: NaN is contagious, and `torch.isfinite` makes copies and is far slower.
     if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
         raise InputError(
             f"{name} holds NaN or infinity; mend the weight, or leave the layer in float with "

@@ -88,7 +88,8 @@ class Sixteenths(Scheme):
         return QTensor(codes, qparams, x.dtype)
 
     def dequantize(self, q: QTensor) -> Tensor:
-        return q.codes.to(torch.float32) / 2**self.fraction
+        values: Tensor = q.codes.to(torch.float32) / 2**self.fraction
+        return values
 
 
 class Gated(nn.Module):
