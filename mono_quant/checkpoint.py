@@ -292,9 +292,11 @@ def _check_fit(skeleton: nn.Module, checkpoint: Checkpoint) -> None:
     if extra := sorted(set(checkpoint.tensors) - set(expected)):
         raise CheckpointError(f"the file has {_few(extra)}, which the model lacks")
     for key, tensor in checkpoint.tensors.items():
-        if isinstance(expected[key], nn.Parameter) and not tensor.is_floating_point():
+        old = expected[key]
+        parameter = isinstance(old, nn.Parameter) and old.is_floating_point()
+        if parameter and not tensor.is_floating_point():
             raise CheckpointError(
-                f"{key} is {tensor.dtype} in the file and a parameter in the model"
+                f"{key} is {tensor.dtype} in the file and {old.dtype} in the model"
             )
         if not is_lazy(expected[key]) and expected[key].shape != tensor.shape:
             raise CheckpointError(

@@ -187,13 +187,14 @@ def fill(model: ModelT, checkpoint: Checkpoint, *, kinds: Kinds | None = None) -
     """
     if checkpoint.records:
         return rebuild(model, checkpoint, kinds=kinds)
+    tensors = float_state_dict(checkpoint)
     try:
-        fit = model.load_state_dict(dict(checkpoint.tensors), strict=False)
+        fit = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
         reason = str(error).partition("\n")[2].strip().partition("\n")[0]
         raise CheckpointError(f"the checkpoint does not fit the model: {reason}") from error
     held = model.state_dict(keep_vars=True)
-    loaded = {id(tensor) for key, tensor in held.items() if key in checkpoint.tensors}
+    loaded = {id(tensor) for key, tensor in held.items() if key in tensors}
     missing = [key for key in fit.missing_keys if id(held.get(key)) not in loaded]
     for names, owner, other in (
         (missing, "model", "checkpoint"),

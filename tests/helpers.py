@@ -6,14 +6,24 @@ weights are computed in float64 from codes, scales and zero points as a file hol
 
 import copy
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
+import attrs
 import torch
 from hypothesis import strategies
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mono_quant import Affine, FloatCast, PackedTensor, QuantizedModule, Quantizer
+from mono_quant import (
+    Affine,
+    FloatCast,
+    LayerReport,
+    PackedTensor,
+    QParams,
+    QuantizedModule,
+    Quantizer,
+    Transform,
+)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -159,6 +169,40 @@ def for_each(per_block: Tensor, shape: Sequence[int]) -> Tensor:
         count = per_block.shape[dim]
         per_block = per_block.repeat_interleave(size // count if count else 0, dim)
     return per_block
+
+
+def torch_fake_quantize(x: Tensor, scheme: Affine, qparams: QParams) -> Tensor:
+    """Return what torch's own operator makes of a stack whose blocks are runs of whole rows."""
+    assert qparams.scale is not None
+    scale = qparams.scale.to(torch.float32).flatten()
+    zero = torch.zeros(scale.shape, dtype=torch.int32)
+    if qparams.zero_point is not None:
+        zero = qparams.zero_point.flatten().to(torch.int32)
+    blocks = x.reshape(scale.numel(), -1)
+    ends = (scheme.quant_min, scheme.quant_max)
+    return torch.fake_quantize_per_channel_affine(blocks, scale, zero, 0, *ends).reshape(x.shape)
+
+
+def layer_rows(quantizer: Quantizer, model: nn.Module) -> dict[str, LayerReport]:
+    """Return the rows of a plan by their names."""
+    return {row.name: row for row in quantizer.plan(model).outline.report.layers}
+
+
+def fates(quantizer: Quantizer, model: nn.Module) -> dict[str, str]:
+    """Return what a plan says of each weight by the weight's name."""
+    return {name: row.fate for name, row in layer_rows(quantizer, model).items() if row.shape}
+
+
+@attrs.frozen
+class Doubled(Transform):
+    """Doubles every weight of a linear layer."""
+
+    kind: ClassVar[str] = "tests.doubled"
+
+    def apply(self, model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight = nn.Parameter(module.weight.detach() * 2)
 
 
 @strategies.composite

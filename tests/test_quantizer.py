@@ -20,7 +20,6 @@ from mono_quant import (
     ConvQuantizer,
     FloatCast,
     InputError,
-    LayerReport,
     LinearLikeQuantizer,
     LinearQuantizer,
     MinMax,
@@ -35,21 +34,9 @@ from mono_quant import (
 )
 from mono_quant.configurable import Config, Json
 from mono_quant.selection import Selector
-from tests.helpers import TiedModel, noise
+from tests.helpers import Doubled, TiedModel, fates, layer_rows, noise
 
 Call = Callable[[Quantizer], Quantizer]
-
-
-@attrs.frozen
-class Doubled(Transform):
-    """A transform that doubles every weight of a linear layer."""
-
-    kind = "tests.doubled"
-
-    def apply(self, model: nn.Module) -> None:
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                module.weight = nn.Parameter(module.weight.detach() * 2)
 
 
 @attrs.frozen
@@ -64,15 +51,6 @@ class Nothing(Container):
 
 def model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 32), nn.Linear(32, 4))
-
-
-def rows(quantizer: Quantizer, of: nn.Module) -> dict[str, LayerReport]:
-    return {row.name: row for row in quantizer.plan(of).outline.report.layers}
-
-
-def fates(quantizer: Quantizer, of: nn.Module) -> dict[str, str]:
-    """Return the fate of each weight by its name."""
-    return {name: row.fate for name, row in rows(quantizer, of).items() if row.shape}
 
 
 CALLS: dict[str, Call] = {
@@ -460,7 +438,7 @@ def test_asking_for_a_layer_does_not_lift_skip() -> None:
 
 
 def test_a_norm_is_known_to_no_quantizer() -> None:
-    assert rows(Quantizer().bits(4), Language())["norm"].fate == (
+    assert layer_rows(Quantizer().bits(4), Language())["norm"].fate == (
         "float: no quantizer knows a LayerNorm"
     )
 

@@ -105,7 +105,15 @@ def read_checkpoint(path: Path, *, kinds: Kinds | None = None) -> Checkpoint:
     """
     if is_quantized(path):
         return serializer_for(path).load(path, kinds=kinds)
-    return Checkpoint({}, read_state_dict(path))
+    tensors = read_state_dict(path)
+    first: dict[object, str] = {}
+    ties: dict[str, str] = {}
+    for key, tensor in tensors.items():
+        if tensor.numel():
+            memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            if first.setdefault(memory, key) != key:
+                ties[key] = first[memory]
+    return Checkpoint({}, tensors, ties=ties)
 
 
 def write_state_dict(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -188,6 +188,23 @@ def test_compare_names_what_only_one_has(folder: Path, monoquant: Monoquant) -> 
     assert "missing: 2.bias" in shown
 
 
+def test_compare_counts_a_tied_weight_once(folder: Path, monoquant: Monoquant) -> None:
+    torch.save(Tied().state_dict(), "tied.pt")
+    Quantizer().apply(Tied()).save("tied-small.pt")
+    said = monoquant("compare", "tied.pt", "tied-small.pt", "--json").json
+    assert (said["reference_bytes"], said["bytes"]) == (4 * 96 * 64, 96 * 64 + 2 * 96)
+
+
+def test_a_file_of_which_nothing_is_quantized_is_run_too(
+    folder: Path, monoquant: Monoquant
+) -> None:
+    model = small()
+    model.register_buffer("positions", torch.arange(4), persistent=False)
+    Quantizer().skip("*").apply(model).save("kept.pt")
+    words = ("--factory", SMALL, "--calibration", "batches.pt")
+    assert monoquant("compare", "model.pt", "kept.pt", *words).code == 0
+
+
 def test_compare_says_larger_where_it_is(file: str, monoquant: Monoquant) -> None:
     assert "times larger" in monoquant("compare", file, "model.pt").out
 

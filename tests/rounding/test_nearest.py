@@ -2,24 +2,19 @@
 
 import pytest
 import torch
-from torch import Tensor
 
-from mono_quant import MSE, Affine, FloatCast, Grid, MinMax, PerGroup, RoundToNearest, Statistics
-from mono_quant.base import RangeEstimator
-from tests.helpers import noise, same_bits
-
-
-def torch_rounded(weight: Tensor, scheme: Affine, observer: RangeEstimator) -> Tensor:
-    qparams = scheme.choose_qparams(weight, observer)
-    assert qparams.scale is not None
-    scale = qparams.scale.to(torch.float32).flatten()
-    zero = torch.zeros(scale.shape, dtype=torch.int32)
-    if qparams.zero_point is not None:
-        zero = qparams.zero_point.flatten().to(torch.int32)
-    blocks = weight.reshape(scale.numel(), -1)
-    ends = (scheme.quant_min, scheme.quant_max)
-    rounded = torch.fake_quantize_per_channel_affine(blocks, scale, zero, 0, *ends)
-    return rounded.reshape(weight.shape)
+from mono_quant import (
+    MSE,
+    Affine,
+    FloatCast,
+    Grid,
+    MinMax,
+    PerGroup,
+    RangeEstimator,
+    RoundToNearest,
+    Statistics,
+)
+from tests.helpers import noise, same_bits, torch_fake_quantize
 
 
 @pytest.mark.parametrize("observer", [MinMax(), MSE(steps=8)], ids=repr)
@@ -31,7 +26,8 @@ def test_every_weight_goes_where_torch_rounds_it(
     scheme = Affine(bits, symmetric, PerGroup(16))
     weight = noise(2, 5, 64)
     q = RoundToNearest().round(weight, Grid(scheme, observer), Statistics())
-    assert torch.equal(scheme.dequantize(q), torch_rounded(weight, scheme, observer))
+    qparams = scheme.choose_qparams(weight, observer)
+    assert torch.equal(scheme.dequantize(q), torch_fake_quantize(weight, scheme, qparams))
     assert q.shape == (2, 5, 64)
     assert same_bits(weight, noise(2, 5, 64))
 

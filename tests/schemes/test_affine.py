@@ -25,7 +25,14 @@ from mono_quant import (
 from mono_quant.configurable import Json
 from mono_quant.numerics.granularity import Shape
 from mono_quant.numerics.values import Layout
-from tests.helpers import for_each, noise, same_bits, stack_and_step, tensors
+from tests.helpers import (
+    for_each,
+    noise,
+    same_bits,
+    stack_and_step,
+    tensors,
+    torch_fake_quantize,
+)
 
 SHAPE = (2, 3, 8)
 GRANULARITIES = (PerTensor(), PerChannel(), PerGroup(4))
@@ -48,17 +55,6 @@ def qparams_of(scheme: Affine, x: Tensor) -> QParams:
 def scale_of(qparams: QParams) -> Tensor:
     assert qparams.scale is not None
     return qparams.scale
-
-
-def torch_fake_quantize(scheme: Affine, x: Tensor, qparams: QParams) -> Tensor:
-    """Return what torch's own operator makes of `x`, block by block."""
-    scale = scale_of(qparams).to(torch.float32).flatten()
-    zero = torch.zeros(scale.shape, dtype=torch.int32)
-    if qparams.zero_point is not None:
-        zero = qparams.zero_point.flatten().to(torch.int32)
-    blocks = cut(x, qparams)
-    ends = (scheme.quant_min, scheme.quant_max)
-    return torch.fake_quantize_per_channel_affine(blocks, scale, zero, 0, *ends).reshape(x.shape)
 
 
 def cut(x: Tensor, qparams: QParams) -> Tensor:
@@ -129,7 +125,7 @@ def test_halves_go_to_the_even_code() -> None:
 def test_values_equal_those_of_torch_at_every_width(scheme: Affine, x: Tensor) -> None:
     qparams = qparams_of(scheme, x)
     found = scheme.fake_quantize(x, qparams)
-    expected = torch_fake_quantize(scheme, x, qparams)
+    expected = torch_fake_quantize(x, scheme, qparams)
     places = x.to(torch.float64) / for_each(scale_of(qparams).to(torch.float64), SHAPE)
     halves = (places.remainder(1) - 0.5).abs() < 1e-4  # it adds the zero point after rounding
     exact = torch.ones_like(halves) if scheme.symmetric else ~halves

@@ -42,6 +42,7 @@ class Buffers(nn.Module):
         self.register_buffer("scratch", torch.randn(5), persistent=False)
         self.register_buffer("nothing", None)
         self.gain = nn.Parameter(torch.randn(16).bfloat16())
+        self.table = nn.Parameter(torch.arange(4), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.layer(x) * self.gain
