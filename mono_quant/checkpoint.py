@@ -45,6 +45,10 @@ def copy_structure(model: ModelT, device: torch.device | None = None) -> ModelT:
     if device is not None:
         for buffer in model.buffers():
             memo[id(buffer)] = torch.empty_like(buffer, device=device)
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:  # a hook makes it at each call
+                memo[id(value)] = value.detach().to(device, copy=True)
     try:
         return copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError) as error:

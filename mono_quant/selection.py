@@ -33,7 +33,8 @@ def check_selector(selector: object) -> Selector:
 def matches_name(pattern: str, name: str) -> bool:
     """Return whether `pattern` matches a dotted name or one of its ancestors."""
     parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
+    names = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    return any(one == pattern or fnmatchcase(one, pattern) for one in names)
 
 
 @attrs.frozen(eq=False)
