@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from mono_quant.base import AnyStatistic, LayerQuantizer, Statistic, Statistics
 from mono_quant.errors import CalibrationError, InputError, MonoQuantError
+from mono_quant.modules import QuantizedWeight
 from mono_quant.numerics.metrics import SquaredError, tensor_bytes
 
 Forward = Callable[[nn.Module, object], object]
@@ -187,14 +188,27 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module in eval mode and back into its own."""
+    """Put every module in eval mode, and it and its buffers back to what they were.
+
+    A forward may count its calls or cache what it saw, and running it is no change of the model.
+    """
     modes = {module: module.training for module in model.modules()}
+    held = [
+        (module, name, buffer, buffer.clone() if buffer is not None else None)
+        for module in modes
+        if not isinstance(module, QuantizedWeight | torch.jit.ScriptModule)
+        for name, buffer in module._buffers.items()
+    ]
     try:
         model.eval()
         yield
     finally:
         for module, training in modes.items():
             module.training = training
+        for module, name, buffer, before in held:
+            module._buffers[name] = buffer
+            if buffer is not None and before is not None and not torch.equal(buffer, before):
+                buffer.copy_(before)
 
 
 class Outputs:

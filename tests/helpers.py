@@ -217,6 +217,11 @@ def tensors(
     return torch.tensor(drawn, dtype=torch.float32).reshape(list(shape))
 
 
+def three_layers() -> nn.Sequential:
+    """Return three linear layers, the last one too small for low widths."""
+    return nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 32), nn.Linear(32, 4))
+
+
 class TiedModel(nn.Module):
     """A language model in small: its head shares the weight of its embedding."""
 

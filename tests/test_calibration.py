@@ -392,6 +392,43 @@ def test_a_model_that_reuses_its_output_is_measured_right() -> None:
     assert quantizer.apply_(source).report.output_sqnr_db == apart
 
 
+class Counting(Net):
+    """Its output depends on how often it was called, and it caches what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("cache", None)
+        self.register_buffer("replaced", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        calls = self.get_buffer("calls").add_(1)
+        self.cache = x
+        self.replaced = torch.ones(3)
+        return super().forward(x) * calls
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_buffers_that_a_forward_writes_are_put_back(in_place: bool) -> None:
+    source = Counting().eval()
+    data = pieces(ROWS, 10)
+    quantizer = Quantizer().bits(4).only("*").fit(data)
+    result = (quantizer.apply_ if in_place else quantizer.apply)(source)
+    assert result.validate(ROWS)
+    for model in (source, result.model):
+        assert dict(model.named_buffers()).keys() >= {"calls", "replaced"}
+        assert model.get_buffer("calls") == 0
+        assert not model.get_buffer("replaced").any()
+        assert model._buffers["cache"] is None
+
+
+def test_in_place_measures_a_model_with_a_state_as_apply_does() -> None:
+    source = Counting().eval()
+    quantizer = Quantizer().bits(4).only("*").fit(pieces(ROWS, 10))
+    apart = quantizer.apply(source).report.output_sqnr_db
+    assert quantizer.apply_(source).report.output_sqnr_db == apart
+
+
 def test_a_model_that_writes_into_its_input_sees_the_same_data_twice() -> None:
     class Writing(Net):
         def forward(self, x: Tensor) -> Tensor:

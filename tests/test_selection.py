@@ -56,7 +56,7 @@ def below(*roots: str) -> frozenset[str]:
         ("mlp", "blocks.3.mlp.2", False),
         ("*", "anything.at.all", True),
         ("Head", "head", False),
-        ("blocks.[01]", "blocks.1.mlp", True),
+        ("a[0]", "a[0].b", True),  # a name is itself, whatever it holds
     ],
 )
 def test_a_pattern_matches_a_name_or_one_of_its_ancestors(
@@ -134,6 +134,14 @@ def test_what_selects_nothing_is_refused(selector: object) -> None:
 @pytest.mark.parametrize("selector", ["head", nn.Linear, MODEL.head, lambda name, module: True])
 def test_what_selects_is_handed_back(selector: object) -> None:
     assert check_selector(selector) is selector
+
+
+def test_a_name_of_odd_characters_survives_a_configuration() -> None:
+    model = nn.ModuleDict({"a[0]": nn.Linear(32, 32), "a*": nn.Linear(32, 32)})
+    plan = Quantizer().skip(model["a[0]"]).plan(model)
+    again = Quantizer.from_config(plan.outline.config).plan(model)
+    assert again.explain() == plan.explain()
+    assert [row.scheme for row in plan.outline.report.quantized] == ["8-bit symmetric per-channel"]
 
 
 def test_a_module_of_two_names_is_meant_by_either() -> None:

@@ -13,6 +13,8 @@ from mono_quant.modules.weight import QuantizedWeight
 
 _NOT_COPIED = ("_compiled_call_impl",)  # as nn.Module leaves it out of its own pickles
 
+_ORDER = "_float_order"  # where a layer keeps the names of its float parameters, in their order
+
 
 class SlowPathWarning(UserWarning):
     """Something works, at the speed of decoding a whole weight each time."""
@@ -45,6 +47,8 @@ class QuantizedLayer(QuantizedModule):
         self.__class__ = float_class_of(type(self))  # type: ignore[assignment]  # that is the point
         for name, weight in weights.items():
             self.register_parameter(name, nn.Parameter(weight))
+        for name in self.__dict__.pop(_ORDER):
+            self._parameters[name] = self._parameters.pop(name)
         return self
 
     def run(
@@ -81,9 +85,9 @@ def convert(
     """Turn `layer`, a working copy, into a quantized one in place and return it."""
     base = type_before_parametrizations(layer)
     layer._modules.pop("parametrizations", None)
+    layer.__dict__[_ORDER] = tuple(layer._parameters)
     for name in weights:
-        if name in layer._parameters:
-            layer._parameters[name] = None  # keeps its place among the parameters
+        layer._parameters.pop(name, None)
     layer.__class__ = quantized_class(base, into)
     converted = cast("QuantizedLayer", layer)  # its class was changed in the line above
     converted.quantized = nn.ModuleDict(

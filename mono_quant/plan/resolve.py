@@ -24,7 +24,7 @@ SMALL = 512
 """Layers with fewer parameters stay float below 8 bits unless they are asked for."""
 LOW_BITS = 8
 """Widths below this leave small layers and embeddings in float by default."""
-WORK_BYTES = 24
+WORK_BYTES = 12
 """Bytes of working memory that each value of the layer at hand takes while it is quantized."""
 
 

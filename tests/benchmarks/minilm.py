@@ -2,6 +2,7 @@
 
 import statistics
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -84,22 +85,21 @@ def embeddings(model: nn.Module) -> Tensor:
     return encode(model, [*lee_documents(), *(line.text for line in polarity_lines())])
 
 
-def figures(model: nn.Module, dequantized: nn.Module, bits_per_weight: float) -> Figures:
+def figures(model: nn.Module, weights: Mapping[str, Tensor], bits_per_weight: float) -> Figures:
     """Return the figures of a quantized model.
 
     Args:
         model: what is run.
-        dequantized: the same with float weights, which are held against the original's.
+        weights: its dequantized weights by the names of their layers.
         bits_per_weight: taken over.
     """
-    floats, found = linears(original()), linears(dequantized)
-    if set(floats) != set(found):
-        raise ValueError(f"expected the Linears {sorted(floats)}, got {sorted(found)}")
-    weights = [sqnr([floats[name].weight], [found[name].weight]) for name in floats]
+    floats = linears(original())
+    if set(floats) != set(weights):
+        raise ValueError(f"expected weights of {sorted(floats)}, got {sorted(weights)}")
     outputs = embeddings(model)
     return Figures(
         bits_per_weight,
-        statistics.mean(weights),
+        statistics.mean(sqnr([floats[name].weight], [weights[name]]) for name in floats),
         sqnr([reference()], [outputs]),
         pearson_with_humans(outputs[:_DOCUMENTS]),
     )
@@ -107,7 +107,8 @@ def figures(model: nn.Module, dequantized: nn.Module, bits_per_weight: float) ->
 
 def figures_of(result: QuantizationResult[MiniLM]) -> Figures:
     """Return the figures of a model that this package quantized."""
-    return figures(result.model, result.dequantize(), result.report.bits_per_weight)
+    weights = {name: layer.weight for name, layer in linears(result.dequantize()).items()}
+    return figures(result.model, weights, result.report.bits_per_weight)
 
 
 def payload(bits: int, group: int | None, symmetric: bool) -> float:

@@ -1,6 +1,7 @@
 """nn.Linear against F.linear on the dequantized weight."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from mono_quant import (
     PerTensor,
     Quantizer,
     SlowPathWarning,
+    load_model,
 )
 from mono_quant.modules import QuantizedLinear
 from tests.helpers import GRIDS, TOLERANCES, assert_like_float, assert_near, oracle, quantized
@@ -188,15 +190,15 @@ def _old_weight_norm(layer: nn.Module) -> nn.Module:
         return nn.utils.weight_norm(layer)
 
 
-@pytest.mark.parametrize(
-    "hook",
-    [
-        _old_weight_norm,
-        nn.utils.spectral_norm,
-        _pruned,
-    ],
-    ids=["weight_norm", "spectral_norm", "prune"],
-)
+HOOKS = {
+    "weight_norm": _old_weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "prune": _pruned,
+}
+each_hook = pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
+
+
+@each_hook
 @pytest.mark.parametrize(
     "make", [lambda: nn.Linear(64, 12), lambda: nn.Conv1d(8, 12, 3)], ids=["linear", "conv"]
 )
@@ -208,6 +210,25 @@ def test_a_weight_made_by_an_old_style_hook_stays_float_with_the_reason(
     assert row.reason is not None
     assert "made by a hook" in row.reason
     assert "torch.nn.utils.parametrizations" in row.reason
+
+
+@each_hook
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_rest_of_a_model_with_such_hooks_is_quantized(
+    hook: Callable[[nn.Module], nn.Module], in_place: bool, tmp_path: Path
+) -> None:
+    def make() -> nn.Sequential:
+        return nn.Sequential(hook(nn.Linear(64, 64)), nn.Linear(64, 12)).eval()
+
+    source = make()
+    x = torch.randn(3, 64)
+    hidden = source[0](x)
+    result = (Quantizer().apply_ if in_place else Quantizer().apply)(source)
+    assert isinstance(result.model[1], QuantizedLinear)
+    torch.testing.assert_close(result.model[0](x), hidden, rtol=0, atol=0)
+    loaded = load_model(result.save(tmp_path / "model.pt"), make())
+    torch.testing.assert_close(loaded(x), result.model(x), rtol=0, atol=0)
+    assert result.validate(x)
 
 
 def test_pruning_made_permanent_is_quantized() -> None:

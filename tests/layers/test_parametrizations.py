@@ -48,6 +48,19 @@ def test_a_parametrized_weight_is_quantized_as_it_reads_in_eval(
     assert_like_float(model, before, torch.randn(5, 64))
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_spectral_norm_in_training_is_read_as_eval_would(in_place: bool) -> None:
+    """Else the reading itself would step its power iteration, and the weight would be another."""
+    source = spectral_norm(nn.Linear(64, 12))
+    with torch.no_grad():
+        source.get_parameter("parametrizations.weight.original").normal_()
+    before = copy.deepcopy(source)
+    quantizer = Quantizer().bits(16)
+    model = (quantizer.apply_ if in_place else quantizer.apply)(source.train()).model
+    assert model.training
+    assert_like_float(model, before, torch.randn(5, 64))
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_the_source_and_its_buffers_are_not_touched(kind: Parametrize, training: bool) -> None:

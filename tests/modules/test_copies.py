@@ -140,6 +140,15 @@ def test_dequantized_parameters_keep_their_order(make: Make) -> None:
     ]
 
 
+@pytest.mark.filterwarnings("ignore::mono_quant.SlowPathWarning")
+@each_layer
+def test_a_float_weight_cannot_be_put_over_the_quantized_one(make: Make) -> None:
+    """It would be ignored in silence."""
+    model = TAUGHT.apply(make()[0]).model
+    with pytest.raises((KeyError, AttributeError), match="weight"):
+        model.weight = nn.Parameter(torch.randn(3))
+
+
 @each_layer
 def test_the_result_is_an_instance_of_the_float_class(make: Make) -> None:
     source, _ = make()

@@ -32,6 +32,7 @@ class Buffers(nn.Module):
             torch.float16,
             torch.bfloat16,
             torch.float64,
+            torch.float8_e4m3fn,
         ):
             name = str(dtype).removeprefix("torch.")
             self.register_buffer(f"{name}_values", (100 * torch.randn(3, 5)).to(dtype))

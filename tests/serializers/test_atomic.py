@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -67,17 +68,21 @@ def test_a_failing_writer_leaves_nothing_where_nothing_was(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture
+@contextmanager
 def small_files_only() -> Iterator[None]:
-    """Let no file of this process grow past a few kB: what a full disk does, by the kernel."""
+    """Let no file of this process grow past a few kB: what a full disk does, by the kernel.
+
+    The log that the tests are written to is such a file too: nothing is printed in here.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @each_suffix
-@pytest.mark.usefixtures("small_files_only")
 def test_a_disk_that_is_full_is_an_os_error_and_leaves_the_old_file(
     suffix: str, tmp_path: Path
 ) -> None:
@@ -85,7 +90,7 @@ def test_a_disk_that_is_full_is_an_os_error_and_leaves_the_old_file(
     Quantizer().apply(small()).save(path)
     before = path.read_bytes()
     large = Quantizer().apply(nn.Linear(512, 512))
-    with pytest.raises(OSError, match="model"):
+    with small_files_only(), pytest.raises(OSError, match="model"):
         large.save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
