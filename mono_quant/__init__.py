@@ -15,6 +15,7 @@ from mono_quant.api import (
     validate_quantization,
 )
 from mono_quant.base import (
+    Activation,
     Checkpoint,
     Container,
     Grid,
@@ -55,7 +56,7 @@ from mono_quant.layers import (
     LinearQuantizer,
 )
 from mono_quant.modules import QuantizedLayer, SlowPathWarning
-from mono_quant.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor
+from mono_quant.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from mono_quant.numerics.metrics import sqnr_db
 from mono_quant.numerics.values import Layout, QParams, QTensor, WeightView
 from mono_quant.observers import MSE, MinMax
@@ -66,10 +67,13 @@ from mono_quant.result import Outline, QuantizationResult, Validation
 from mono_quant.rounding import RoundToNearest
 from mono_quant.schemes import Affine, FloatCast
 from mono_quant.serializers import SafetensorsSerializer, TorchSerializer, read_state_dict
+from mono_quant.settings import Activations
 from mono_quant.version import __version__
 
 __all__ = [
     "MSE",
+    "Activation",
+    "Activations",
     "Affine",
     "BareWeightQuantizer",
     "CalibrationError",
@@ -103,6 +107,7 @@ __all__ = [
     "PerChannel",
     "PerGroup",
     "PerTensor",
+    "PerToken",
     "Plan",
     "QParams",
     "QTensor",

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from mono_quant.configurable import Config, Configurable, Kinds
 from mono_quant.errors import InputError
-from mono_quant.numerics.blocks import block_counts
+from mono_quant.numerics.blocks import block_counts, block_range
 from mono_quant.numerics.granularity import Granularity, Shape
 from mono_quant.numerics.metrics import tensor_bytes
 from mono_quant.numerics.packing import pack_bits, unpack_bits
@@ -89,6 +89,16 @@ class Scheme(Configurable, ABC):
         """
         block_size = self.granularity.block_size(tuple(x.shape))
         low, high = observer.range_of(x, self, block_size)
+        return self.calculate_qparams(low, high, block_size=block_size)
+
+    def dynamic_qparams(self, x: Tensor) -> QParams:
+        """Return parameters that cover the values of `x`, an activation as it comes.
+
+        It runs in every forward, so a scheme whose `calculate_qparams` looks at values overrides
+        this by something that `torch.compile` can trace. NaN and infinity make the result so.
+        """
+        block_size = self.granularity.block_size(tuple(x.shape))
+        low, high = block_range(x, block_size)
         return self.calculate_qparams(low, high, block_size=block_size)
 
     def refuse(self, shape: Shape) -> str | None:
@@ -194,6 +204,52 @@ class PackedTensor:
             if name not in {"codes", "scale", "zero_point"}
         }
         return QParams(scale, zero_point, block, extra)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Activation:
+    """How the inputs of a weight are quantized.
+
+    Attributes:
+        scheme: the grid; its granularity is of rows of inputs (see `Operation.rows`).
+        scale: calibrated, ``float32`` of one value; None where it is found anew for each input.
+        zero_point: the code of zero, of one value, or None for a symmetric grid or a dynamic one.
+    """
+
+    scheme: Scheme
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+
+    @property
+    def mode(self) -> str:
+        """Either "static" (calibrated) or "dynamic"."""
+        return "dynamic" if self.scale is None else "static"
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What was calibrated, by name; empty for a dynamic one."""
+        named = {"scale": self.scale, "zero_point": self.zero_point}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def qparams(self, x: Tensor) -> QParams:
+        """Return the parameters for `x`, an input as rows ``[..., features]``."""
+        if self.scale is None:
+            return self.scheme.dynamic_qparams(x)
+        ones = (1,) * x.dim()
+        zero_point = self.zero_point.reshape(ones) if self.zero_point is not None else None
+        return QParams(self.scale.reshape(ones), zero_point, tuple(x.shape))
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """Return rows `x` on the grid, in float32 or wider; its gradient is that of `x` itself."""
+        if not x.is_floating_point():
+            raise TypeError(f"the input is {x.dtype}, where a floating dtype was expected")
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        on_grid = self.scheme.fake_quantize(x.detach(), self.qparams(x.detach())).to(x.dtype)
+        return x + (on_grid - x).detach() if x.requires_grad else on_grid
+
+    def describe(self) -> str:
+        """Return mode and grid in a few words, for reports."""
+        return f"{self.mode} {self.scheme.describe()}"
 
 
 def _pack_codes(codes: Tensor, scheme: Scheme) -> Tensor:
@@ -343,6 +399,10 @@ class QuantizedModule(nn.Module, ABC):
     def dequantize(self) -> nn.Module:
         """Return the float layer again, its weights on the grid; it may be this object."""
 
+    def activations(self) -> Mapping[str, Activation]:
+        """Return how inputs are quantized, by the name of the weight that they meet."""
+        return {}
+
     def qtensors(self) -> Mapping[str, QTensor]:
         """Return the weights by name as unpacked codes on the stack ``[G, out, in]``."""
         return {name: packed.unpack() for name, packed in self.packed_weights().items()}
@@ -380,18 +440,47 @@ class LayerQuantizer(Configurable, ABC):
             for name, layout in self.layouts(layer).items()
         }
 
+    def refuse_activation(self, layer: nn.Module, name: str, mode: str) -> str | None:
+        """Return why the inputs of a weight cannot be quantized, or None.
+
+        Args:
+            layer: of the kind that this matches.
+            name: of the weight.
+            mode: "dynamic" or "static".
+        """
+        return f"{type(self).__name__} quantizes weights only"
+
     def inputs(
         self, layer: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> Iterable[tuple[str, Tensor]]:
-        """Return each weight's name with its inputs as rows ``[n, in]``, for one call of the layer.
+        """Return each weight's name with what it is multiplied by, for one call of the layer.
 
-        Nothing by default: a rounding that needs statistics then refuses the layer.
+        As the layer's operation takes it: an image for a convolution. Nothing by default: there is
+        then nothing to calibrate on.
         """
         return ()
 
+    def rows(self, layer: nn.Module, name: str, x: Tensor) -> Tensor | None:
+        """Return what `inputs` gave for a weight as rows ``[n, in]`` that meet the weight's rows.
+
+        None by default: a rounding that needs statistics then refuses the layer.
+        """
+        return None
+
     @abstractmethod
-    def replace(self, layer: nn.Module, weights: Mapping[str, PackedTensor]) -> QuantizedModule:
-        """Return what stands in for `layer`, a working copy: it may be that object, converted."""
+    def replace(
+        self,
+        layer: nn.Module,
+        weights: Mapping[str, PackedTensor],
+        activations: Mapping[str, Activation],
+    ) -> QuantizedModule:
+        """Return what stands in for `layer`, a working copy: it may be that object, converted.
+
+        Args:
+            layer: a float layer that `matches`.
+            weights: those that are quantized, by name: not always all of the layer's.
+            activations: how their inputs are quantized, of those whose inputs are.
+        """
 
 
 class Container(Configurable, ABC):
@@ -423,6 +512,10 @@ class Operation(ABC):
     def __call__(self, x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
         """Return the result for a weight that is dequantized as far as it is needed."""
 
+    def rows(self, x: Tensor) -> Tensor:
+        """Return an input as rows ``[..., features]`` that are mapped each on its own."""
+        return x
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class KernelSpec:
@@ -432,11 +525,13 @@ class KernelSpec:
         operation: the layer's arithmetic.
         scheme: the weight's grid.
         layout: the weight's shape.
+        activation: how the input is quantized; None where it stays float.
     """
 
     operation: Operation
     scheme: Scheme
     layout: Layout
+    activation: Activation | None = None
 
 
 class Kernel(Protocol):
@@ -464,12 +559,14 @@ class WeightRecord:
         name: the weight's name in the layer.
         weight: codes, scales and what they mean.
         layer: configuration of the `LayerQuantizer` that made it.
+        activation: how its inputs are quantized; None where they stay float.
     """
 
     module: str
     name: str
     weight: PackedTensor
     layer: Config
+    activation: Activation | None = None
 
     @property
     def key(self) -> str:

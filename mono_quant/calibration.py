@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from mono_quant.base import AnyStatistic, LayerQuantizer, Statistic, Statistics
 from mono_quant.errors import CalibrationError, InputError, MonoQuantError
-from mono_quant.modules import QuantizedWeight
+from mono_quant.modules import QuantizedInput, QuantizedWeight
+from mono_quant.numerics.blocks import all_finite
 from mono_quant.numerics.metrics import SquaredError, tensor_bytes
 
 Forward = Callable[[nn.Module, object], object]
@@ -136,6 +137,8 @@ class CalibrationData:
             raise CalibrationError(f"batch {place} of the data holds NaN")
         try:
             output = self.call(model, batch)
+        except CalibrationError as error:
+            raise CalibrationError(f"{error}, on batch {place} of the data") from error
         except MonoQuantError:
             raise
         except Exception as error:
@@ -196,7 +199,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     held = [
         (module, name, buffer, buffer.clone() if buffer is not None else None)
         for module in modes
-        if not isinstance(module, QuantizedWeight | torch.jit.ScriptModule)
+        if not isinstance(module, QuantizedWeight | QuantizedInput | torch.jit.ScriptModule)
         for name, buffer in module._buffers.items()
     ]
     try:
@@ -255,34 +258,60 @@ def compare(references: Iterable[list[Tensor]], others: Iterable[list[Tensor]]) 
 
 @attrs.frozen(eq=False)
 class Wanted:
-    """The statistics that a layer's roundings ask for.
+    """The statistics of a layer's inputs that are asked for, by the name of the weight they meet.
 
     Attributes:
         layer: knows how the layer's inputs are read.
-        needs: statistics by the weight's name.
+        of_rows: statistics of inputs as rows, for roundings.
+        of_inputs: statistics of inputs as they come, for their ranges.
     """
 
     layer: LayerQuantizer
-    needs: Mapping[str, tuple[AnyStatistic, ...]]
+    of_rows: Mapping[str, tuple[AnyStatistic, ...]]
+    of_inputs: Mapping[str, tuple[AnyStatistic, ...]]
+
+
+@attrs.frozen(eq=False)
+class Gathered:
+    """What calibration learned of the inputs of one weight.
+
+    Attributes:
+        rows: the states that roundings asked for.
+        inputs: the states that the ranges of inputs are found from.
+    """
+
+    rows: Statistics = attrs.field(factory=Statistics)
+    inputs: Statistics = attrs.field(factory=Statistics)
 
 
 def gather(
     model: nn.Module, wanted: Mapping[str, Wanted], data: CalibrationData, progress: str | None
-) -> Mapping[str, Mapping[str, Statistics]]:
-    """Return the statistics of each weight's inputs, by layer and weight, from one pass.
+) -> Mapping[tuple[str, str], Gathered]:
+    """Return what is asked for by layer and weight, from one pass.
 
     Weights that no data reached are absent.
+
+    Raises:
+        CalibrationError: an input holds NaN or infinity; names the layer and the batch.
     """
-    states: dict[str, dict[str, dict[AnyStatistic, object]]] = {name: {} for name in wanted}
+    rows: dict[tuple[str, str], dict[AnyStatistic, object]] = {}
+    inputs: dict[tuple[str, str], dict[AnyStatistic, object]] = {}
 
     def observe(
-        name: str, layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+        path: str, layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
-        want = wanted[name]
-        for weight, rows in want.layer.inputs(layer, args, kwargs):
-            seen = states[name].setdefault(weight, {})
-            for statistic in want.needs.get(weight, ()):
-                _fold(cast("Statistic[object]", statistic), rows, seen)
+        want = wanted[path]
+        for name, x in want.layer.inputs(layer, args, kwargs):
+            if not x.numel():
+                continue
+            if not all_finite(x):
+                raise CalibrationError(f"what reaches {path!r} holds NaN or infinity")
+            for statistic in want.of_inputs.get(name, ()):
+                _fold(statistic, x, inputs.setdefault((path, name), {}))
+            found = want.layer.rows(layer, name, x) if want.of_rows.get(name) else None
+            if found is not None:
+                for statistic in want.of_rows[name]:
+                    _fold(statistic, found, rows.setdefault((path, name), {}))
 
     with ExitStack() as hooks:
         for name in wanted:
@@ -292,14 +321,15 @@ def gather(
         for _ in data.outputs(model, progress):
             pass
     return {
-        name: {weight: Statistics(seen) for weight, seen in weights.items()}
-        for name, weights in states.items()
+        key: Gathered(Statistics(rows.get(key, {})), Statistics(inputs.get(key, {})))
+        for key in {**rows, **inputs}
     }
 
 
-def _fold(statistic: Statistic[object], rows: Tensor, seen: dict[AnyStatistic, object]) -> None:
-    state = statistic.observe(rows)
-    seen[statistic] = statistic.merge(seen[statistic], state) if statistic in seen else state
+def _fold(statistic: AnyStatistic, x: Tensor, seen: dict[AnyStatistic, object]) -> None:
+    fold = cast("Statistic[object]", statistic)  # the only kind of statistic there is
+    state = fold.observe(x)
+    seen[statistic] = fold.merge(seen[statistic], state) if statistic in seen else state
 
 
 def _to_device(value: object, device: torch.device) -> object:

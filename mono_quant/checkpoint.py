@@ -4,11 +4,13 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
+import attrs
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from mono_quant.base import (
+    Activation,
     Checkpoint,
     Container,
     LayerQuantizer,
@@ -19,7 +21,7 @@ from mono_quant.base import (
 from mono_quant.configurable import Config, Configurable, Kinds, kinds_of
 from mono_quant.errors import CheckpointError, InputError, UnknownKindError, UnsupportedLayerError
 from mono_quant.layers import BUILT_IN_LAYERS
-from mono_quant.modules import QuantizedWeight, tie
+from mono_quant.modules import QuantizedInput, QuantizedWeight, tie
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -76,14 +78,15 @@ def to_checkpoint(
         if not isinstance(module, QuantizedModule):
             continue
         for name, packed in module.packed_weights().items():
-            record = WeightRecord(path, name, packed, _maker(path, module).to_config())
+            maker, activation = _maker(path, module).to_config(), module.activations().get(name)
+            record = WeightRecord(path, name, packed, maker, activation)
             records[record.key] = record
             packed_ids.update(id(tensor) for tensor in packed.tensors.values())
             first = first_names.setdefault(id(packed.tensors["codes"]), record.key)
             if first != record.key:
                 ties[record.key] = first
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, QuantizedWeight):
+        if isinstance(module, QuantizedWeight | QuantizedInput):
             continue
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise CheckpointError(
@@ -119,6 +122,7 @@ def kinds_in(model: nn.Module) -> Kinds:
         found += _adapted_by(module)
         if isinstance(module, QuantizedModule):
             found += [packed.scheme for packed in module.packed_weights().values()]
+            found += [activation.scheme for activation in module.activations().values()]
             found += [module.made_by] if module.made_by is not None else []
     return kinds_of(*found)
 
@@ -144,13 +148,13 @@ def rebuild(
     _check_fit(skeleton, checkpoint)
     recorded = [Container.from_config(config, kinds) for config in checkpoint.containers]
     replaced: dict[str, nn.Module] = {}
-    for path, (maker, weights) in makers.items():
+    for path, found in makers.items():
         layer = skeleton.get_submodule(path)
         if isinstance(layer, QuantizedModule):
             replaced[path] = layer  # one module under two names
             continue
-        module = maker.replace(layer, weights)
-        module.made_by = maker
+        module = found.maker.replace(layer, found.weights, found.activations)
+        module.made_by = found.maker
         put(skeleton, layer, module)
         replaced[path] = module
     for alias, first in checkpoint.ties.items():
@@ -241,14 +245,28 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
+@attrs.frozen(eq=False)
+class _Replacement:
+    """What stands in for one layer."""
+
+    maker: LayerQuantizer
+    weights: dict[str, PackedTensor] = attrs.field(factory=dict)
+    activations: dict[str, Activation] = attrs.field(factory=dict)
+
+    def add(self, record: WeightRecord) -> None:
+        self.weights[record.name] = record.weight
+        if record.activation is not None:
+            self.activations[record.name] = record.activation
+
+
 def _makers(
     skeleton: nn.Module,
     checkpoint: Checkpoint,
     known: tuple[LayerQuantizer, ...],
     kinds: Kinds | None,
-) -> Mapping[str, tuple[LayerQuantizer, dict[str, PackedTensor]]]:
+) -> Mapping[str, _Replacement]:
     """Return what replaces each layer, and by which weights; the recorded kind is asked first."""
-    makers: dict[str, tuple[LayerQuantizer, dict[str, PackedTensor]]] = {}
+    makers: dict[str, _Replacement] = {}
     modules = dict(skeleton.named_modules(remove_duplicate=False))
     for key, record in checkpoint.records.items():
         layer = modules.get(record.module)
@@ -257,7 +275,7 @@ def _makers(
         if isinstance(layer, QuantizedModule):
             raise CheckpointError(f"{record.module!r} is quantized already; give a float skeleton")
         if record.module in makers:
-            makers[record.module][1][record.name] = record.weight
+            makers[record.module].add(record)
             continue
         try:
             recorded = [LayerQuantizer.from_config(record.layer, kinds)]
@@ -269,14 +287,15 @@ def _makers(
                 f"no LayerQuantizer knows {record.module!r}, a {type(layer).__name__} "
                 f"(the file says kind {record.layer.get('kind')!r}); pass it with kinds={{...}}"
             )
-        makers[record.module] = (maker, {record.name: record.weight})
-    for path, (maker, weights) in makers.items():
-        layouts = maker.layouts(modules[path])
-        for name, packed in weights.items():
-            found = layouts[name].native if name in layouts else None
-            if found != packed.layout.native:
+        makers[record.module] = _Replacement(maker)
+        makers[record.module].add(record)
+    for path, found in makers.items():
+        layouts = found.maker.layouts(modules[path])
+        for name, packed in found.weights.items():
+            native = layouts[name].native if name in layouts else None
+            if native != packed.layout.native:
                 raise CheckpointError(
-                    f"{path}.{name} is {packed.layout.native} in the file and {found} in the model"
+                    f"{path}.{name} is {packed.layout.native} in the file and {native} in the model"
                 )
     return makers
 

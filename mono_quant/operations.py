@@ -26,9 +26,14 @@ def _widened(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """
     if not x.is_floating_point():
         raise TypeError(f"the input is {x.dtype}, where a floating dtype was expected")
-    if x.device.type != "cpu" or x.dtype not in (torch.float16, torch.bfloat16):
-        return x, bias
-    return x.float(), bias.float() if bias is not None else None
+    half = x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16)
+    wide = x.float() if half else x
+    return wide, bias.to(wide.dtype) if bias is not None else None
+
+
+def _samples(x: Tensor, spatial: int) -> Tensor:
+    """Return ``[N, C, *spatial]`` as ``[N, -1]``, and an unbatched ``[C, *spatial]`` as one row."""
+    return x.flatten(1) if x.dim() == spatial + 2 else x.reshape(1, -1)
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,10 @@ class Convolution(Operation):
         result = convolve(wide, native, bias, self.stride, self.padding, self.dilation, self.groups)
         return result.to(x.dtype)
 
+    def rows(self, x: Tensor) -> Tensor:
+        """Return ``[N, C * positions]``: a row for each sample."""
+        return _samples(x, len(self.stride))
+
 
 @dataclass(frozen=True)
 class TransposedConvolution(Operation):
@@ -89,6 +98,10 @@ class TransposedConvolution(Operation):
             self.dilation,
         )
         return result.to(x.dtype)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Return ``[N, C * positions]``: a row for each sample."""
+        return _samples(x, len(self.stride))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mono_quant.base import (
     Container,
     LayerQuantizer,
+    Observer,
     RangeEstimator,
     Rounding,
     Scheme,
@@ -20,17 +21,24 @@ from mono_quant.checkpoint import ModelT
 from mono_quant.configurable import Config, Json, Kinds
 from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.modules import BareModule, tree_of
-from mono_quant.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor
+from mono_quant.numerics.granularity import (
+    Granularity,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+)
 from mono_quant.plan import Plan, Request, resolve
 from mono_quant.result import QuantizationResult
 from mono_quant.selection import Selection, Selector, check_selector
-from mono_quant.settings import Settings
+from mono_quant.settings import Activations, Settings
 
 _GRANULARITIES: Mapping[str, Granularity] = {
     "tensor": PerTensor(),
     "channel": PerChannel(),
     "group": PerGroup(),
 }
+_ACTIVATION_GRANULARITIES: Mapping[str, Granularity] = {"token": PerToken(), "tensor": PerTensor()}
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -109,7 +117,7 @@ class Quantizer:
     ) -> Self:
         """Say how ranges are found: one for all, or one for weights and one for activations.
 
-        Activations are not quantized yet, and the plan says so when one is given for them.
+        One for all is for weights only where it is no `Observer`: activations are seen in pieces.
         **Replaces** those that are given.
         """
         if (observer is None) == (weights is None and activations is None):
@@ -117,13 +125,42 @@ class Quantizer:
                 "give one observer for all, or weights= and activations=: "
                 "observer(MinMax()) or observer(weights=MSE())"
             )
-        built = self
-        if (found := observer or weights) is not None:
-            built = self._settings(attrs.evolve(self._request.settings, observer=found))
-        if activations is None:
-            return built
-        return attrs.evolve(
-            built, request=attrs.evolve(built._request, activation_observer=activations)
+        settings = self._request.settings
+        watcher = activations or (observer if isinstance(observer, Observer) else None)
+        return self._settings(
+            attrs.evolve(
+                settings,
+                observer=observer or weights or settings.observer,
+                activation_observer=watcher or settings.activation_observer,
+            )
+        )
+
+    def activations(
+        self,
+        mode: str | None,
+        *,
+        bits: int = 8,
+        symmetric: bool = False,
+        granularity: Granularity | str | None = None,
+    ) -> Self:
+        """Say how the inputs of layers are quantized. **Replaces**.
+
+        Without a word, 8-bit weights get static activations where there is data to calibrate on
+        and dynamic ones where there is none; other widths, and a scheme of your own, get none.
+
+        Args:
+            mode: "dynamic" (each input has a range of its own), "static" (calibrated by `fit`) or
+                None: they stay float.
+            bits: 2 to 8.
+            symmetric: use a grid without a zero point.
+            granularity: "token" (a range for each row, the default of dynamic ones) or "tensor"
+                (all that static ones can be).
+        """
+        chosen = _activation_granularity(granularity) if granularity is not None else None
+        return self._settings(
+            attrs.evolve(
+                self._request.settings, activations=Activations(mode, bits, symmetric, chosen)
+            )
         )
 
     def rounding(self, rounding: Rounding) -> Self:
@@ -163,6 +200,8 @@ class Quantizer:
         scheme: Scheme | None = None,
         observer: RangeEstimator | None = None,
         rounding: Rounding | None = None,
+        activations: Activations | str | None = None,
+        activation_observer: RangeEstimator | None = None,
     ) -> Self:
         """Quantize some layers otherwise. **Adds**; where several apply, the last wins.
 
@@ -179,6 +218,8 @@ class Quantizer:
             scheme: see above.
             observer: for the weights.
             rounding: see above.
+            activations: "dynamic", "static", "float" or an `Activations`.
+            activation_observer: for the activations.
         """
         if granularity is not None and group_size is not None:
             raise ConfigurationError("say granularity or group_size, not both")
@@ -191,6 +232,10 @@ class Quantizer:
             scheme=scheme,
             observer=observer,
             rounding=rounding,
+            activations=Activations(None if activations == "float" else activations)
+            if isinstance(activations, str)
+            else activations,
+            activation_observer=activation_observer,
         )
         if settings == Settings():
             raise ConfigurationError(f"override({selector!r}) says nothing; add bits= or another")
@@ -304,7 +349,7 @@ class Quantizer:
             ConfigurationError: it holds something unknown.
             UnknownKindError: it names an unknown kind.
         """
-        known = {"settings", "overrides", "only", "skip", "activation_observer", *_STRATEGIES}
+        known = {"settings", "overrides", "only", "skip", *_STRATEGIES}
         if unknown := set(config) - known:
             raise ConfigurationError(f"a quantizer has no {', '.join(sorted(unknown))}")
         overrides = []
@@ -314,7 +359,6 @@ class Quantizer:
             if not isinstance(selector, str):
                 raise ConfigurationError(f"an override's selector is a name, not {selector!r}")
             overrides.append((selector, Settings.from_config(said, kinds)))
-        observer = config.get("activation_observer")
         return cls(
             Request(
                 settings=Settings.from_config(_object(config.get("settings", {})), kinds),
@@ -330,9 +374,6 @@ class Quantizer:
                 transforms=tuple(
                     Transform.from_config(one, kinds) for one in _objects(config.get("transforms"))
                 ),
-                activation_observer=RangeEstimator.from_config(_object(observer), kinds)
-                if observer is not None
-                else None,
             )
         )
 
@@ -340,8 +381,6 @@ class Quantizer:
         """Return the chain of calls; data, modules and functions are shown, not written down."""
         request, settings = self._request, self._request.settings
         calls = [_call(name, value) for name, value in _said(settings)]
-        if request.activation_observer is not None:
-            calls.append(f"observer(activations={request.activation_observer!r})")
         if request.only:
             calls.append(f"only({', '.join(map(_show, request.only))})")
         if request.skip:
@@ -372,7 +411,6 @@ class Quantizer:
             return selection.roots(selector)
 
         request = self._request
-        observer = request.activation_observer
         return {
             "settings": request.settings.to_config(),
             "overrides": [
@@ -385,10 +423,10 @@ class Quantizer:
             "layers": [layer.to_config() for layer in request.layers],
             "containers": [container.to_config() for container in request.containers],
             "transforms": [transform.to_config() for transform in request.transforms],
-            "activation_observer": observer.to_config() if observer is not None else None,
         }
 
 
+_OBSERVERS = {"observer": "weights", "activation_observer": "activations"}
 _STRATEGIES = ("layers", "containers", "transforms")
 
 
@@ -403,12 +441,33 @@ def _granularity(granularity: Granularity | str) -> Granularity:
     return _GRANULARITIES[granularity]
 
 
+def _activation_granularity(granularity: Granularity | str) -> Granularity:
+    if isinstance(granularity, Granularity):
+        return granularity
+    if granularity not in _ACTIVATION_GRANULARITIES:
+        raise ConfigurationError(
+            f"the granularity of activations is "
+            f"{' or '.join(map(repr, _ACTIVATION_GRANULARITIES))}, not {granularity!r}"
+        )
+    return _ACTIVATION_GRANULARITIES[granularity]
+
+
 def _said(settings: Settings) -> list[tuple[str, object]]:
     values = attrs.asdict(settings, recurse=False)
     return [(name, value) for name, value in values.items() if value is not None]
 
 
 def _call(name: str, value: object) -> str:
+    if isinstance(value, Activations):
+        said = {
+            "bits": value.bits if value.bits != 8 else None,
+            "symmetric": value.symmetric or None,
+            "granularity": value.granularity,
+        }
+        more = "".join(f", {key}={one!r}" for key, one in said.items() if one is not None)
+        return f"activations({value.mode!r}{more})"
+    if name in _OBSERVERS:
+        return f"observer({_OBSERVERS[name]}={value!r})"
     return f"{name}({value!r})"
 
 

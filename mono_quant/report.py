@@ -26,6 +26,7 @@ class LayerReport:
         float_bytes: bytes before.
         bytes: bytes after, scales and zero points counted.
         scheme: how it was quantized, or None for what stayed float.
+        activation: how its inputs are quantized, or why they are not although they were to be.
         reason: why it stayed float, or was not quantized now.
         sqnr_db: of the weight, in dB; None where nothing was quantized.
         note: what else is worth knowing.
@@ -39,6 +40,7 @@ class LayerReport:
     float_bytes: int
     bytes: int
     scheme: str | None = None
+    activation: str | None = None
     reason: str | None = None
     sqnr_db: float | None = None
     note: str | None = None
@@ -53,6 +55,8 @@ class LayerReport:
     def fate(self) -> str:
         """The scheme, or why it stayed float; whose values these also are; and the note."""
         parts = [f"float: {self.reason}" if self.scheme is None else self.scheme]
+        if self.activation is not None:
+            parts.append(self.activation)
         if self.scheme is not None and self.reason:
             parts.append(self.reason)
         if self.aliases:
@@ -137,6 +141,7 @@ class Report:
                 "bytes": layer.bytes,
                 "bits_per_weight": layer.bits_per_weight,
                 "scheme": layer.scheme,
+                "activation": layer.activation,
                 "reason": layer.reason,
                 "sqnr_db": _finite(layer.sqnr_db),
                 "note": layer.note,

@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from mono_quant.base import Checkpoint, LayerQuantizer, PackedTensor, Serializer
+from mono_quant.base import Activation, Checkpoint, LayerQuantizer, PackedTensor, Serializer
 from mono_quant.calibration import CalibrationData, evaluating, positional_arguments
 from mono_quant.checkpoint import (
     ModelT,
@@ -222,6 +222,8 @@ def _unequal(one: Checkpoint, other: Checkpoint) -> str | None:
     for key, record in one.records.items():
         if not _same_weight(record.weight, other.records[key].weight):
             return key
+        if not _same_activation(record.activation, other.records[key].activation):
+            return f"what is known of the inputs of {key}"
     for key, tensor in one.tensors.items():
         if not _same_tensor(tensor, other.tensors[key]):
             return key
@@ -231,6 +233,16 @@ def _unequal(one: Checkpoint, other: Checkpoint) -> str | None:
 def _same_weight(one: PackedTensor, other: PackedTensor) -> bool:
     return (
         (one.scheme, one.layout, one.dtype) == (other.scheme, other.layout, other.dtype)
+        and set(one.tensors) == set(other.tensors)
+        and all(_same_tensor(one.tensors[name], other.tensors[name]) for name in one.tensors)
+    )
+
+
+def _same_activation(one: Activation | None, other: Activation | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return (
+        one.scheme == other.scheme
         and set(one.tensors) == set(other.tensors)
         and all(_same_tensor(one.tensors[name], other.tensors[name]) for name in one.tensors)
     )

@@ -1,15 +1,22 @@
 """What a user asks for, and the recipe that it comes to for one weight."""
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import ClassVar, TypeVar, cast
 
 import attrs
 import torch
 
-from mono_quant.base import Grid, RangeEstimator, Rounding, Scheme
-from mono_quant.configurable import Config, Kinds, as_dtype, encode
+from mono_quant.base import Grid, Observer, RangeEstimator, Rounding, Scheme
+from mono_quant.configurable import Config, Configurable, Kinds, as_dtype, encode, register
 from mono_quant.errors import ConfigurationError
-from mono_quant.numerics.granularity import Granularity, PerChannel, PerGroup, Shape
+from mono_quant.numerics.granularity import (
+    Granularity,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    Shape,
+)
 from mono_quant.observers import MinMax
 from mono_quant.rounding import RoundToNearest
 from mono_quant.schemes import Affine, FloatCast
@@ -20,17 +27,63 @@ DEFAULT_BITS = 8
 DEFAULT_GROUP = 64
 
 
+@register
+@attrs.frozen
+class Activations(Configurable):
+    """How the inputs of layers are quantized.
+
+    Attributes:
+        mode: "dynamic" (a range for each input, found when it comes), "static" (one range,
+            calibrated) or None: they stay float.
+        bits: 2 to 8.
+        symmetric: no zero point.
+        granularity: `PerToken` (the default of dynamic ones) or `PerTensor`, all that static ones
+            can be.
+    """
+
+    kind: ClassVar[str] = "activations"
+    mode: str | None = None
+    bits: int = 8
+    symmetric: bool = False
+    granularity: Granularity | None = None
+
+    def __attrs_post_init__(self) -> None:
+        """Refuse what no grid of activations can be."""
+        if self.mode not in _MODES:
+            raise ConfigurationError(
+                f"activations are 'dynamic', 'static' or None (float), not {self.mode!r}"
+            )
+        allowed = (PerTensor, PerToken) if self.mode == "dynamic" else (PerTensor,)
+        if self.granularity is not None and not isinstance(self.granularity, allowed):
+            names = " or ".join(f"{one.__name__}()" for one in allowed)
+            raise ConfigurationError(
+                f"the granularity of {self.mode or 'float'} activations is {names}, "
+                f"not {self.granularity!r}"
+            )
+        Affine(self.bits, self.symmetric)  # refuses other widths
+
+    @property
+    def scheme(self) -> Affine:
+        """The grid; its scales are float32, since they are few or never stored."""
+        default = PerToken() if self.mode == "dynamic" else PerTensor()
+        return Affine(self.bits, self.symmetric, self.granularity or default, torch.float32)
+
+
 @attrs.frozen
 class Recipe:
-    """How one weight is quantized.
+    """How one weight is quantized, and the inputs that meet it.
 
     Attributes:
         grid: the scheme and how its range is found.
         rounding: how grid points are chosen.
+        activations: how its inputs are quantized; of mode None where they stay float.
+        observer: how the range of static ones is found.
     """
 
     grid: Grid
     rounding: Rounding
+    activations: Activations = attrs.field(factory=Activations)
+    observer: Observer[object] = attrs.field(factory=MinMax)
 
 
 @attrs.frozen
@@ -45,6 +98,8 @@ class Settings:
         scheme: a whole scheme, in place of the four above.
         observer: how the range of weights is found.
         rounding: how grid points are chosen.
+        activations: how inputs are quantized.
+        activation_observer: how the range of static activations is found.
     """
 
     bits: int | None = None
@@ -56,6 +111,8 @@ class Settings:
     scheme: Scheme | None = None
     observer: RangeEstimator | None = None
     rounding: Rounding | None = None
+    activations: Activations | None = None
+    activation_observer: RangeEstimator | None = None
 
     def __attrs_post_init__(self) -> None:
         """Refuse settings that contradict each other.
@@ -78,6 +135,14 @@ class Settings:
             raise ConfigurationError(f"bits is 2 to 8, or 16 for a cast, not {self.bits!r}")
         if self.bits == 16 and len(said) > 1:
             raise ConfigurationError(f"bits(16) is a cast: it has no {' and no '.join(said[1:])}")
+        quantized = self.activations is not None and self.activations.mode is not None
+        if self.bits == 16 and quantized:
+            raise ConfigurationError("bits(16) is a cast: its activations cannot be quantized")
+        watcher = self.activation_observer
+        if watcher is not None and not isinstance(watcher, Observer):
+            raise ConfigurationError(
+                f"{watcher!r} sees a tensor whole, and activations come in pieces: give an Observer"
+            )
 
     def to_config(self) -> Config:
         """Return what was said as JSON data."""
@@ -105,6 +170,7 @@ class Settings:
 
         granularity, scheme = described("granularity"), described("scheme")
         observer, rounding = described("observer"), described("rounding")
+        activations, watcher = described("activations"), described("activation_observer")
         return cls(
             bits=bits,
             symmetric=symmetric,
@@ -113,6 +179,8 @@ class Settings:
             scheme=Scheme.from_config(scheme, kinds) if scheme else None,
             observer=RangeEstimator.from_config(observer, kinds) if observer else None,
             rounding=Rounding.from_config(rounding, kinds) if rounding else None,
+            activations=Activations.from_config(activations, kinds) if activations else None,
+            activation_observer=RangeEstimator.from_config(watcher, kinds) if watcher else None,
         )
 
     def over(self, base: "Settings") -> "Settings":
@@ -134,6 +202,8 @@ class Settings:
             scheme=_first(self.scheme, base.scheme),
             observer=_first(self.observer, base.observer),
             rounding=_first(self.rounding, base.rounding),
+            activations=_first(self.activations, base.activations),
+            activation_observer=_first(self.activation_observer, base.activation_observer),
         )
 
     @property
@@ -143,10 +213,26 @@ class Settings:
             return self.scheme.code_bits or 16
         return self.bits or DEFAULT_BITS
 
-    def recipe(self, shape: Shape) -> Recipe:
-        """Return how a weight that is a stack of `shape` is quantized."""
+    def recipe(self, shape: Shape, has_data: bool = False) -> Recipe:
+        """Return how a weight that is a stack of `shape` is quantized, and its inputs.
+
+        Args:
+            shape: of the stack.
+            has_data: whether there is data to calibrate on.
+        """
         grid = Grid(self._scheme(shape), self.observer or MinMax())
-        return Recipe(grid, self.rounding or RoundToNearest())
+        observer = cast("Observer[object]", self.activation_observer or MinMax())  # checked above
+        return Recipe(
+            grid, self.rounding or RoundToNearest(), self._activations(has_data), observer
+        )
+
+    def _activations(self, has_data: bool) -> Activations:
+        """Return what was asked for; of 8 bits without a scheme static or dynamic, else float."""
+        if self.activations is not None:
+            return self.activations
+        if self.scheme is not None or self.width != 8:
+            return Activations()
+        return Activations("static" if has_data else "dynamic")
 
     def _scheme(self, shape: Shape) -> Scheme:
         """Return the scheme.
@@ -167,6 +253,7 @@ class Settings:
         return Affine(self.width, symmetric, granularity, self.scale_dtype or torch.float16)
 
 
+_MODES = ("dynamic", "static", None)
 _WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
 
 

@@ -35,9 +35,12 @@ TOLERANCES = {
 }
 """How far an output may lie from its float64 oracle, as a share of the largest output."""
 
+WEIGHTS_ONLY = Quantizer().activations(None)
+"""8 bits, inputs left in float: what a layer computes is then what its float twin does."""
+
 GRIDS = {
-    "8-bit": Quantizer(),
-    "8-bit asymmetric": Quantizer().asymmetric(),
+    "8-bit": WEIGHTS_ONLY,
+    "8-bit asymmetric": WEIGHTS_ONLY.asymmetric(),
     "4-bit": Quantizer().bits(4),
     "3-bit": Quantizer().bits(3),
     "16-bit": Quantizer().bits(16),
@@ -47,7 +50,7 @@ GRIDS = {
 
 def quantized(model: ModelT, quantizer: Quantizer | None = None) -> ModelT:
     """Return the model with every layer that can be quantized, small ones and embeddings too."""
-    return (quantizer or Quantizer()).only("*").apply(model).model
+    return (quantizer or WEIGHTS_ONLY).only("*").apply(model).model
 
 
 def unpacked(stream: Tensor, bits: int, count: int) -> Tensor:

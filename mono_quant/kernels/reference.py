@@ -12,7 +12,8 @@ class Reference:
     """Dequantizes what an operation needs, then runs the float operation.
 
     Every call decodes the whole weight (a lookup, its rows), so it is slower than float layers on
-    small batches. Differentiable in its input.
+    small batches. Differentiable in its input; through the grid of activations, as if it were not
+    there.
     """
 
     name: str = attrs.field(default="reference", init=False)
@@ -24,5 +25,8 @@ class Reference:
     def __call__(
         self, spec: KernelSpec, x: Tensor, weight: PackedTensor, bias: Tensor | None
     ) -> Tensor:
-        """Return the operation on the dequantized weight."""
-        return spec.operation(x, weight, bias)
+        """Return the operation on the dequantized weight and the input, put on its grid first."""
+        if spec.activation is None:
+            return spec.operation(x, weight, bias)
+        on_grid = spec.activation.fake_quantize(spec.operation.rows(x)).reshape(x.shape)
+        return spec.operation(on_grid, weight, bias).to(x.dtype)

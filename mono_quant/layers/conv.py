@@ -1,12 +1,13 @@
 """Convolutions, plain and transposed, of 1 to 3 dimensions."""
 
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, cast
 
 import attrs
-from torch import nn
+from torch import Tensor, nn
 
 from mono_quant.configurable import register
-from mono_quant.layers.single import SingleWeightQuantizer
+from mono_quant.layers.single import SingleWeightQuantizer, first_tensor
 from mono_quant.modules import (
     QuantizedConv1d,
     QuantizedConv2d,
@@ -40,6 +41,16 @@ class ConvQuantizer(SingleWeightQuantizer):
         shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
         return Layout.grouped(shape, conv.groups)
 
+    def inputs(
+        self, layer: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> Iterable[tuple[str, Tensor]]:
+        """Return the input: what padding adds to it lies on any grid."""
+        return first_tensor(args, kwargs)
+
+    def refuse_activation(self, layer: nn.Module, name: str, mode: str) -> str | None:
+        """Return None: a convolution takes any."""
+        return None
+
 
 @register
 @attrs.frozen
@@ -61,3 +72,13 @@ class ConvTransposeQuantizer(SingleWeightQuantizer):
         conv = cast("nn.modules.conv._ConvNd", layer)  # `matches` has seen to it
         shape = (conv.in_channels, conv.out_channels // conv.groups, *conv.kernel_size)
         return Layout.transposed(shape, conv.groups)
+
+    def inputs(
+        self, layer: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> Iterable[tuple[str, Tensor]]:
+        """Return the input."""
+        return first_tensor(args, kwargs)
+
+    def refuse_activation(self, layer: nn.Module, name: str, mode: str) -> str | None:
+        """Return None: a transposed convolution takes any."""
+        return None

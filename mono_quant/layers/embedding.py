@@ -36,6 +36,10 @@ class EmbeddingQuantizer(SingleWeightQuantizer):
         """Return that embeddings suffer most at low widths."""
         return "embeddings stay float below 8 bits unless asked for"
 
+    def refuse_activation(self, layer: nn.Module, name: str, mode: str) -> str | None:
+        """Return that there is nothing to quantize."""
+        return "its inputs are indices"
+
     def layout(self, layer: nn.Module) -> Layout:
         """Return ``[1, num_embeddings, embedding_dim]``."""
         table = cast("nn.Embedding | nn.EmbeddingBag", layer)

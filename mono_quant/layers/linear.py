@@ -8,14 +8,9 @@ from torch import Tensor, nn
 
 from mono_quant.base import QuantizedModule, Scheme
 from mono_quant.configurable import register
-from mono_quant.layers.single import SingleWeightQuantizer
+from mono_quant.layers.single import SingleWeightQuantizer, first_tensor
 from mono_quant.modules import QuantizedLayer, QuantizedLinear, QuantizedLinearLike
 from mono_quant.numerics.values import Layout
-
-
-def _rows(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Iterable[tuple[str, Tensor]]:
-    x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-    return [("weight", x.reshape(-1, x.shape[-1]))]
 
 
 @register
@@ -50,8 +45,16 @@ class LinearQuantizer(SingleWeightQuantizer):
     def inputs(
         self, layer: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> Iterable[tuple[str, Tensor]]:
-        """Return the input as rows."""
-        return _rows(args, kwargs)
+        """Return the input."""
+        return first_tensor(args, kwargs)
+
+    def rows(self, layer: nn.Module, name: str, x: Tensor) -> Tensor:
+        """Return the input ``[..., in]`` as ``[n, in]``."""
+        return x.reshape(-1, x.shape[-1])
+
+    def refuse_activation(self, layer: nn.Module, name: str, mode: str) -> str | None:
+        """Return None: a matrix product takes any."""
+        return None
 
 
 @register
@@ -95,8 +98,16 @@ class LinearLikeQuantizer(SingleWeightQuantizer):
     def inputs(
         self, layer: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> Iterable[tuple[str, Tensor]]:
-        """Return the input as rows."""
-        return _rows(args, kwargs)
+        """Return the input."""
+        return first_tensor(args, kwargs)
+
+    def rows(self, layer: nn.Module, name: str, x: Tensor) -> Tensor:
+        """Return the input ``[..., in]`` as ``[n, in]``."""
+        return x.reshape(-1, x.shape[-1])
+
+    def refuse_activation(self, layer: nn.Module, name: str, mode: str) -> str | None:
+        """Return None: a matrix product takes any."""
+        return None
 
     def _quantized_class(self, layer: nn.Module) -> type[QuantizedLayer]:
         return QuantizedLinearLike

@@ -1,16 +1,25 @@
 """What the quantizers of layers with one weight share."""
 
+import itertools
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, cast
 
 import attrs
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from mono_quant.base import LayerQuantizer, PackedTensor, QuantizedModule, Scheme
+from mono_quant.base import Activation, LayerQuantizer, PackedTensor, QuantizedModule, Scheme
 from mono_quant.modules import QuantizedLayer, convert
 from mono_quant.numerics.values import Layout
+
+
+def first_tensor(
+    args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> Iterable[tuple[str, Tensor]]:
+    """Return the first tensor of a call as the input of ``weight``: `LayerQuantizer.inputs`."""
+    found = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    return [("weight", x) for x in itertools.islice(found, 1)]
 
 
 @attrs.frozen
@@ -48,9 +57,14 @@ class SingleWeightQuantizer(LayerQuantizer):
         """Return the layout of ``weight``."""
         return {"weight": self.layout(layer)}
 
-    def replace(self, layer: nn.Module, weights: Mapping[str, PackedTensor]) -> QuantizedModule:
+    def replace(
+        self,
+        layer: nn.Module,
+        weights: Mapping[str, PackedTensor],
+        activations: Mapping[str, Activation],
+    ) -> QuantizedModule:
         """Return `layer` itself, converted."""
-        return convert(layer, weights, self._quantized_class(layer))
+        return convert(layer, weights, activations, self._quantized_class(layer))
 
     def _quantized_class(self, layer: nn.Module) -> type[QuantizedLayer]:
         return next(

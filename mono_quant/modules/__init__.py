@@ -12,7 +12,7 @@ from mono_quant.modules.conv import (
 from mono_quant.modules.embedding import QuantizedEmbedding, QuantizedEmbeddingBag
 from mono_quant.modules.layer import QuantizedLayer, SlowPathWarning, convert, tie
 from mono_quant.modules.linear import QuantizedLinear, QuantizedLinearLike
-from mono_quant.modules.weight import QuantizedWeight
+from mono_quant.modules.weight import QuantizedInput, QuantizedWeight
 
 __all__ = [
     "BareModule",
@@ -25,6 +25,7 @@ __all__ = [
     "QuantizedConvTranspose3d",
     "QuantizedEmbedding",
     "QuantizedEmbeddingBag",
+    "QuantizedInput",
     "QuantizedLayer",
     "QuantizedLinear",
     "QuantizedLinearLike",

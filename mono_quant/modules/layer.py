@@ -7,9 +7,15 @@ from typing import ClassVar, cast
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from mono_quant.base import KernelSpec, Operation, PackedTensor, QuantizedModule
+from mono_quant.base import (
+    Activation,
+    KernelSpec,
+    Operation,
+    PackedTensor,
+    QuantizedModule,
+)
 from mono_quant.kernels import select
-from mono_quant.modules.weight import QuantizedWeight
+from mono_quant.modules.weight import QuantizedInput, QuantizedWeight
 
 _NOT_COPIED = ("_compiled_call_impl",)  # as nn.Module leaves it out of its own pickles
 
@@ -34,15 +40,21 @@ class QuantizedLayer(QuantizedModule):
     """Whether a subclass of the float layer goes on running its own forward."""
 
     quantized: nn.ModuleDict
+    quantized_inputs: nn.ModuleDict
 
     def packed_weights(self) -> Mapping[str, PackedTensor]:
         """Return the weights by name."""
         return {name: self._holder(name).packed for name in self.quantized}
 
+    def activations(self) -> Mapping[str, Activation]:
+        """Return how inputs are quantized, by the name of the weight that they meet."""
+        holders = cast("Mapping[str, QuantizedInput]", self.quantized_inputs)  # as `convert` has it
+        return {name: holder.activation for name, holder in holders.items()}
+
     def dequantize(self) -> nn.Module:
         """Turn this object back into the float layer, its weights on the grid."""
         weights = {name: packed.dequantize() for name, packed in self.packed_weights().items()}
-        del self._modules["quantized"]
+        del self._modules["quantized"], self._modules["quantized_inputs"]
         self.__dict__.pop("made_by", None)
         self.__class__ = float_class_of(type(self))  # type: ignore[assignment]  # that is the point
         for name, weight in weights.items():
@@ -56,7 +68,7 @@ class QuantizedLayer(QuantizedModule):
     ) -> Tensor:
         """Return `operation` on `x` and the weight of that name, by the kernel chosen for it."""
         weight = self._holder(name).packed
-        spec = KernelSpec(operation, weight.scheme, weight.layout)
+        spec = KernelSpec(operation, weight.scheme, weight.layout, self.activations().get(name))
         return select(spec)(spec, x, weight, bias)
 
     def float_weight(self, name: str = "weight") -> Tensor:
@@ -80,7 +92,10 @@ class QuantizedLayer(QuantizedModule):
 
 
 def convert(
-    layer: nn.Module, weights: Mapping[str, PackedTensor], into: type[QuantizedLayer]
+    layer: nn.Module,
+    weights: Mapping[str, PackedTensor],
+    activations: Mapping[str, Activation],
+    into: type[QuantizedLayer],
 ) -> QuantizedLayer:
     """Turn `layer`, a working copy, into a quantized one in place and return it."""
     base = type_before_parametrizations(layer)
@@ -92,6 +107,9 @@ def convert(
     converted = cast("QuantizedLayer", layer)  # its class was changed in the line above
     converted.quantized = nn.ModuleDict(
         {name: QuantizedWeight(packed) for name, packed in weights.items()}
+    )
+    converted.quantized_inputs = nn.ModuleDict(
+        {name: QuantizedInput(activation) for name, activation in activations.items()}
     )
     return converted
 

@@ -1,15 +1,34 @@
-"""The one place where a module keeps a quantized weight."""
+"""Where modules keep quantized weights, and what is known of the inputs that meet them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from mono_quant.base import PackedTensor
+from mono_quant.base import Activation, PackedTensor
 
 
-class QuantizedWeight(nn.Module):
+class _Fixed(nn.Module):
+    """A module some of whose buffers keep their dtype when the module is moved to another one."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._names: Iterable[str] = tuple(tensors)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = {name: self.get_buffer(name) for name in self._names}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        for name, tensor in before.items():
+            moved = self.get_buffer(name)
+            if moved.dtype != tensor.dtype:
+                self.register_buffer(name, tensor.to(moved.device))
+        return self
+
+
+class QuantizedWeight(_Fixed):
     """A packed weight as the buffers of a small module.
 
     A module of its own, so that layers with tied weights share one object: it stays shared when the
@@ -19,12 +38,9 @@ class QuantizedWeight(nn.Module):
 
     def __init__(self, packed: PackedTensor) -> None:
         """Hold the tensors of `packed` as buffers of the same names."""
-        super().__init__()
+        super().__init__(packed.tensors)
         self.scheme = packed.scheme
         self.layout = packed.layout
-        self._names = tuple(packed.tensors)
-        for name, tensor in packed.tensors.items():
-            self.register_buffer(name, tensor)
         device = packed.tensors["codes"].device
         like = torch.empty(0, dtype=packed.dtype, device=device)
         self.register_buffer("_like", like, persistent=False)  # follows the model's dtype
@@ -39,11 +55,21 @@ class QuantizedWeight(nn.Module):
         """Return the shape and the scheme."""
         return f"{list(self.layout.native)}, {self.scheme}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = {name: self.get_buffer(name) for name in self._names}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        for name, tensor in before.items():
-            moved = self.get_buffer(name)
-            if moved.dtype != tensor.dtype:
-                self.register_buffer(name, tensor.to(moved.device))
-        return self
+
+class QuantizedInput(_Fixed):
+    """What is known of a weight's inputs, its calibrated scale and zero point as buffers."""
+
+    def __init__(self, activation: Activation) -> None:
+        """Hold the tensors of `activation` as buffers of the same names."""
+        super().__init__(activation.tensors)
+        self.scheme = activation.scheme
+
+    @property
+    def activation(self) -> Activation:
+        """How inputs are quantized, sharing this module's memory."""
+        tensors = {name: self.get_buffer(name) for name in self._names}
+        return Activation(self.scheme, tensors.get("scale"), tensors.get("zero_point"))
+
+    def extra_repr(self) -> str:
+        """Return the mode and the scheme."""
+        return self.activation.describe()

@@ -21,6 +21,9 @@ class Granularity(Configurable, ABC):
     ``PerChannel()``     ``(1, 1, in)``        ``[G, out, 1]``
     ``PerGroup(64)``     ``(1, 1, 64)``        ``[G, out, in / 64]``
     ===================  ====================  =========================
+
+    Activations come as rows ``[..., features]`` (see `Operation.rows`): ``PerToken()`` has a scale
+    for each row, ``PerTensor()`` one for all.
     """
 
     __slots__ = ()
@@ -60,6 +63,18 @@ class PerChannel(Granularity):
     """One scale for each row of the weight matrix: each output channel."""
 
     kind: ClassVar[str] = "per_channel"
+
+    def block_size(self, shape: Shape) -> Shape:
+        """Return one whole row."""
+        return (*(1 for _ in shape[:-1]), *shape[-1:])
+
+
+@register
+@attrs.frozen
+class PerToken(Granularity):
+    """One scale for each row of activations: a token, or a sample of a convolution's input."""
+
+    kind: ClassVar[str] = "per_token"
 
     def block_size(self, shape: Shape) -> Shape:
         """Return one whole row."""

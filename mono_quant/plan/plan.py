@@ -6,9 +6,9 @@ from typing import Generic
 import attrs
 from torch import nn
 
-from mono_quant.base import Statistics
 from mono_quant.calibration import (
     CalibrationData,
+    Gathered,
     Outputs,
     Wanted,
     compare,
@@ -102,15 +102,23 @@ class Plan(Generic[ModelT]):
 
 def _gather(
     work: nn.Module, todo: Iterable[WeightPlan], data: CalibrationData | None, label: str | None
-) -> Mapping[str, Mapping[str, Statistics]]:
-    """Return the statistics that the roundings need, from one pass over the data."""
+) -> Mapping[tuple[str, str], Gathered]:
+    """Return what roundings and ranges of activations need, from one pass over the data."""
     wanted: dict[str, Wanted] = {}
     for weight in todo:
-        if weight.recipe is not None and weight.recipe.rounding.needs:
-            known = wanted.get(weight.path)
-            needs = {**(known.needs if known else {}), weight.name: weight.recipe.rounding.needs}
-            wanted[weight.path] = Wanted(weight.maker, needs)
-    if not wanted or data is None:  # the plan has refused the second without the first
+        recipe = weight.recipe
+        if recipe is None or data is None:  # the plan has refused what needs data without any
+            continue
+        static = recipe.activations.mode == "static"
+        if recipe.rounding.needs or static:
+            known = wanted.get(weight.path, Wanted(weight.maker, {}, {}))
+            observers = (recipe.observer,) if static else ()
+            wanted[weight.path] = Wanted(
+                weight.maker,
+                {**known.of_rows, weight.name: recipe.rounding.needs},
+                {**known.of_inputs, weight.name: observers},
+            )
+    if not wanted or data is None:
         return {}
     return gather(work, wanted, data, label and "calibrating")
 

@@ -2,7 +2,7 @@
 
 import attrs
 
-from mono_quant.base import Container, LayerQuantizer, RangeEstimator, Transform
+from mono_quant.base import Container, LayerQuantizer, Transform
 from mono_quant.calibration import CalibrationData
 from mono_quant.numerics.values import Layout
 from mono_quant.selection import Selector
@@ -21,7 +21,6 @@ class Request:
         layers: further kinds of layer, asked before the built-in ones.
         containers: further kinds of container.
         transforms: what is done to the working copy first, in this order.
-        activation_observer: for activations, once they are quantized.
         data: batches to measure and calibrate on.
     """
 
@@ -32,7 +31,6 @@ class Request:
     layers: tuple[LayerQuantizer, ...] = ()
     containers: tuple[Container, ...] = ()
     transforms: tuple[Transform, ...] = ()
-    activation_observer: RangeEstimator | None = None
     data: CalibrationData | None = None
 
 
@@ -54,6 +52,7 @@ class WeightPlan:
         reason: why it stays float, or None.
         by_default: whether that is a default, which the user's word on a tied weight would lift.
         recipe: how it is quantized, if it is.
+        float_inputs: why its inputs stay float although they were to be quantized, or None.
         tied_to: the weight that it shares its values with, if that comes first.
         aliases: names of the later weights that share its values.
     """
@@ -71,6 +70,7 @@ class WeightPlan:
     reason: str | None = None
     by_default: bool = False
     recipe: Recipe | None = None
+    float_inputs: str | None = None
     tied_to: "WeightPlan | None" = None
     aliases: tuple[str, ...] = ()
 
@@ -86,4 +86,7 @@ class WeightPlan:
             return 0
         if self.recipe is None or self.reason is not None:
             return self.float_bytes
-        return self.recipe.grid.scheme.nbytes(self.layout.stack)
+        calibrated = 0
+        if self.recipe.activations.mode == "static":
+            calibrated = 4 if self.recipe.activations.symmetric else 5  # a scale and a zero point
+        return self.recipe.grid.scheme.nbytes(self.layout.stack) + calibrated

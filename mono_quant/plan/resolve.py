@@ -11,14 +11,14 @@ from mono_quant.checkpoint import ModelT, check_supported
 from mono_quant.configurable import Config
 from mono_quant.errors import CalibrationError, ConfigurationError
 from mono_quant.layers import BUILT_IN_CONTAINERS, BUILT_IN_LAYERS
-from mono_quant.modules import QuantizedWeight
+from mono_quant.modules import QuantizedInput, QuantizedWeight
 from mono_quant.numerics.metrics import memory_of, tensor_bytes
 from mono_quant.plan.plan import Plan
 from mono_quant.plan.request import Request, WeightPlan
 from mono_quant.report import LayerReport, Report
 from mono_quant.result import Outline
 from mono_quant.selection import Selection
-from mono_quant.settings import Settings
+from mono_quant.settings import Activations, Settings
 
 SMALL = 512
 """Layers with fewer parameters stay float below 8 bits unless they are asked for."""
@@ -42,7 +42,7 @@ def resolve(model: ModelT, request: Request, config: Config) -> Plan[ModelT]:
     report = Report(
         layers=rows,
         buffer_bytes=sum(map(tensor_bytes, _buffers(model))),
-        notes=tuple(_notes(request, weights)),
+        notes=tuple(_notes(weights)),
         head=_last_weight(model, rows),
     )
     todo = [weight for weight in weights if weight.recipe is not None]
@@ -55,10 +55,22 @@ def resolve(model: ModelT, request: Request, config: Config) -> Plan[ModelT]:
 
 
 def _check_data(request: Request, todo: Sequence[WeightPlan]) -> None:
+    if request.data is not None:
+        return
     needy = [weight.path for weight in todo if weight.recipe and weight.recipe.rounding.needs]
-    if needy and request.data is None:
+    if needy:
         raise CalibrationError(
             f"the rounding of {', '.join(needy)} needs data; give some with fit(data)"
+        )
+    static = [
+        weight.path
+        for weight in todo
+        if weight.recipe and weight.recipe.activations.mode == "static"
+    ]
+    if static:
+        raise CalibrationError(
+            f"static activations of {', '.join(static)} are calibrated on data; give some with "
+            'fit(data), or say activations("dynamic")'
         )
 
 
@@ -130,13 +142,15 @@ def _weights(model: nn.Module, request: Request) -> list[WeightPlan]:
                 float_bytes=sum(tensor_bytes(tensor) for tensor in tensors),
                 asked=asked,
             )
-            found.append(_decide(weight, module, reason))
+            found.append(_decide(weight, module, reason, request.data is not None))
     return found
 
 
-def _decide(weight: WeightPlan, module: nn.Module, reason: str | None) -> WeightPlan:
+def _decide(
+    weight: WeightPlan, module: nn.Module, reason: str | None, has_data: bool
+) -> WeightPlan:
     """Return the weight with a recipe, or with the reason why it has none."""
-    recipe = weight.settings.recipe(weight.layout.stack)
+    recipe = weight.settings.recipe(weight.layout.stack, has_data)
     scheme = recipe.grid.scheme
     reason = reason or weight.maker.refuse(module, scheme) or scheme.refuse(weight.layout.stack)
     if reason is not None:
@@ -147,6 +161,12 @@ def _decide(weight: WeightPlan, module: nn.Module, reason: str | None) -> Weight
             reason = f"fewer than {SMALL} values, below 8 bits unless asked for"
         if reason is not None:
             return attrs.evolve(weight, reason=reason, by_default=True, recipe=None)
+    mode = recipe.activations.mode
+    if mode is not None:
+        float_inputs = weight.maker.refuse_activation(module, weight.name, mode)
+        if float_inputs is not None:
+            recipe = attrs.evolve(recipe, activations=Activations())
+            return attrs.evolve(weight, recipe=recipe, float_inputs=float_inputs)
     return attrs.evolve(weight, recipe=recipe)
 
 
@@ -199,9 +219,18 @@ def _one_fate(group: list[WeightPlan], others: list[str]) -> list[WeightPlan]:
             for weight in group
         ]
     else:
-        fates = [attrs.evolve(weight, recipe=first.recipe, reason=None) for weight in group]
+        fates = [_alike(weight, first) for weight in group]
     lead = attrs.evolve(fates[0], aliases=tuple(weight.key for weight in fates[1:]))
     return [lead, *(attrs.evolve(weight, tied_to=lead) for weight in fates[1:])]
+
+
+def _alike(weight: WeightPlan, first: WeightPlan) -> WeightPlan:
+    """Return a tied weight, quantized as the first of the tie; its inputs are its own."""
+    recipe = first.recipe
+    if recipe is not None:
+        own = weight.recipe.activations if weight.recipe is not None else Activations()
+        recipe = attrs.evolve(recipe, activations=own)
+    return attrs.evolve(weight, recipe=recipe, reason=None)
 
 
 def _rows(model: nn.Module, weights: Sequence[WeightPlan]) -> Iterable[LayerReport]:
@@ -253,9 +282,22 @@ def _weight_row(weight: WeightPlan) -> LayerReport:
         weight.float_bytes,
         weight.nbytes,
         scheme=scheme,
+        activation=_activation(weight),
         reason=weight.reason,
         aliases=weight.aliases,
     )
+
+
+def _activation(weight: WeightPlan) -> str | None:
+    """Return how the inputs of a weight will be quantized, or why not although they were to be."""
+    if weight.recipe is None:
+        return None
+    if weight.float_inputs is not None:
+        return f"float inputs: {weight.float_inputs}"
+    activations = weight.recipe.activations
+    if activations.mode is None:
+        return None
+    return f"{activations.mode} {activations.scheme.describe()} inputs"
 
 
 def _quantized_rows(
@@ -292,24 +334,15 @@ def _buffers(model: nn.Module) -> Iterable[Tensor]:
     found = {
         memory_of(buffer): buffer
         for module in model.modules()
-        if not isinstance(module, QuantizedWeight)
+        if not isinstance(module, QuantizedWeight | QuantizedInput)
         for buffer in module._buffers.values()
         if buffer is not None
     }
     return found.values()
 
 
-def _notes(request: Request, weights: Sequence[WeightPlan]) -> Iterable[str]:
-    widths = {weight.settings.width for weight in weights if weight.recipe is not None}
-    if 8 in widths:
-        asked = "static" if request.data is not None else "dynamic"
-        yield (
-            f"weights only: {asked} quantization of activations, the default at 8 bits, is not "
-            "built yet"
-        )
-    if request.activation_observer is not None:
-        yield f"activations stay float, so {request.activation_observer!r} watches nothing yet"
-    if not widths:
+def _notes(weights: Sequence[WeightPlan]) -> Iterable[str]:
+    if not any(weight.recipe is not None for weight in weights):
         yield "no weight is quantized by this"
 
 

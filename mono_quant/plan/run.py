@@ -3,17 +3,18 @@
 from collections.abc import Iterable, Mapping
 from typing import cast
 
+import attrs
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mono_quant.base import PackedTensor, Scheme, Statistics
-from mono_quant.calibration import evaluating
+from mono_quant.base import Activation, PackedTensor, Scheme, Statistics
+from mono_quant.calibration import Gathered, evaluating
 from mono_quant.checkpoint import put
 from mono_quant.errors import CalibrationError, InputError
 from mono_quant.modules import tie
-from mono_quant.numerics.blocks import block_range
-from mono_quant.numerics.metrics import SquaredError
+from mono_quant.numerics.blocks import all_finite, block_range
+from mono_quant.numerics.metrics import SquaredError, tensor_bytes
 from mono_quant.numerics.values import QParams, QTensor
 from mono_quant.plan.request import WeightPlan
 from mono_quant.report import LayerReport
@@ -26,7 +27,7 @@ _PART = 1 << 19
 def quantize_weights(
     model: nn.Module,
     todo: Iterable[WeightPlan],
-    statistics: Mapping[str, Mapping[str, Statistics]],
+    gathered: Mapping[tuple[str, str], Gathered],
     label: str | None,
 ) -> Mapping[str, LayerReport]:
     """Quantize the weights of `model` in place and return what is known of each by its name."""
@@ -35,6 +36,7 @@ def quantize_weights(
         by_layer.setdefault(weight.path, []).append(weight)
     rows: dict[str, LayerReport] = {}
     packed: dict[str, PackedTensor] = {}
+    activations: dict[str, Activation | None] = {}
     done: dict[str, nn.Module] = {}
     bar = tqdm(
         by_layer.items(), desc=label, unit="layer", disable=None if label else True, leave=False
@@ -43,13 +45,21 @@ def quantize_weights(
         for path, weights in bar:
             layer = model.get_submodule(path)
             for weight in weights:
+                known = gathered.get((path, weight.name), Gathered())
+                activations[weight.key] = _activation(weight, known)
                 if weight.tied_to is not None:
                     packed[weight.key] = packed[weight.tied_to.key]
                     continue
-                gathered = statistics.get(path, {}).get(weight.name, Statistics())
-                packed[weight.key], rows[weight.key] = _round(weight, layer, gathered)
+                packed[weight.key], row = _round(weight, layer, known.rows)
+                rows[weight.key] = _with_activation(row, weight, activations[weight.key])
             module = weights[0].maker.replace(
-                layer, {weight.name: packed[weight.key] for weight in weights}
+                layer,
+                {weight.name: packed[weight.key] for weight in weights},
+                {
+                    weight.name: activation
+                    for weight in weights
+                    if (activation := activations[weight.key]) is not None
+                },
             )
             module.made_by = weights[0].maker
             put(model, layer, module)
@@ -98,6 +108,35 @@ def _round(
     return packed, row
 
 
+def _activation(weight: WeightPlan, gathered: Gathered) -> Activation | None:
+    """Return how the inputs of a weight are quantized; None for floats, or if no data came by."""
+    recipe = cast("Recipe", weight.recipe)  # only weights with a recipe come here
+    scheme = recipe.activations.scheme
+    if recipe.activations.mode is None:
+        return None
+    if recipe.activations.mode == "dynamic":
+        return Activation(scheme)
+    if recipe.observer not in gathered.inputs:
+        return None
+    state = gathered.inputs.state(recipe.observer)
+    low, high = recipe.observer.calculate_range(state, scheme)
+    qparams = scheme.calculate_qparams(low.reshape(1), high.reshape(1), block_size=(1,))
+    return Activation(scheme, qparams.scale, qparams.zero_point)
+
+
+def _with_activation(
+    row: LayerReport, weight: WeightPlan, activation: Activation | None
+) -> LayerReport:
+    if activation is not None:
+        calibrated = sum(map(tensor_bytes, activation.tensors.values()))
+        return attrs.evolve(
+            row, activation=f"{activation.describe()} inputs", bytes=row.bytes + calibrated
+        )
+    recipe = cast("Recipe", weight.recipe)
+    why = "no data reached it" if recipe.activations.mode is not None else weight.float_inputs
+    return attrs.evolve(row, activation=f"float inputs: {why}" if why is not None else None)
+
+
 def _error(stack: Tensor, q: QTensor, scheme: Scheme) -> SquaredError:
     """Return the error of `q` against `stack`: some rows at a time where each has its own scales.
 
@@ -136,8 +175,7 @@ def _error(stack: Tensor, q: QTensor, scheme: Scheme) -> SquaredError:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Refuse a weight that holds NaN or infinity, by its name."""
-    # The extremes alone: NaN is contagious, and `torch.isfinite` makes copies and is far slower.
-    if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
+    if not all_finite(tensor):
         raise InputError(
             f"{name} holds NaN or infinity; mend the weight, or leave the layer in float with "
             f"skip({name.rpartition('.')[0]!r})"

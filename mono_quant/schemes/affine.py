@@ -9,7 +9,7 @@ from torch import Tensor
 from mono_quant.base import Scheme
 from mono_quant.configurable import as_dtype, dtype_name, register
 from mono_quant.errors import ConfigurationError, InputError
-from mono_quant.numerics.blocks import block_counts, spread, to_blocks
+from mono_quant.numerics.blocks import block_counts, block_range, spread, to_blocks
 from mono_quant.numerics.granularity import Granularity, PerChannel, Shape
 from mono_quant.numerics.packing import packed_length
 from mono_quant.numerics.values import QParams, QTensor
@@ -114,6 +114,14 @@ class Affine(Scheme):
         low, high = min_val.to(torch.float32), max_val.to(torch.float32)
         if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
             raise InputError("a range is not finite: the tensor holds NaN or infinity")
+        return self._cover(low, high, block_size)
+
+    def dynamic_qparams(self, x: Tensor) -> QParams:
+        """Return `calculate_qparams` of the smallest and largest values, whatever they are."""
+        block_size = self.granularity.block_size(tuple(x.shape))
+        return self._cover(*block_range(x.to(torch.float32), block_size), block_size)
+
+    def _cover(self, low: Tensor, high: Tensor, block_size: Shape) -> QParams:
         if self.symmetric:
             scale = torch.maximum(low.abs(), high.abs()) / self.quant_max
         else:
@@ -189,6 +197,8 @@ class Affine(Scheme):
         )
 
     def _store(self, scale: Tensor) -> Tensor:
+        if self.scale_dtype == scale.dtype:
+            return scale
         stored = scale.to(self.scale_dtype)
         error = (stored.to(torch.float32) - scale).abs() * (self.quant_max - self.quant_min)
         return stored if bool((error <= scale / 8).all()) else scale

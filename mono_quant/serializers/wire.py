@@ -7,10 +7,11 @@ import zlib
 from collections.abc import Mapping
 from typing import Protocol, cast
 
+import attrs
 import torch
 from torch import Tensor
 
-from mono_quant.base import Checkpoint, PackedTensor, Scheme, WeightRecord
+from mono_quant.base import Activation, Checkpoint, PackedTensor, Scheme, WeightRecord
 from mono_quant.configurable import Config, Json, Kinds, as_dtype, dtype_name
 from mono_quant.errors import (
     CheckpointError,
@@ -25,6 +26,8 @@ from mono_quant.version import __version__
 
 FORMAT = "mono_quant"
 FORMAT_VERSION = 1
+
+_INPUT = "input_"  # before the names of what was calibrated for a weight's inputs
 
 
 class TensorSource(Protocol):
@@ -57,7 +60,10 @@ def encode(checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, Tensor]]:
             "stack": record.weight.layout.stack,
             "dtype": dtype_name(record.weight.dtype),
             "tensors": list(record.weight.tensors),
+            "activation": _activation_entry(record.activation),
         }
+        for name, tensor in (record.activation.tensors if record.activation else {}).items():
+            tensors[f"{key}.{_INPUT}{name}"] = tensor
         if key not in checkpoint.ties:
             for name, tensor in record.weight.tensors.items():
                 tensors[f"{key}.{name}"] = tensor
@@ -175,7 +181,14 @@ def _checkpoint(header: Config, source: TensorSource, kinds: Kinds | None) -> Ch
             tensors = records[first].weight.tensors
         else:
             tensors = {name: tensor(f"{key}.{name}") for name in names}
-        records[key] = _record(key, entry, tensors, kinds)
+        activation = None
+        if entry["activation"] is not None:
+            described = _mapping(entry["activation"])
+            found = [_text(name) for name in _items(described["tensors"])]
+            calibrated = {name: tensor(f"{key}.{_INPUT}{name}") for name in found}
+            packed_keys.update(f"{key}.{_INPUT}{name}" for name in found)
+            activation = _activation(key, described, calibrated, kinds)
+        records[key] = attrs.evolve(_record(key, entry, tensors, kinds), activation=activation)
     rest = {key: tensor(key) for key in checksums if key not in packed_keys}
     rest.update({alias: rest[first] for alias, first in ties.items() if alias not in records})
     return Checkpoint(
@@ -199,6 +212,27 @@ def _record(
     return WeightRecord(
         _text(entry["module"]), _text(entry["name"]), packed, _mapping(entry["layer"])
     )
+
+
+def _activation_entry(activation: Activation | None) -> Json:
+    if activation is None:
+        return None
+    return {"scheme": activation.scheme.to_config(), "tensors": list(activation.tensors)}
+
+
+def _activation(
+    key: str, entry: Config, tensors: Mapping[str, Tensor], kinds: Kinds | None
+) -> Activation:
+    scheme = Scheme.from_config(_mapping(entry["scheme"]), kinds)
+    for name, tensor in tensors.items():
+        floating = name == "scale"
+        if tensor.numel() != 1 or tensor.is_floating_point() is not floating:
+            raise CorruptCheckpointError(
+                f"the input's {name} of {key!r} is {tuple(tensor.shape)} of {tensor.dtype}"
+            )
+    if set(tensors) - {"scale", "zero_point"} or ("scale" not in tensors and tensors):
+        raise CorruptCheckpointError(f"the input of {key!r} has {', '.join(sorted(tensors))}")
+    return Activation(scheme, tensors.get("scale"), tensors.get("zero_point"))
 
 
 def _check_shapes(key: str, packed: PackedTensor) -> None:

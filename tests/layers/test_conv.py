@@ -9,7 +9,15 @@ from torch.nn import functional
 
 from mono_quant import Quantizer, SlowPathWarning
 from mono_quant.modules import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d
-from tests.helpers import GRIDS, TOLERANCES, assert_like_float, assert_near, oracle, quantized
+from tests.helpers import (
+    GRIDS,
+    TOLERANCES,
+    WEIGHTS_ONLY,
+    assert_like_float,
+    assert_near,
+    oracle,
+    quantized,
+)
 
 Make = Callable[[], nn.Module]
 SIZES: dict[type[nn.Module], tuple[int, ...]] = {
@@ -82,7 +90,7 @@ def test_convolution_computes_what_the_float_layer_does_on_the_dequantized_weigh
     make: Make, bits: int
 ) -> None:
     source = make()
-    assert_like_float(quantized(source, Quantizer().bits(bits)), source, input_of(source))
+    assert_like_float(quantized(source, WEIGHTS_ONLY.bits(bits)), source, input_of(source))
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)

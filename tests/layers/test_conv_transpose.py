@@ -8,7 +8,15 @@ from torch import Tensor, nn
 
 from mono_quant import Quantizer
 from mono_quant.modules import QuantizedConvTranspose2d
-from tests.helpers import GRIDS, TOLERANCES, assert_like_float, assert_near, oracle, quantized
+from tests.helpers import (
+    GRIDS,
+    TOLERANCES,
+    WEIGHTS_ONLY,
+    assert_like_float,
+    assert_near,
+    oracle,
+    quantized,
+)
 
 Make = Callable[[], nn.Module]
 SIZES: dict[type[nn.Module], tuple[int, ...]] = {
@@ -57,7 +65,7 @@ def test_transposed_convolution_computes_what_the_float_layer_does_on_the_dequan
 @pytest.mark.parametrize("name", ["1d groups", "2d uneven", "3d"])
 def test_transposed_convolution_in_every_dtype(name: str, bits: int, dtype: torch.dtype) -> None:
     source = CASES[name]().to(dtype)
-    assert_like_float(quantized(source, Quantizer().bits(bits)), source, input_of(source, dtype))
+    assert_like_float(quantized(source, WEIGHTS_ONLY.bits(bits)), source, input_of(source, dtype))
 
 
 @pytest.mark.parametrize("group_size", [3, 6, 9, 18])
@@ -100,7 +108,7 @@ def test_weights_and_inputs_that_are_views_are_taken() -> None:
     assert not source.weight.is_contiguous()
     x = torch.randn(5, 7, 8, 2).permute(3, 2, 1, 0)
     for bits in (4, 8):
-        assert_like_float(quantized(source, Quantizer().bits(bits)), source, x)
+        assert_like_float(quantized(source, WEIGHTS_ONLY.bits(bits)), source, x)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

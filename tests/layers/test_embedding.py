@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from mono_quant import Quantizer
 from mono_quant.modules import QuantizedEmbedding
-from tests.helpers import GRIDS, TOLERANCES, assert_like_float, dense, quantized
+from tests.helpers import GRIDS, TOLERANCES, WEIGHTS_ONLY, assert_like_float, dense, quantized
 
 
 class Doubled(nn.Embedding):
@@ -35,7 +35,7 @@ def test_every_granularity_finds_the_scale_of_its_row(
     bits: int, granularity: str, symmetric: bool
 ) -> None:
     source = nn.Embedding(21, 192)
-    grid = Quantizer().bits(bits).granularity(granularity).symmetric(symmetric)
+    grid = WEIGHTS_ONLY.bits(bits).granularity(granularity).symmetric(symmetric)
     model = quantized(source, grid)
     expected = dense(model, source).to(torch.float32)
     torch.testing.assert_close(model(torch.arange(21)), expected, rtol=0, atol=0)
@@ -77,7 +77,7 @@ def test_the_padding_row_is_kept(padding_idx: int) -> None:
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_an_index_out_of_range_is_refused_as_torch_refuses_it(index: int, bits: int) -> None:
     source = nn.Embedding(20, 64)
-    model = quantized(source, Quantizer().bits(bits))
+    model = quantized(source, WEIGHTS_ONLY.bits(bits))
     with pytest.raises(IndexError):
         source(torch.tensor([index]))
     with pytest.raises(IndexError):
@@ -105,9 +105,9 @@ def test_a_subclass_with_a_forward_of_its_own_stays_float_with_the_reason() -> N
 @pytest.mark.parametrize("bits", [2, 4, 7])
 def test_embeddings_stay_float_below_8_bits_unless_asked_for(bits: int) -> None:
     source = nn.Sequential(nn.Embedding(100, 64))
-    assert type(Quantizer().bits(bits).apply(source).model[0]) is nn.Embedding
-    assert type(Quantizer().bits(bits).only("0").apply(source).model[0]) is QuantizedEmbedding
-    asked = Quantizer().override("0", bits=bits)
+    assert type(WEIGHTS_ONLY.bits(bits).apply(source).model[0]) is nn.Embedding
+    assert type(WEIGHTS_ONLY.bits(bits).only("0").apply(source).model[0]) is QuantizedEmbedding
+    asked = WEIGHTS_ONLY.override("0", bits=bits)
     assert type(asked.apply(source).model[0]) is QuantizedEmbedding
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from mono_quant import Quantizer
 from mono_quant.modules import QuantizedEmbeddingBag
-from tests.helpers import GRIDS, TOLERANCES, assert_near, oracle, quantized
+from tests.helpers import GRIDS, TOLERANCES, WEIGHTS_ONLY, assert_near, oracle, quantized
 
 INDICES = torch.tensor([1, 2, 4, 5, 4, 3, 2, 9, 0, 3])
 MODES = ["sum", "mean", "max"]
@@ -41,20 +41,20 @@ def test_bags_of_the_dequantized_rows(mode: str, grid: Quantizer, dtype: torch.d
 def test_bags_may_be_empty(mode: str, bits: int) -> None:
     source = nn.EmbeddingBag(10, 64, mode=mode)
     offsets = torch.tensor([0, 0, 4, 4, 10])
-    assert_bags_agree(source, Quantizer().bits(bits), INDICES, offsets)
+    assert_bags_agree(source, WEIGHTS_ONLY.bits(bits), INDICES, offsets)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_last_offset_may_be_the_end(mode: str) -> None:
     source = nn.EmbeddingBag(10, 64, mode=mode, include_last_offset=True)
-    assert_bags_agree(source, Quantizer(), INDICES, torch.tensor([0, 4, 4, 10]))
+    assert_bags_agree(source, WEIGHTS_ONLY, INDICES, torch.tensor([0, 4, 4, 10]))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_rows_of_indices_are_bags(mode: str) -> None:
     source = nn.EmbeddingBag(10, 64, mode=mode)
-    assert_bags_agree(source, Quantizer(), INDICES.reshape(2, 5))
-    assert_bags_agree(source, Quantizer(), INDICES.reshape(2, 5).t())
+    assert_bags_agree(source, WEIGHTS_ONLY, INDICES.reshape(2, 5))
+    assert_bags_agree(source, WEIGHTS_ONLY, INDICES.reshape(2, 5).t())
 
 
 @pytest.mark.parametrize("padding_idx", [0, 4, -1])
@@ -62,7 +62,7 @@ def test_rows_of_indices_are_bags(mode: str) -> None:
 def test_padding_is_left_out(mode: str, padding_idx: int) -> None:
     source = nn.EmbeddingBag(10, 64, mode=mode, padding_idx=padding_idx)
     offsets = torch.tensor([0, 2, 3, 5])  # the bag from 2 to 3 is nothing but index 4
-    assert_bags_agree(source, Quantizer(), INDICES, offsets)
+    assert_bags_agree(source, WEIGHTS_ONLY, INDICES, offsets)
     assert_bags_agree(source, Quantizer().bits(4), INDICES.reshape(5, 2))
 
 
@@ -70,8 +70,8 @@ def test_padding_is_left_out(mode: str, padding_idx: int) -> None:
 def test_samples_may_have_weights(dtype: torch.dtype) -> None:
     source = nn.EmbeddingBag(10, 64, mode="sum", padding_idx=4).to(dtype)
     weights = torch.randn(10, dtype=dtype)
-    assert_bags_agree(source, Quantizer(), INDICES, torch.tensor([0, 4, 7]), weights)
-    assert_bags_agree(source, Quantizer(), INDICES.reshape(2, 5), None, weights.reshape(2, 5))
+    assert_bags_agree(source, WEIGHTS_ONLY, INDICES, torch.tensor([0, 4, 7]), weights)
+    assert_bags_agree(source, WEIGHTS_ONLY, INDICES.reshape(2, 5), None, weights.reshape(2, 5))
 
 
 @pytest.mark.parametrize("mode", ["mean", "max"])
@@ -84,14 +84,14 @@ def test_weights_of_samples_need_sums(mode: str) -> None:
 @pytest.mark.parametrize("width", [torch.int32, torch.int64])
 def test_both_widths_of_indices_are_taken(width: torch.dtype) -> None:
     source = nn.EmbeddingBag(10, 64)
-    assert_bags_agree(source, Quantizer(), INDICES.to(width), torch.tensor([0, 4], dtype=width))
-    assert_bags_agree(source, Quantizer(), INDICES.to(width).reshape(2, 5))
+    assert_bags_agree(source, WEIGHTS_ONLY, INDICES.to(width), torch.tensor([0, 4], dtype=width))
+    assert_bags_agree(source, WEIGHTS_ONLY, INDICES.to(width).reshape(2, 5))
 
 
 def test_no_index_at_all_makes_empty_bags() -> None:
     source = nn.EmbeddingBag(10, 64)
     nothing = torch.empty(0, dtype=torch.int64)
-    assert_bags_agree(source, Quantizer(), nothing, torch.tensor([0, 0]))
+    assert_bags_agree(source, WEIGHTS_ONLY, nothing, torch.tensor([0, 0]))
 
 
 @pytest.mark.parametrize("index", [-1, 10])

@@ -19,7 +19,15 @@ from mono_quant import (
     load_model,
 )
 from mono_quant.modules import QuantizedLinear
-from tests.helpers import GRIDS, TOLERANCES, assert_like_float, assert_near, oracle, quantized
+from tests.helpers import (
+    GRIDS,
+    TOLERANCES,
+    WEIGHTS_ONLY,
+    assert_like_float,
+    assert_near,
+    oracle,
+    quantized,
+)
 
 
 class Scaled(nn.Linear):
@@ -52,7 +60,7 @@ def test_linear_computes_what_the_float_layer_does_on_the_dequantized_weight(
 @pytest.mark.parametrize(
     "grid",
     [
-        Quantizer().granularity(PerTensor()),
+        WEIGHTS_ONLY.granularity(PerTensor()),
         Quantizer().bits(4).granularity("tensor"),
         Quantizer().bits(4).symmetric().granularity("channel"),
         Quantizer().bits(5).group_size(16),
@@ -70,7 +78,7 @@ def test_every_granularity_computes_on_the_dequantized_weight(grid: Quantizer) -
 @pytest.mark.parametrize("bits", [4, 8])
 def test_any_leading_dimensions_are_taken(shape: tuple[int, ...], bits: int) -> None:
     source = nn.Linear(64, 12)
-    model = quantized(source, Quantizer().bits(bits))
+    model = quantized(source, WEIGHTS_ONLY.bits(bits))
     assert model(torch.randn(shape)).shape == (*shape[:-1], 12)
     assert_like_float(model, source, torch.randn(shape))
 
@@ -85,7 +93,7 @@ def test_linear_without_a_bias() -> None:
 @pytest.mark.parametrize("bits", [3, 4, 8, 16])
 def test_a_row_length_that_fills_no_whole_byte_is_quantized(bits: int) -> None:
     source = nn.Linear(13, 7)
-    assert_like_float(quantized(source, Quantizer().bits(bits)), source, torch.randn(3, 13))
+    assert_like_float(quantized(source, WEIGHTS_ONLY.bits(bits)), source, torch.randn(3, 13))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -93,7 +101,7 @@ def test_a_weight_that_is_a_view_is_quantized_as_it_reads(bits: int) -> None:
     source = nn.Linear(64, 12)
     source.weight = nn.Parameter(torch.randn(128, 12)[::2].t())
     assert not source.weight.is_contiguous()
-    assert_like_float(quantized(source, Quantizer().bits(bits)), source, torch.randn(3, 64))
+    assert_like_float(quantized(source, WEIGHTS_ONLY.bits(bits)), source, torch.randn(3, 64))
 
 
 def test_an_input_that_is_a_view_is_taken() -> None:
@@ -156,7 +164,7 @@ def test_a_subclass_with_a_forward_of_its_own_stays_float_with_the_reason(
     kind: type[nn.Linear],
 ) -> None:
     source = nn.Sequential(kind(64, 12), nn.Linear(12, 12))
-    result = Quantizer().apply(source)
+    result = WEIGHTS_ONLY.apply(source)
     assert type(result.model[0]) is kind
     [row] = [row for row in result.report.kept if row.name == "0.weight"]
     assert row.reason is not None
@@ -166,13 +174,13 @@ def test_a_subclass_with_a_forward_of_its_own_stays_float_with_the_reason(
 
 def test_a_forward_that_calls_its_parents_runs_on_the_quantized_product() -> None:
     source = Shifted(64, 12)
-    taught = Quantizer().layer(LinearQuantizer(own_forward=True))
+    taught = WEIGHTS_ONLY.layer(LinearQuantizer(own_forward=True))
     assert_like_float(quantized(source, taught), source, torch.randn(3, 64))
 
 
 def test_a_forward_that_reads_the_weight_gets_the_right_one_and_warns() -> None:
     source = Scaled(64, 12)
-    model = quantized(source, Quantizer().layer(LinearQuantizer(own_forward=True)))
+    model = quantized(source, WEIGHTS_ONLY.layer(LinearQuantizer(own_forward=True)))
     x = torch.randn(3, 64)
     expected = oracle(model, source)(x.to(torch.float64))
     with pytest.warns(SlowPathWarning, match="QuantizedScaled"):
@@ -223,7 +231,7 @@ def test_the_rest_of_a_model_with_such_hooks_is_quantized(
     source = make()
     x = torch.randn(3, 64)
     hidden = source[0](x)
-    result = (Quantizer().apply_ if in_place else Quantizer().apply)(source)
+    result = (WEIGHTS_ONLY.apply_ if in_place else WEIGHTS_ONLY.apply)(source)
     assert isinstance(result.model[1], QuantizedLinear)
     torch.testing.assert_close(result.model[0](x), hidden, rtol=0, atol=0)
     loaded = load_model(result.save(tmp_path / "model.pt"), make())

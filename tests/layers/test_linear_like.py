@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mono_quant import LinearLikeQuantizer, Quantizer
 from mono_quant.modules import QuantizedLinearLike
-from tests.helpers import GRIDS, TOLERANCES, assert_like_float, dense, quantized
+from tests.helpers import GRIDS, TOLERANCES, WEIGHTS_ONLY, assert_like_float, dense, quantized
 
 NAME = "transformers.pytorch_utils"
 HERE = __name__
@@ -124,7 +124,7 @@ def test_a_class_of_the_same_short_name_is_not_taken_for_it() -> None:
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_an_own_class_without_a_bias_is_taken(bits: int) -> None:
     source = Projection()
-    model = quantized(source, Quantizer().bits(bits).layer(OURS))
+    model = quantized(source, WEIGHTS_ONLY.bits(bits).layer(OURS))
     assert isinstance(model, Projection)
     assert_like_float(model, source, torch.randn(5, 64))
 
@@ -132,7 +132,7 @@ def test_an_own_class_without_a_bias_is_taken(bits: int) -> None:
 @pytest.mark.parametrize("kind", [Narrow, Shifted])
 def test_a_subclass_is_known_by_its_parents_name(kind: type[Projection]) -> None:
     source = kind()
-    model = quantized(source, Quantizer().layer(OURS))
+    model = quantized(source, WEIGHTS_ONLY.layer(OURS))
     assert isinstance(model, kind)
     assert_like_float(model, source, torch.randn(5, 64))
 
@@ -141,7 +141,7 @@ def test_a_subclass_is_known_by_its_parents_name(kind: type[Projection]) -> None
 def test_a_layer_without_a_matrix_stays_float_with_the_reason(kind: type[nn.Module]) -> None:
     named = LinearLikeQuantizer(f"{HERE}.{kind.__name__}")
     model = nn.Sequential(kind(), nn.Linear(64, 64))
-    result = Quantizer().layer(named).apply(model)
+    result = WEIGHTS_ONLY.layer(named).apply(model)
     assert type(result.model[0]) is kind
     if kind is Deep:
         reasons = [row.reason for row in result.report.kept if row.name == "0.weight"]

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mono_quant import KernelSpec, PackedTensor, Quantizer, load_model
+from mono_quant import KernelSpec, PackedTensor, load_model
 from mono_quant.kernels import REFERENCE
-from tests.helpers import assert_near, oracle
+from tests.helpers import WEIGHTS_ONLY, assert_near, oracle
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 
@@ -106,7 +106,7 @@ def test_every_quantized_layer_of_an_encoder_is_called(
     mode: Mode, mask: Tensor | None, bits: int, kernel_calls: list[str], fused_calls: list[str]
 ) -> None:
     source = encoder()
-    model = Quantizer().bits(bits).apply(source).model
+    model = WEIGHTS_ONLY.bits(bits).apply(source).model
     x = torch.randn(3, 7, 64)
     with mode():
         found = model(x, src_key_padding_mask=mask)
@@ -123,7 +123,7 @@ def test_a_single_encoder_layer_calls_its_children(
     mode: Mode, mask: Tensor | None, activation: str, norm_first: bool, kernel_calls: list[str]
 ) -> None:
     source = layer(activation, norm_first)
-    model = Quantizer().apply(source).model
+    model = WEIGHTS_ONLY.apply(source).model
     x = torch.randn(3, 7, 64)
     with mode():
         found = model(x, src_key_padding_mask=mask)
@@ -137,7 +137,7 @@ def test_one_quantized_layer_among_float_ones_is_called(
     which: str, mask: Tensor | None, kernel_calls: list[str], fused_calls: list[str]
 ) -> None:
     source = encoder()
-    model = Quantizer().only(which).apply(source).model
+    model = WEIGHTS_ONLY.only(which).apply(source).model
     x = torch.randn(3, 7, 64)
     with torch.no_grad():
         found = model(x, src_key_padding_mask=mask)
@@ -150,7 +150,7 @@ def test_the_float_source_takes_its_fast_path_as_before(
     kernel_calls: list[str], fused_calls: list[str]
 ) -> None:
     source = encoder()
-    result = Quantizer().apply(source)
+    result = WEIGHTS_ONLY.apply(source)
     with torch.no_grad():
         source(torch.randn(3, 7, 64), src_key_padding_mask=PADDING)
     assert len(fused_calls) == 2
@@ -161,7 +161,7 @@ def test_the_float_source_takes_its_fast_path_as_before(
 
 def test_an_encoder_left_in_float_is_not_adapted(fused_calls: list[str]) -> None:
     source = nn.ModuleList([encoder(), nn.Linear(64, 64)])
-    model = Quantizer().skip("0").apply(source).model
+    model = WEIGHTS_ONLY.skip("0").apply(source).model
     with torch.no_grad():
         model[0](torch.randn(3, 7, 64), src_key_padding_mask=PADDING)
     assert len(fused_calls) == 2
@@ -173,7 +173,7 @@ def test_an_encoder_left_in_float_is_not_adapted(fused_calls: list[str]) -> None
 def test_a_loaded_encoder_calls_its_children_too(
     mode: Mode, mask: Tensor | None, suffix: str, tmp_path: Path, kernel_calls: list[str]
 ) -> None:
-    result = Quantizer().apply(encoder())
+    result = WEIGHTS_ONLY.apply(encoder())
     loaded = load_model(result.save(tmp_path / f"encoder{suffix}"), encoder())
     x = torch.randn(3, 7, 64)
     with mode():
@@ -192,7 +192,7 @@ def test_a_loaded_encoder_calls_its_children_too(
 def test_a_copied_encoder_calls_its_children_too(
     again: Callable[[nn.TransformerEncoder], nn.TransformerEncoder], kernel_calls: list[str]
 ) -> None:
-    model = again(Quantizer().apply(encoder()).model)
+    model = again(WEIGHTS_ONLY.apply(encoder()).model)
     with torch.no_grad():
         model(torch.randn(3, 7, 64), src_key_padding_mask=PADDING)
     assert len(kernel_calls) == 4
@@ -203,10 +203,10 @@ def test_dequantize_restores_the_fast_path(
     through_file: bool, tmp_path: Path, kernel_calls: list[str], fused_calls: list[str]
 ) -> None:
     source = encoder()
-    result = Quantizer().apply(source)
+    result = WEIGHTS_ONLY.apply(source)
     if through_file:
         path = result.save(tmp_path / "encoder.safetensors")
-        floats = Quantizer().apply(load_model(path, encoder())).dequantize()
+        floats = WEIGHTS_ONLY.apply(load_model(path, encoder())).dequantize()
     else:
         floats = result.dequantize()
     assert floats.use_nested_tensor is source.use_nested_tensor is True
@@ -221,7 +221,7 @@ def test_dequantize_restores_the_fast_path(
 
 def test_dequantized_layers_have_the_attributes_and_keys_of_the_source() -> None:
     source = encoder()
-    floats = Quantizer().apply(source).dequantize()
+    floats = WEIGHTS_ONLY.apply(source).dequantize()
     for one, other in zip(floats.modules(), source.modules(), strict=True):
         assert type(one) is type(other)
         assert set(vars(one)) == set(vars(other))
@@ -233,15 +233,15 @@ def test_dequantized_layers_have_the_attributes_and_keys_of_the_source() -> None
 
 def test_an_encoder_that_was_quantized_twice_is_restored_all_the_same() -> None:
     source = encoder()
-    once = Quantizer().only("layers.0").apply(source).model
-    floats = Quantizer().apply(once).dequantize()
+    once = WEIGHTS_ONLY.only("layers.0").apply(source).model
+    floats = WEIGHTS_ONLY.apply(once).dequantize()
     assert floats.use_nested_tensor is True
     assert [block.activation_relu_or_gelu for block in floats.layers] == [1, 1]
 
 
 def test_an_encoder_in_place_calls_its_children(kernel_calls: list[str]) -> None:
     model = encoder()
-    Quantizer().apply_(model)
+    WEIGHTS_ONLY.apply_(model)
     with torch.no_grad():
         model(torch.randn(3, 7, 64))
     assert len(kernel_calls) == 4
@@ -249,7 +249,7 @@ def test_an_encoder_in_place_calls_its_children(kernel_calls: list[str]) -> None
 
 def test_a_whole_transformer_computes_what_its_float_twin_does(kernel_calls: list[str]) -> None:
     source = nn.Transformer(64, 4, 1, 1, 128, batch_first=True).eval()
-    model = Quantizer().apply(source).model
+    model = WEIGHTS_ONLY.apply(source).model
     source_tokens, target_tokens = torch.randn(2, 5, 64), torch.randn(2, 3, 64)
     with torch.no_grad():
         found = model(source_tokens, target_tokens)
@@ -260,7 +260,7 @@ def test_a_whole_transformer_computes_what_its_float_twin_does(kernel_calls: lis
 
 
 def test_an_encoder_in_training_still_learns(kernel_calls: list[str]) -> None:
-    model = Quantizer().apply(encoder().train()).model
+    model = WEIGHTS_ONLY.apply(encoder().train()).model
     x = torch.randn(3, 7, 64, requires_grad=True)
     model(x).sum().backward()
     assert len(kernel_calls) == 4

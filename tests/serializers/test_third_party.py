@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mono_quant import (
+    Activation,
     Affine,
     Checkpoint,
     CheckpointError,
@@ -148,7 +149,12 @@ class GatedQuantizer(LayerQuantizer):
     def layouts(self, layer: nn.Module) -> Mapping[str, Layout]:
         return {"up": Layout.grouped((24, 16)), "gate": Layout.transposed((16, 24))}
 
-    def replace(self, layer: nn.Module, weights: Mapping[str, PackedTensor]) -> QuantizedModule:
+    def replace(
+        self,
+        layer: nn.Module,
+        weights: Mapping[str, PackedTensor],
+        activations: Mapping[str, Activation],
+    ) -> QuantizedModule:
         assert isinstance(layer, Gated)
         return QuantizedGated(weights, layer.bias)
 
