@@ -15,8 +15,10 @@ from mono_quant.api import (
     validate_quantization,
 )
 from mono_quant.base import (
+    Change,
     Checkpoint,
     Container,
+    Edit,
     Grid,
     Kernel,
     KernelSpec,
@@ -32,6 +34,7 @@ from mono_quant.base import (
     Statistic,
     Statistics,
     Transform,
+    TransformContext,
     WeightRecord,
 )
 from mono_quant.configurable import Configurable, register
@@ -66,6 +69,7 @@ from mono_quant.result import Outline, QuantizationResult, Validation
 from mono_quant.rounding import RoundToNearest
 from mono_quant.schemes import Affine, FloatCast
 from mono_quant.serializers import SafetensorsSerializer, TorchSerializer, read_state_dict
+from mono_quant.transforms import FoldBatchNorm
 from mono_quant.version import __version__
 
 __all__ = [
@@ -73,6 +77,7 @@ __all__ = [
     "Affine",
     "BareWeightQuantizer",
     "CalibrationError",
+    "Change",
     "Checkpoint",
     "CheckpointError",
     "Configurable",
@@ -81,8 +86,10 @@ __all__ = [
     "ConvQuantizer",
     "ConvTransposeQuantizer",
     "CorruptCheckpointError",
+    "Edit",
     "EmbeddingQuantizer",
     "FloatCast",
+    "FoldBatchNorm",
     "FormatVersionError",
     "Granularity",
     "Grid",
@@ -122,6 +129,7 @@ __all__ = [
     "Statistics",
     "TorchSerializer",
     "Transform",
+    "TransformContext",
     "UnknownKindError",
     "UnsupportedLayerError",
     "Validation",
