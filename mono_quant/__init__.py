@@ -69,7 +69,7 @@ from mono_quant.result import Outline, QuantizationResult, Validation
 from mono_quant.rounding import RoundToNearest
 from mono_quant.schemes import Affine, FloatCast
 from mono_quant.serializers import SafetensorsSerializer, TorchSerializer, read_state_dict
-from mono_quant.transforms import FoldBatchNorm
+from mono_quant.transforms import EqualizeLayers, FoldBatchNorm
 from mono_quant.version import __version__
 
 __all__ = [
@@ -88,6 +88,7 @@ __all__ = [
     "CorruptCheckpointError",
     "Edit",
     "EmbeddingQuantizer",
+    "EqualizeLayers",
     "FloatCast",
     "FoldBatchNorm",
     "FormatVersionError",

@@ -114,6 +114,10 @@ class Graph:
         found = self._agreed(path, lambda view: view.sources[path])
         return found or Source(None, "its input depends on how the model is called")
 
+    def calls(self, path: str) -> int:
+        """Return how often a module is called at most, as far as it is known."""
+        return max((view.calls.get(path, 0) for view in self.views), default=0)
+
     def takes_matrices(self, path: str) -> bool:
         """Return whether a module's input is known to be a matrix ``[N, C]``."""
         called = [view for view in self.views if view.calls.get(path)]

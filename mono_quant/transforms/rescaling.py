@@ -34,6 +34,11 @@ def widths(layer: nn.Module) -> tuple[int, int]:
     raise TypeError(f"{type(layer).__name__} has no channels")
 
 
+def dimensions(layer: nn.Module) -> int:
+    """Return how many dimensions the kernel of one of `LAYERS` has: 0 for a Linear."""
+    return layer.get_parameter("weight").dim() - 2
+
+
 def matrices(layer: nn.Module, weight: Tensor) -> Tensor:
     """Return a weight as ``[groups, out / groups, in / groups, kernel]``."""
     layout = _layout(layer)
