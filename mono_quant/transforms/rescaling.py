@@ -102,11 +102,13 @@ class Rescaling:
     def apply(self, layer: nn.Module) -> Undo | str:
         """Give a layer new parameters and return what takes them back, or why it was left alone.
 
-        The old ones are not written to. dtype, device and requires_grad stay.
+        The old ones are not written to. dtype, device, strides and requires_grad stay.
         """
         weight, bias = self._parameters(layer)
         old = layer.get_parameter("weight")
-        new = {"weight": weight.to(old.dtype)}
+        new = {
+            "weight": torch.empty_like(old.detach()).copy_(weight)
+        }  # strides stay: channels_last
         if bias is not None:
             new["bias"] = bias.to(old.dtype)
         if not all(bool(torch.isfinite(value).all()) for value in new.values()):

@@ -111,10 +111,13 @@ def test_a_normalization_of_another_dtype_is_folded_into_that_of_the_layer() -> 
     assert {parameter.dtype for parameter in result.parameters()} == {torch.float16}
 
 
-def test_requires_grad_stays_as_it_was() -> None:
+def test_requires_grad_and_strides_stay_as_they_were() -> None:
     model = lived_in(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)))
-    model[0].requires_grad_(False)
+    weight = model[0].get_parameter("weight").requires_grad_(False)
+    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     result, _ = folded(model)
+    weights = [one.get_submodule("0").get_parameter("weight") for one in (model, result)]
+    assert weights[0].stride() == weights[1].stride()
     assert [one.requires_grad for one in result.parameters()] == [False, False]
 
 
