@@ -1,6 +1,6 @@
 """Batch normalization folded into the layer before it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, cast
 
 import attrs
@@ -56,9 +56,9 @@ class FoldBatchNorm(Transform):
         self, model: nn.Module, context: TransformContext = WITHOUT_DATA
     ) -> tuple[Change, ...]:
         """Fold what can be folded, in place; return a change for each batch normalization."""
-        if not any(isinstance(module, NORMS) for module in model.modules()):
-            return ()
-        return _Folding(model, context).run()
+        named = model.named_modules()
+        norms = [path for path, one in named if isinstance(one, NORMS) and one is not model]
+        return _Folding(model, context).run(norms) if norms else ()
 
 
 class _Folding:
@@ -75,10 +75,9 @@ class _Folding:
         self._before = outputs_of(model, context, self._batches)
         self._watched: Graph | None = None
 
-    def run(self) -> tuple[Change, ...]:
+    def run(self, norms: Sequence[str]) -> tuple[Change, ...]:
         """Fold until nothing more can be folded: a normalization may follow a folded one."""
         changes: dict[str, Change] = {}
-        norms = [path for path, one in self._model.named_modules() if isinstance(one, NORMS)]
         ready = True
         while ready:
             pairs: dict[str, str] = {}  # the layer's path by the normalization's

@@ -4,8 +4,7 @@ import inspect
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 import torch
@@ -15,6 +14,7 @@ from torch.nn import functional
 from mono_quant.base import QuantizedModule
 from mono_quant.transforms import activation
 from mono_quant.transforms.activation import Activation
+from mono_quant.transforms.aside import answering, as_it_was, proxies, python_modules
 from mono_quant.transforms.graph import LAYERS, NORMS, Chain, Graph, Source, View
 
 _VARIANTS = 8
@@ -41,19 +41,21 @@ def trace(model: nn.Module) -> Graph:
     """Return the graph of a model in eval mode, traced without data.
 
     A parameter of the model's forward that is None or a boolean by default is traced both ways, the
-    other ways as far as they can be; other parameters with a default keep it. While a model is
-    traced, torch replaces `nn.Module.__call__` for all threads.
+    other ways as far as they can be; other parameters with a default keep it. So is the answer to
+    ``isinstance(x, Tensor)``, which a symbol cannot give. While a model is traced, torch replaces
+    `nn.Module.__call__` for all threads.
     """
     if "forward" in vars(model):
         return Graph((), "its forward was replaced on the instance, so its class does not tell")
     try:
         views = [_view(model, _defaults(model))]
     except Exception as error:  # whatever the model's own code raises on symbolic values
-        first = str(error).strip().partition("\n")[0]
+        first = str(error).strip().partition("\n")[0].partition(". ")[0]
         return Graph((), f"it cannot be traced ({type(error).__name__}: {first})")
-    for arguments in _variants(model):
+    others = [(arguments, True) for arguments in _variants(model)]
+    for arguments, tensors in (*others, (_defaults(model), False)):
         try:
-            views.append(_view(model, arguments))
+            views.append(_view(model, arguments, tensors=tensors))
         except Exception:
             continue  # not a way in which the model can be called, as far as tracing can tell
     return Graph(tuple(views))
@@ -97,54 +99,15 @@ def _variants(model: nn.Module) -> Iterator[dict[str, object]]:
         yield others if given is None else {**others, name: not given}
 
 
-def _view(model: nn.Module, arguments: dict[str, object]) -> View:
+def _view(model: nn.Module, arguments: dict[str, object], *, tensors: bool = True) -> View:
     tracer = _Tracer()
-    with _as_it_was(model), warnings.catch_warnings():
+    with as_it_was(model), answering(model, tensors), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the model's code warns of is not about this run
-        for module in _python_modules(model):
+        for module in python_modules(model):
             module.training = False
         graph = tracer.trace(model, concrete_args=arguments)
-        kept = {one.node for module in _python_modules(model) for one in _proxies(vars(module))}
+        kept = {one.node for module in python_modules(model) for one in proxies(vars(module))}
     return _Reader(graph, dict(model.named_modules()), frozenset(kept)).view()
-
-
-@contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put every module's attributes back: tracing leaves constants there, and a forward may too."""
-    spaces = [(vars(module), dict(vars(module))) for module in _python_modules(model)]
-    inner = [value for _, space in spaces for value in space.values()]
-    lists = [(value, value.copy()) for value in inner if isinstance(value, list)]
-    tables = [(value, value.copy()) for value in inner if isinstance(value, dict)]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for space, held in spaces:
-            space.clear()
-            space.update(held)
-        for items, before in lists:
-            items[:] = before
-        for table, entries in tables:
-            table.clear()
-            table.update(entries)
-        for buffer, values in buffers:
-            if not buffer.is_meta and not torch.equal(buffer, values):
-                buffer.copy_(values)
-
-
-def _python_modules(model: nn.Module) -> Iterator[nn.Module]:
-    return (one for one in model.modules() if not isinstance(one, torch.jit.ScriptModule))
-
-
-def _proxies(space: Mapping[str, object]) -> Iterator[fx.Proxy]:
-    """Yield the symbolic values that a module's attributes hold, also in lists and tables."""
-    for value in space.values():
-        items: Iterable[object] = (value,)
-        if isinstance(value, dict):
-            items = value.values()
-        elif isinstance(value, list | tuple):
-            items = value
-        yield from (one for one in items if isinstance(one, fx.Proxy))
 
 
 @attrs.frozen(eq=False)

@@ -109,7 +109,7 @@ def test_a_model_is_traced_as_it_is_in_eval_mode() -> None:
 
 def test_arguments_that_may_be_left_out_are_tried_both_ways() -> None:
     graph = trace(Optional(flag=True))
-    assert len(graph.views) == 3
+    assert len(graph.views) == 4
     assert graph.chain("conv").reason == "what follows it depends on how the model is called"
 
 
@@ -131,3 +131,20 @@ def test_a_forward_that_was_replaced_on_the_instance_is_not_the_one_of_its_class
     assert trace(model).reason == (
         "its forward was replaced on the instance, so its class does not tell"
     )
+
+
+def test_a_question_for_the_type_is_answered_both_ways() -> None:
+    class Choosing(Pair):
+        def forward(self, x: Tensor | list[float]) -> Tensor:
+            hidden: Tensor = self.conv(x)
+            return hidden if isinstance(x, Tensor) else self.bn(hidden)
+
+    class Converting(Pair):
+        def forward(self, x: Tensor | list[float]) -> Tensor:
+            x = x if isinstance(x, Tensor | nn.Parameter) else torch.tensor(x)
+            return super().forward(x)
+
+    graph = trace(Choosing())
+    assert graph.chain("conv").reason == "what follows it depends on how the model is called"
+    assert trace(Converting()).chain("conv").then == "bn"
+    assert "isinstance" not in globals()
