@@ -16,8 +16,10 @@ from mono_quant.api import (
 )
 from mono_quant.base import (
     Activation,
+    Change,
     Checkpoint,
     Container,
+    Edit,
     Grid,
     Kernel,
     KernelSpec,
@@ -33,6 +35,7 @@ from mono_quant.base import (
     Statistic,
     Statistics,
     Transform,
+    TransformContext,
     WeightRecord,
 )
 from mono_quant.configurable import Configurable, register
@@ -68,6 +71,7 @@ from mono_quant.rounding import RoundToNearest
 from mono_quant.schemes import Affine, FloatCast
 from mono_quant.serializers import SafetensorsSerializer, TorchSerializer, read_state_dict
 from mono_quant.settings import Activations
+from mono_quant.transforms import EqualizeLayers, FoldBatchNorm
 from mono_quant.version import __version__
 
 __all__ = [
@@ -77,6 +81,7 @@ __all__ = [
     "Affine",
     "BareWeightQuantizer",
     "CalibrationError",
+    "Change",
     "Checkpoint",
     "CheckpointError",
     "Configurable",
@@ -85,8 +90,11 @@ __all__ = [
     "ConvQuantizer",
     "ConvTransposeQuantizer",
     "CorruptCheckpointError",
+    "Edit",
     "EmbeddingQuantizer",
+    "EqualizeLayers",
     "FloatCast",
+    "FoldBatchNorm",
     "FormatVersionError",
     "Granularity",
     "Grid",
@@ -127,6 +135,7 @@ __all__ = [
     "Statistics",
     "TorchSerializer",
     "Transform",
+    "TransformContext",
     "UnknownKindError",
     "UnsupportedLayerError",
     "Validation",

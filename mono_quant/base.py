@@ -18,7 +18,7 @@ seen as a stack of matrices ``[G, out, in]`` in float32 (see `Layout`).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Generic, Protocol, TypeVar, cast, final
@@ -370,19 +370,71 @@ class Rounding(Configurable, ABC):
         """Return `weight`, a float32 stack ``[G, out, in]``, on the grid."""
 
 
+@attrs.frozen
+class Edit:
+    """A change of the model's structure, as plain data that a file can carry.
+
+    Attributes:
+        op: what was done: ``"identity"`` (a batch normalization became an `nn.Identity`) or
+            ``"bias"`` (a layer that had no bias was given one).
+        path: dotted name of the module.
+    """
+
+    op: str
+    path: str
+
+    def to_config(self) -> Config:
+        """Return both as JSON data."""
+        return {"op": self.op, "path": self.path}
+
+
+@attrs.frozen
+class Change:
+    """One thing that a transform did, or that it refused to do.
+
+    Attributes:
+        path: dotted name of the module that it is about.
+        text: what happened to it, as a sentence; of a refusal, with the reason.
+        done: whether it was done.
+        edits: how the model's structure changed, for the skeleton that a file is loaded into.
+    """
+
+    path: str
+    text: str
+    done: bool = True
+    edits: tuple[Edit, ...] = ()
+
+
+@attrs.frozen(eq=False)
+class TransformContext:
+    """What a transform may ask for beside the model.
+
+    Attributes:
+        outputs: runs a model on the example data, in eval mode, and yields the tensors that it
+            returns for each batch; None where there is no data.
+    """
+
+    outputs: Callable[[nn.Module], Iterator[Sequence[Tensor]]] | None = None
+
+
+WITHOUT_DATA = TransformContext()
+"""Nothing but the model is known."""
+
+
 class Transform(Configurable, ABC):
     """Changes the working copy of the float model before it is quantized.
 
     Exact in float unless it says otherwise. A transform gives parameters new tensors and never
-    writes into the old ones, which the source model shares; it leaves the model's structure as it
-    is.
+    writes into the old ones, which the source model shares. Where it changes the model's structure,
+    it says so by the edits of what it returns, which must be enough to do the same to another
+    instance of the model: a saved file is loaded into a float skeleton.
     """
 
     __slots__ = ()
 
     @abstractmethod
-    def apply(self, model: nn.Module) -> None:
-        """Change the parameters of `model`."""
+    def apply(self, model: nn.Module, context: TransformContext = WITHOUT_DATA) -> Sequence[Change]:
+        """Change `model` in place and return what was done to it, and what was refused and why."""
 
 
 class QuantizedModule(nn.Module, ABC):

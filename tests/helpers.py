@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from mono_quant import (
     Affine,
+    Change,
     FloatCast,
     LayerReport,
     PackedTensor,
@@ -23,7 +24,9 @@ from mono_quant import (
     QuantizedModule,
     Quantizer,
     Transform,
+    TransformContext,
 )
+from mono_quant.base import WITHOUT_DATA
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -202,10 +205,13 @@ class Doubled(Transform):
 
     kind: ClassVar[str] = "tests.doubled"
 
-    def apply(self, model: nn.Module) -> None:
-        for module in model.modules():
+    def apply(self, model: nn.Module, context: TransformContext = WITHOUT_DATA) -> list[Change]:
+        changes = []
+        for path, module in model.named_modules():
             if isinstance(module, nn.Linear):
                 module.weight = nn.Parameter(module.weight.detach() * 2)
+                changes.append(Change(path, f"{path}.weight is doubled"))
+        return changes
 
 
 @strategies.composite

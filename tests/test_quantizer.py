@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from mono_quant import (
     MSE,
     Affine,
+    Change,
     ConfigurationError,
     ConvQuantizer,
     FloatCast,
@@ -23,7 +24,9 @@ from mono_quant import (
     Quantizer,
     RoundToNearest,
     Transform,
+    TransformContext,
 )
+from mono_quant.base import WITHOUT_DATA
 from tests.helpers import Doubled, fates, noise, three_layers
 
 Call = Callable[[Quantizer], Quantizer]
@@ -203,8 +206,11 @@ def test_transforms_run_in_the_order_they_were_added() -> None:
         kind = "tests.noted"
         name: str
 
-        def apply(self, model: nn.Module) -> None:
+        def apply(
+            self, model: nn.Module, context: TransformContext = WITHOUT_DATA
+        ) -> tuple[Change, ...]:
             seen.append(self.name)
+            return ()
 
     Quantizer().transform(Noted("a"), Noted("b")).transform(Noted("c")).apply(three_layers())
     assert seen == ["a", "b", "c"]

@@ -1,0 +1,224 @@
+"""Batch normalization folded into the layer before it."""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, cast
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from mono_quant.base import WITHOUT_DATA, Change, Edit, QuantizedModule, Transform, TransformContext
+from mono_quant.configurable import register
+from mono_quant.transforms import edits
+from mono_quant.transforms.graph import NORMS, Graph
+from mono_quant.transforms.rescaling import Rescaling, Undo, kind_of, refuse, watched, widths
+from mono_quant.transforms.tracing import hooked, trace
+from mono_quant.transforms.watching import agree, outputs_of, seen, watch
+
+_BATCHES = 8
+"""Batches that a model is watched on if it cannot be traced."""
+
+_NORM_OF: Mapping[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: nn.BatchNorm1d,
+    nn.Conv1d: nn.BatchNorm1d,
+    nn.Conv2d: nn.BatchNorm2d,
+    nn.Conv3d: nn.BatchNorm3d,
+    nn.ConvTranspose1d: nn.BatchNorm1d,
+    nn.ConvTranspose2d: nn.BatchNorm2d,
+    nn.ConvTranspose3d: nn.BatchNorm3d,
+}
+
+
+@register
+@attrs.frozen
+class FoldBatchNorm(Transform):
+    """Folds batch normalizations into the Linear or convolution whose output they alone take.
+
+    In eval mode a batch normalization is ``y * scale + shift`` with one scale and shift a channel,
+    ``scale = weight / sqrt(running_var + eps)`` and ``shift = bias - running_mean * scale``, so the
+    layer before it can do it: ``W' = scale * W`` and ``b' = scale * b + shift``, computed in
+    float64 and rounded once to the layer's dtype. The normalization becomes an `nn.Identity`, and a
+    layer without bias is given one.
+
+    Which module feeds which is read from the model's code by symbolic tracing. A model that cannot
+    be traced is watched on the example data instead. With data, the folded model's outputs are
+    compared with those before, and what moves them is taken back. Every batch normalization that
+    stays is among the changes with its reason.
+
+    Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference", section 3.2, https://arxiv.org/abs/1712.05877.
+    """
+
+    kind: ClassVar[str] = "fold_batch_norm"
+
+    def apply(
+        self, model: nn.Module, context: TransformContext = WITHOUT_DATA
+    ) -> tuple[Change, ...]:
+        """Fold what can be folded, in place; return a change for each batch normalization."""
+        named = model.named_modules()
+        norms = [path for path, one in named if isinstance(one, NORMS) and one is not model]
+        return _Folding(model, context).run(norms) if norms else ()
+
+
+class _Folding:
+    """One model being folded."""
+
+    def __init__(self, model: nn.Module, context: TransformContext) -> None:
+        """Find out how `model` is wired, and what it returns."""
+        self._model = model
+        self._context = context
+        self._graph = trace(model)
+        self._batches = 1 if self._graph.traced else _BATCHES
+        if self._graph.reason is not None:
+            self._graph = seen(model, context, self._graph.reason, self._batches)
+        self._before = outputs_of(model, context, self._batches)
+        self._watched: Graph | None = None
+
+    def run(self, norms: Sequence[str]) -> tuple[Change, ...]:
+        """Fold until nothing more can be folded: a normalization may follow a folded one."""
+        changes: dict[str, Change] = {}
+        ready = True
+        while ready:
+            pairs: dict[str, str] = {}  # the layer's path by the normalization's
+            for norm in norms:
+                if norm in changes and changes[norm].done:
+                    continue
+                layer, reason = self._pair(norm)
+                if layer is not None:
+                    pairs[norm] = layer
+                changes[norm] = _refused(norm, reason)
+            folded = self._fold_all(pairs)
+            changes |= folded
+            ready = self._graph.traced and any(change.done for change in folded.values())
+        return tuple(changes[norm] for norm in norms)
+
+    def _pair(self, path: str) -> tuple[str | None, str]:
+        """Return the layer that a normalization can be folded into, or None and why."""
+        norm = self._model.get_submodule(path)
+        if (reason := _unfit(norm)) is not None:
+            return None, reason
+        source = self._graph.source(path)
+        if source.path is None:
+            return None, source.text
+        layer = self._model.get_submodule(source.path)
+        if (kind := kind_of(layer)) is None:
+            return None, f"{source.text}, not from a Linear or convolution"
+        chain = self._graph.chain(source.path)
+        if chain.then != path or chain.activation is not None:
+            return None, f"of {source.path!r}: {chain.reason or 'something else follows it'}"
+        reason = refuse(self._model, source.path, path) or watched(self._model, path, source.path)
+        if reason is not None:
+            return None, reason
+        if not isinstance(norm, (_NORM_OF[kind], nn.SyncBatchNorm)):
+            return None, f"a {type(norm).__name__} does not fit a {kind.__name__}"
+        if widths(layer)[1] != len(_buffer(norm, "running_mean")):
+            return None, f"it does not have the {widths(layer)[1]} channels of {source.path!r}"
+        if kind is nn.Linear and not self._takes_matrices(path):
+            return None, (
+                "it is not known to see [N, C] alone; on [N, C, L], where the features of a Linear "
+                "are L, it works on another dimension"
+            )
+        return source.path, ""
+
+    def _takes_matrices(self, path: str) -> bool:
+        """Return whether a normalization sees ``[N, C]``: by the model's code, or by the data."""
+        if self._graph.takes_matrices(path):
+            return True
+        if self._watched is None:
+            self._watched = Graph(watch(self._model, self._context, self._batches))
+        return self._watched.takes_matrices(path)
+
+    def _fold_all(self, pairs: Mapping[str, str]) -> Mapping[str, Change]:
+        """Fold all at once; if the model is not the same then, one after the other."""
+        changes: dict[str, Change] = {}
+        undos: list[Undo] = []
+        for norm, layer in pairs.items():
+            changes[norm], undo = self._fold(norm, layer)
+            undos += [undo] if undo is not None else []
+        if not undos or (trouble := self._trouble()) is None:
+            return changes
+        for undo in reversed(undos):
+            undo()
+        for norm, layer in pairs.items():
+            changes[norm], undo = self._fold(norm, layer)
+            if undo is not None and (trouble := self._trouble()) is not None:
+                undo()
+                changes[norm] = _refused(norm, trouble)
+        return changes
+
+    def _fold(self, path: str, layer_path: str) -> tuple[Change, Undo | None]:
+        """Fold one and return what takes it back, or None where it was left alone."""
+        model = self._model
+        norm, layer = model.get_submodule(path), model.get_submodule(layer_path)
+        had_bias = layer.bias is not None
+        back = _rescaling(norm).apply(layer)
+        if isinstance(back, str):
+            return _refused(path, f"of {layer_path!r}: {back}"), None
+        identity = edits.remove(model, norm)
+
+        def undo() -> None:
+            edits.put(model, identity, norm)
+            back()
+
+        bias = () if had_bias else (Edit(edits.BIAS, layer_path),)
+        text = f"{path} is folded into {layer_path}"
+        return Change(path, text, True, (*bias, Edit(edits.IDENTITY, path))), undo
+
+    def _trouble(self) -> str | None:
+        """Return what is no longer as it was in the model, or None and take note of its graph."""
+        if self._graph.traced:
+            graph = trace(self._model)
+            if graph.reason is not None:
+                return f"without it, {graph.reason}"
+            self._graph = graph
+        if self._before:
+            try:
+                after = outputs_of(self._model, self._context, self._batches)
+            except Exception as error:  # the model's code may ask for what an Identity has not
+                return f"without it, the model fails on the data ({error})"
+            if not agree(self._before, after):
+                return "folding it changes the model's outputs on the data"
+        return None
+
+
+def _refused(path: str, reason: str) -> Change:
+    return Change(path, f"{path} is not folded: {reason}", done=False)
+
+
+def _unfit(norm: nn.Module) -> str | None:
+    """Return why a normalization cannot be folded, whatever is before it, or None."""
+    if isinstance(norm, QuantizedModule):
+        return "it is quantized"
+    base = next(one for one in NORMS if isinstance(norm, one))
+    if "forward" in vars(norm) or type(norm).forward is not base.forward:
+        return f"its {type(norm).__name__} has a forward of its own"
+    if norm.training:
+        return "it is in train mode, where it normalizes by each batch; call model.eval() first"
+    if norm._buffers.get("running_mean") is None or norm._buffers.get("running_var") is None:
+        return "it keeps no running mean and variance (track_running_stats=False)"
+    if any(norm._parameters.get(name) is not getattr(norm, name) for name in ("weight", "bias")):
+        return "its weight or bias is computed from other parameters"
+    tensors = [*norm._parameters.values(), *norm._buffers.values()]
+    if any(one is not None and (is_lazy(one) or one.is_meta) for one in tensors):
+        return "it has no values yet"
+    return "it has hooks" if hooked(norm) else None
+
+
+def _rescaling(norm: nn.Module) -> Rescaling:
+    """Return what a normalization does to the channels before it, in float64."""
+    mean, variance = _buffer(norm, "running_mean"), _buffer(norm, "running_var")
+    weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+    scale = (variance + cast("float", norm.eps)).rsqrt()
+    if weight is not None:
+        scale = scale * _wide(weight)
+    shift = -mean * scale
+    return Rescaling(scale, shift=shift if bias is None else shift + _wide(bias))
+
+
+def _buffer(norm: nn.Module, name: str) -> Tensor:
+    return _wide(norm.get_buffer(name))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float64)

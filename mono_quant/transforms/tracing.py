@@ -1,0 +1,257 @@
+"""A model's graph from its own code, followed by symbolic tracing: no data runs."""
+
+import inspect
+import operator
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import attrs
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+from mono_quant.base import QuantizedModule
+from mono_quant.transforms import activation
+from mono_quant.transforms.activation import Activation
+from mono_quant.transforms.aside import answering, as_it_was, proxies, python_modules
+from mono_quant.transforms.graph import LAYERS, NORMS, Chain, Graph, Source, View
+
+_VARIANTS = 8
+"""Ways of calling a model that are tried beside the one by default."""
+
+_IDLE = (
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+"""What returns its input in eval mode."""
+
+_QUESTIONS = {"shape", "dtype", "device", "ndim", "size", "dim"}
+"""Attributes and methods of a tensor that do not read its values."""
+
+_SAME_SHAPE_LAYERS = (nn.Linear, *NORMS, *_IDLE)
+
+
+def trace(model: nn.Module) -> Graph:
+    """Return the graph of a model in eval mode, traced without data.
+
+    A parameter of the model's forward that is None or a boolean by default is traced both ways, the
+    other ways as far as they can be; other parameters with a default keep it. So is the answer to
+    ``isinstance(x, Tensor)``, which a symbol cannot give. While a model is traced, torch replaces
+    `nn.Module.__call__` for all threads.
+    """
+    if "forward" in vars(model):
+        return Graph((), "its forward was replaced on the instance, so its class does not tell")
+    try:
+        views = [_view(model, _defaults(model))]
+    except Exception as error:  # whatever the model's own code raises on symbolic values
+        first = str(error).strip().partition("\n")[0].partition(". ")[0]
+        return Graph((), f"it cannot be traced ({type(error).__name__}: {first})")
+    others = [(arguments, True) for arguments in _variants(model)]
+    for arguments, tensors in (*others, (_defaults(model), False)):
+        try:
+            views.append(_view(model, arguments, tensors=tensors))
+        except Exception:
+            continue  # not a way in which the model can be called, as far as tracing can tell
+    return Graph(tuple(views))
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Return whether a module is taken as one step, whatever its forward does inside."""
+    torchs = type(module).__module__.startswith(("torch.nn.", "torch.ao.nn."))
+    own = isinstance(module, (*LAYERS, *NORMS, QuantizedModule, torch.jit.ScriptModule))
+    return own or (torchs and not isinstance(module, nn.Sequential))
+
+
+def hooked(module: nn.Module) -> bool:
+    """Return whether a hook of the module sees or changes what flows through it."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Return whether `m` is one step of the graph."""
+        return is_leaf(m)
+
+
+def _defaults(model: nn.Module) -> dict[str, object]:
+    parameters = inspect.signature(model.forward).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not one.empty}
+
+
+def _variants(model: nn.Module) -> Iterator[dict[str, object]]:
+    """Yield other arguments, one changed at a time; one that is absent is given, symbolically."""
+    defaults = _defaults(model)
+    changed = [name for name, value in defaults.items() if value is None or isinstance(value, bool)]
+    for name in changed[:_VARIANTS]:
+        others = {key: value for key, value in defaults.items() if key != name}
+        given = defaults[name]
+        yield others if given is None else {**others, name: not given}
+
+
+def _view(model: nn.Module, arguments: dict[str, object], *, tensors: bool = True) -> View:
+    tracer = _Tracer()
+    with as_it_was(model), answering(model, tensors), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the model's code warns of is not about this run
+        for module in python_modules(model):
+            module.training = False
+        graph = tracer.trace(model, concrete_args=arguments)
+        kept = {one.node for module in python_modules(model) for one in proxies(vars(module))}
+    return _Reader(graph, dict(model.named_modules()), frozenset(kept)).view()
+
+
+@attrs.frozen(eq=False)
+class _Reader:
+    """Reads one traced graph."""
+
+    graph: fx.Graph
+    modules: Mapping[str, nn.Module]
+    kept: frozenset[fx.Node]
+
+    def view(self) -> View:
+        called = [node for node in self.graph.nodes if node.op == "call_module"]
+        calls = Counter(str(node.target) for node in called)
+        once = [node for node in called if calls[str(node.target)] == 1]
+        return View(
+            calls,
+            {str(node.target): self._chain(node, calls) for node in once},
+            {str(node.target): self._source(node) for node in once},
+            frozenset(str(node.target) for node in once if self._is_matrix(node.all_input_nodes)),
+            self._misused(calls),
+        )
+
+    def _chain(self, node: fx.Node, calls: Mapping[str, int]) -> Chain:
+        after, reason = self._next(node)
+        found, path = None, None
+        if after is not None and (found := self._activation(after)) is not None:
+            path = str(after.target) if after.op == "call_module" else None
+            after, reason = self._next(after)
+        if after is None:
+            return Chain(found, path, None, reason)
+        target = str(after.target)
+        if after.op != "call_module":
+            return Chain(found, path, None, f"{_name(after)} follows it")
+        if calls[target] > 1:
+            return Chain(found, path, None, f"{target!r} is called {calls[target]} times")
+        if len(after.all_input_nodes) > 1:
+            return Chain(found, path, None, f"{target!r} takes more than its output")
+        return Chain(found, path, target)
+
+    def _next(self, node: fx.Node) -> tuple[fx.Node | None, str | None]:
+        """Return the only user of a node's output, idle modules passed over, or why none."""
+        while True:
+            users = [user for user in node.users if not _asks_only(user)]
+            if node in self.kept:
+                return None, "its output is kept as an attribute of a module"
+            if not users:
+                return None, "its output is not used"
+            if len(users) > 1:
+                return None, f"its output feeds {' and '.join(_name(user) for user in users)}"
+            if users[0].op == "output":
+                return None, "its output is an output of the model"
+            if not self._idle(users[0]):
+                return users[0], None
+            node = users[0]
+
+    def _source(self, node: fx.Node) -> Source:
+        while len(node.all_input_nodes) == 1:
+            node = node.all_input_nodes[0]
+            if not self._idle(node):
+                path = str(node.target) if node.op == "call_module" else None
+                return Source(path, f"its input comes from {_name(node)}")
+        return Source(None, "it takes more than one input")
+
+    def _idle(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            module = self.modules[str(node.target)]
+            return type(module) in _IDLE and not hooked(module)
+        if node.target is functional.dropout:
+            return node.kwargs.get("training") is False or node.args[2:3] == (False,)
+        return False
+
+    def _activation(self, node: fx.Node) -> Activation | None:
+        if len(node.all_input_nodes) != 1:
+            return None
+        if node.op == "call_module":
+            module = self.modules[str(node.target)]
+            return activation.of_module(module) if not hooked(module) else None
+        if node.op in ("call_function", "call_method"):
+            return activation.of_call(node.target, node.args, node.kwargs)
+        return None
+
+    def _is_matrix(self, inputs: Sequence[fx.Node]) -> bool:
+        """Return whether an operation's input was flattened to two dimensions on its way."""
+        while len(inputs) == 1:
+            node = inputs[0]
+            if _flattens(node, self.modules):
+                return True
+            same = self._idle(node) or self._activation(node) is not None
+            if node.op == "call_module":
+                same = same or isinstance(self.modules[str(node.target)], _SAME_SHAPE_LAYERS)
+            if not same:
+                return False
+            inputs = node.all_input_nodes
+        return False
+
+    def _misused(self, calls: Mapping[str, int]) -> Mapping[str, str]:
+        """Return which modules' parameters serve others than the module's own call."""
+        found: dict[str, str] = {}
+        for node in self.graph.nodes:
+            users = [user for user in node.users if not _asks_only(user)]
+            if node.op == "get_attr" and users:
+                owner = str(node.target).rpartition(".")[0]
+                found[owner] = f"{_name(users[0])} reads its {str(node.target).rpartition('.')[2]}"
+        names = {module: name for name, module in self.modules.items()}
+        for path in calls:
+            for inner in self.modules[path].modules():
+                if inner is not self.modules[path]:
+                    found[names[inner]] = f"it is inside {path!r}, which is not looked into"
+        return found
+
+
+def _asks_only(node: fx.Node) -> bool:
+    """Return whether a node only asks for the shape, dtype or place of a tensor."""
+    if node.op == "call_method":
+        return node.target in _QUESTIONS
+    return node.target is getattr and len(node.args) > 1 and node.args[1] in _QUESTIONS
+
+
+def _flattens(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
+    if node.target in (torch.flatten, "flatten"):
+        return node.args[1:] in ((1,), (1, -1)) or (
+            len(node.args) == 1 and dict(node.kwargs) == {"start_dim": 1}
+        )
+    if node.target in ("view", "reshape"):
+        sizes = node.args[1:]
+        return len(sizes[0] if sizes and isinstance(sizes[0], tuple | list) else sizes) == 2
+    return False
+
+
+def _name(node: fx.Node) -> str:
+    match node.op:
+        case "call_module":
+            return repr(str(node.target))
+        case "output":
+            return "the model's output"
+        case "placeholder":
+            return "the model's input"
+        case "get_attr":
+            return str(node.target)
+    if isinstance(node.target, str):
+        return f"{node.target}()"
+    if node.target in (operator.add, operator.iadd, torch.add):
+        return "an addition"
+    return f"{getattr(node.target, '__name__', node.target)}()"

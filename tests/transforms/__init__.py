@@ -1,0 +1,1 @@
+"""Tests of mono_quant.transforms."""

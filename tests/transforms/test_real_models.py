@@ -1,0 +1,41 @@
+"""Folding a published network."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mono_quant import FoldBatchNorm
+from mono_quant.transforms import activations
+from tests.models import AssetUnavailable, efficientnet_lite0
+from tests.transforms.models import on
+
+
+@pytest.fixture(scope="module")
+def network() -> efficientnet_lite0.EfficientNetLite0:
+    try:
+        return efficientnet_lite0.load()
+    except AssetUnavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.parametrize("data", [True, False])
+def test_all_49_normalizations_of_efficientnet_lite0_are_folded(
+    network: efficientnet_lite0.EfficientNetLite0, data: bool
+) -> None:
+    x = torch.randn(2, 3, 96, 96)
+    model = copy.deepcopy(network)
+    changes = FoldBatchNorm().apply(model, on(x)) if data else FoldBatchNorm().apply(model)
+    assert sum(change.done for change in changes) == len(changes) == 49
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert [one.activation.kind for one in activations(model)] == ["relu6"] * 33
+    with torch.no_grad():
+        found, expected = model(x), network(x)
+        exact = copy.deepcopy(network).double()(x.double())
+    room = 1e-4 * float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=room)
+    error, rounding = (float((one - exact).norm()) for one in (found, expected))
+    assert error < 4 * rounding, "as near to float64 as the network itself"
