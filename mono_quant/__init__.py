@@ -5,7 +5,6 @@ Example:
 """
 
 from mono_quant.api import (
-    create_observer,
     dequantize_model,
     dynamic_quantize,
     load_model,
@@ -58,7 +57,16 @@ from mono_quant.modules import QuantizedLayer, SlowPathWarning
 from mono_quant.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor
 from mono_quant.numerics.metrics import sqnr_db
 from mono_quant.numerics.values import Layout, QParams, QTensor, WeightView
-from mono_quant.observers import MSE, MinMax
+from mono_quant.observers import (
+    MSE,
+    Auto,
+    Entropy,
+    Histogram,
+    MinMax,
+    MovingAverage,
+    Percentile,
+    create_observer,
+)
 from mono_quant.plan import Plan
 from mono_quant.quantizer import Quantizer
 from mono_quant.report import LayerReport, Report
@@ -71,6 +79,7 @@ from mono_quant.version import __version__
 __all__ = [
     "MSE",
     "Affine",
+    "Auto",
     "BareWeightQuantizer",
     "CalibrationError",
     "Checkpoint",
@@ -82,10 +91,12 @@ __all__ = [
     "ConvTransposeQuantizer",
     "CorruptCheckpointError",
     "EmbeddingQuantizer",
+    "Entropy",
     "FloatCast",
     "FormatVersionError",
     "Granularity",
     "Grid",
+    "Histogram",
     "InputError",
     "Kernel",
     "KernelSpec",
@@ -96,6 +107,7 @@ __all__ = [
     "LinearQuantizer",
     "MinMax",
     "MonoQuantError",
+    "MovingAverage",
     "Observer",
     "Operation",
     "Outline",
@@ -103,6 +115,7 @@ __all__ = [
     "PerChannel",
     "PerGroup",
     "PerTensor",
+    "Percentile",
     "Plan",
     "QParams",
     "QTensor",

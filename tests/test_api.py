@@ -208,7 +208,9 @@ def test_an_observer_is_created_by_its_name(
 
 
 def test_an_unknown_observer_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ConfigurationError, match=r"no observer 'minimax'; there is .*minmax, mse"):
+    with pytest.raises(
+        ConfigurationError, match=r"no observer 'minimax'; there is .*minmax, movingaverage, mse"
+    ):
         create_observer("minimax")
 
 

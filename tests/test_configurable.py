@@ -157,7 +157,7 @@ def test_a_missing_field_is_refused_by_name() -> None:
     [
         (Scheme, MinMax(), "expected a Scheme, but kind 'minmax' is a MinMax"),
         (Rounding, Affine(), "expected a Rounding, but kind 'affine' is a Affine"),
-        (Observer, MSE(), "expected a Observer, but kind 'mse' is a MSE"),
+        (Observer, Affine(), "expected a Observer, but kind 'affine' is a Affine"),
         (ConvQuantizer, LinearQuantizer(), "expected a ConvQuantizer, but kind 'linear'"),
         (Granularity, RoundToNearest(), "expected a Granularity"),
     ],
