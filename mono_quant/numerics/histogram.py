@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mono_quant.errors import InputError
+from mono_quant.numerics.extremes import finite_ends
 
 SAMPLED_FROM = 1 << 16
 """A tensor of more values than this is sampled."""
@@ -74,7 +75,7 @@ class _Bins:
     @classmethod
     def of(cls, state: HistogramState) -> "_Bins":
         """Return the bins of a state."""
-        low, _ = _ends(state.low, state.high)
+        low, _ = finite_ends(state.low, state.high)
         exponent = int(state.exponent)
         first = math.floor(math.ldexp(min(low, 0.0), -exponent))
         return cls(exponent, first, state.counts.numel())
@@ -125,14 +126,14 @@ def observe(x: Tensor, bins: int) -> HistogramState:
         return _observe_large(flat, bins)
     values = flat.to(torch.float32)
     low, high = values.amin(), values.amax()
-    layout = _Bins.covering(*_ends(low, high), bins)
+    layout = _Bins.covering(*finite_ends(low, high), bins)
     return _state(low, high, layout, *layout.tally(values))
 
 
 def merge(left: HistogramState, right: HistogramState, bins: int) -> HistogramState:
     """Return the histogram of both; exact, whatever the order, for states of the same `bins`."""
     low, high = torch.minimum(left.low, right.low), torch.maximum(left.high, right.high)
-    layout = _Bins.covering(*_ends(low, high), bins)
+    layout = _Bins.covering(*finite_ends(low, high), bins)
     counts = layout.join(left) + layout.join(right)
     return _state(low, high, layout, counts, left.zeros + right.zeros)
 
@@ -188,7 +189,7 @@ def _observe_large(flat: Tensor, bins: int) -> HistogramState:
     lows, highs = blocks.amin(1), blocks.amax(1)
     low = torch.cat([lows, rest]).amin().to(torch.float32)
     high = torch.cat([highs, rest]).amax().to(torch.float32)
-    layout = _Bins.covering(*_ends(low, high), bins)
+    layout = _Bins.covering(*finite_ends(low, high), bins)
     # Bins beyond those of the bounds hold no value of any other block: there, counts are exact.
     smallest, largest = lows.topk(_TAIL_BLOCKS + 1, largest=False), highs.topk(_TAIL_BLOCKS + 1)
     bounds = layout.places(
@@ -227,13 +228,3 @@ def _scaled(counts: Tensor, total: int) -> Tensor:
 def _state(low: Tensor, high: Tensor, bins: _Bins, counts: Tensor, zeros: Tensor) -> HistogramState:
     exponent = torch.tensor(bins.exponent, device=counts.device)
     return HistogramState(low, high, exponent, counts, zeros)
-
-
-def _ends(low: Tensor, high: Tensor) -> tuple[float, float]:
-    """Return the ends as numbers, which they must be."""
-    first, last = torch.stack([low, high]).tolist()
-    if math.isnan(first) or math.isnan(last):
-        raise InputError("the tensor holds NaN, of which there is no histogram")
-    if math.isinf(first) or math.isinf(last):
-        raise InputError("the tensor holds infinity, of which there is no histogram")
-    return first, last

@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 import attrs
+import torch
 from torch import Tensor
 
 from mono_quant.base import Observer, Scheme
@@ -62,10 +63,11 @@ class MovingAverage(Observer[MovingAverageState]):
         """Return the extremes of one batch, which holds one value or more.
 
         Raises:
-            InputError: it is empty.
+            InputError: it is empty, or holds NaN or infinity.
         """
         ends = MinMax().observe(x)
-        return MovingAverageState(ends.low, ends.high, ends.low, ends.high, 1)
+        low, high = ends.low.to(torch.float32), ends.high.to(torch.float32)
+        return MovingAverageState(low, high, low, high, 1)
 
     def merge(self, left: MovingAverageState, right: MovingAverageState) -> MovingAverageState:
         """Return the average over the batches of `left` followed by those of `right`."""

@@ -20,11 +20,12 @@ from mono_quant.observers.counting import FINE, CountingObserver
 class Percentile(CountingObserver):
     """From the (100 - p)-th percentile to the p-th: the outermost values on each side are clipped.
 
-    Of values seen in pieces the percentiles are exact to the width of a bin, a 4096th of the whole
-    range or less. In a tensor of more than 65536 values only the tails are counted exactly (see
-    `mono_quant.numerics.histogram.observe`): the 64 outermost values or more at each end. Of 2
-    million values, p = 99.999 cuts off 21 and is exact; p = 99.99 cuts off 210 and is estimated
-    from one value in 65, which moves the share that is clipped by some tenths of itself.
+    Of values seen in pieces the percentiles are exact to the width of a bin, about a 4096th of the
+    whole range, zero included, or less. In a tensor of more than 65536 values only the tails are
+    counted exactly (see `mono_quant.numerics.histogram.observe`): about the 64 outermost values or
+    more at each end. Of one tensor of 2 million values, p = 99.999 cuts off 21 and is exact to the
+    bin; p = 99.99 cuts off 210 and is estimated from one value in 65, which moves their number by a
+    third or a half of itself, and by less the more tensors are seen.
 
     Attributes:
         p: percent, from 50 to 100; 100 clips nothing.
