@@ -135,7 +135,7 @@ def large(*shape: int) -> Tensor:
 def test_a_large_tensor_keeps_extremes_sum_and_tails_to_the_count(shape: tuple[int, ...]) -> None:
     x = large(*shape)
     state = observe(x, 4096)
-    exact = fold(list(x.flatten().split(SAMPLED_FROM)), 4096)
+    exact = fold(list(torch.split(x.flatten(), SAMPLED_FROM)), 4096)
     assert float(state.low) == float(x.min())
     assert float(state.high) == float(x.max())
     assert int(state.exponent) == int(exact.exponent)
@@ -157,7 +157,7 @@ def test_a_sample_meets_every_channel() -> None:
 
 def test_a_sampled_histogram_is_near_the_exact_one() -> None:
     x = noise(1024, 1024)
-    found, exact = observe(x, 64), fold(list(x.flatten().split(SAMPLED_FROM)), 64)
+    found, exact = observe(x, 64), fold(list(torch.split(x.flatten(), SAMPLED_FROM)), 64)
     assert found.counts.shape == exact.counts.shape
     shares = (found.counts - exact.counts).abs() / x.numel()
     # a count of a binomial sample of 32768 lies within 5 standard deviations: 2.5 / sqrt(32768)

@@ -1,5 +1,7 @@
 """What every observer promises, whatever range it proposes."""
 
+from typing import cast
+
 import attrs
 import pytest
 import torch
@@ -70,8 +72,7 @@ def fold(observer: Observer[object], pieces: list[Tensor]) -> object:
 
 def values(state: object) -> list[Tensor]:
     """Return the fields of a state as float64 tensors."""
-    assert attrs.has(type(state))
-    fields = attrs.asdict(state, recurse=False).values()
+    fields = attrs.asdict(cast("attrs.AttrsInstance", state), recurse=False).values()
     return [torch.as_tensor(field).to(torch.float64) for field in fields]
 
 
@@ -140,7 +141,7 @@ def test_values_that_are_all_alike_are_on_the_grid_or_next_to_it(
 def test_what_is_not_finite_is_refused(observer: Observer[object], name: str) -> None:
     x = noise(4, 4)
     x[1, 1] = float(name)
-    with pytest.raises(InputError, match="the tensor holds (NaN|infinity)"):
+    with pytest.raises(InputError, match=r"the tensor holds (NaN|infinity)"):
         observer.observe(x)
 
 
