@@ -5,7 +5,6 @@ Example:
 """
 
 from mono_quant.api import (
-    create_observer,
     dequantize_model,
     dynamic_quantize,
     load_model,
@@ -62,7 +61,16 @@ from mono_quant.modules import QuantizedLayer, SlowPathWarning
 from mono_quant.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from mono_quant.numerics.metrics import sqnr_db
 from mono_quant.numerics.values import Layout, QParams, QTensor, WeightView
-from mono_quant.observers import MSE, MinMax
+from mono_quant.observers import (
+    MSE,
+    Auto,
+    Entropy,
+    Histogram,
+    MinMax,
+    MovingAverage,
+    Percentile,
+    create_observer,
+)
 from mono_quant.plan import Plan
 from mono_quant.quantizer import Quantizer
 from mono_quant.report import LayerReport, Report
@@ -79,6 +87,7 @@ __all__ = [
     "Activation",
     "Activations",
     "Affine",
+    "Auto",
     "BareWeightQuantizer",
     "CalibrationError",
     "Change",
@@ -92,12 +101,14 @@ __all__ = [
     "CorruptCheckpointError",
     "Edit",
     "EmbeddingQuantizer",
+    "Entropy",
     "EqualizeLayers",
     "FloatCast",
     "FoldBatchNorm",
     "FormatVersionError",
     "Granularity",
     "Grid",
+    "Histogram",
     "InputError",
     "Kernel",
     "KernelSpec",
@@ -108,6 +119,7 @@ __all__ = [
     "LinearQuantizer",
     "MinMax",
     "MonoQuantError",
+    "MovingAverage",
     "Observer",
     "Operation",
     "Outline",
@@ -116,6 +128,7 @@ __all__ = [
     "PerGroup",
     "PerTensor",
     "PerToken",
+    "Percentile",
     "Plan",
     "QParams",
     "QTensor",

@@ -17,11 +17,12 @@ from mono_quant.checkpoint import (
     rebuild,
     to_checkpoint,
 )
-from mono_quant.configurable import Kinds, Scalar, find_kind, registered
-from mono_quant.errors import ConfigurationError, InputError, UnknownKindError
+from mono_quant.configurable import Kinds
+from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.modules import BareModule
 from mono_quant.numerics.granularity import Granularity
 from mono_quant.numerics.values import QTensor
+from mono_quant.observers import create_observer
 from mono_quant.quantizer import Quantizer
 from mono_quant.result import QuantizationResult, Validation, validate
 from mono_quant.selection import Selector
@@ -222,25 +223,3 @@ def validate_quantization(model: nn.Module, example: object = None) -> Validatio
         example = [example]
     data = CalibrationData.bind(example, samples=1) if example is not None else None
     return validate(model, data)
-
-
-def create_observer(name: str, **parameters: Scalar) -> RangeEstimator:
-    """Return the observer of a name: "minmax" or "mse", or one that was registered.
-
-    Args:
-        name: the kind of the observer.
-        parameters: its fields, such as ``steps=100``.
-
-    Raises:
-        ConfigurationError: there is no such observer, or it has no such field.
-    """
-    try:
-        found = find_kind(name)
-    except UnknownKindError as error:
-        known = [kind for kind, cls in registered().items() if issubclass(cls, RangeEstimator)]
-        raise ConfigurationError(
-            f"there is no observer {name!r}; there is {', '.join(sorted(known))}"
-        ) from error
-    if not issubclass(found, RangeEstimator):
-        raise ConfigurationError(f"{name!r} is a {found.__name__}, which is no observer")
-    return found.from_config({"kind": name, **parameters})

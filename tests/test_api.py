@@ -11,9 +11,15 @@ from torch import Tensor, nn
 
 from mono_quant import (
     MSE,
+    Affine,
+    Auto,
     ConfigurationError,
+    Entropy,
+    Histogram,
     InputError,
     MinMax,
+    MovingAverage,
+    Percentile,
     PerChannel,
     QuantizationResult,
     Quantizer,
@@ -199,16 +205,34 @@ def test_an_example_may_be_a_tuple_of_arguments() -> None:
         ("mse", {}, MSE()),
         ("mse", {"steps": 100}, MSE(steps=100)),
         ("mse", {"steps": 20, "smallest": 0.5}, MSE(steps=20, smallest=0.5)),
+        ("movingaverage", {"momentum": 0.1}, MovingAverage(0.1)),
+        ("histogram", {"bins": 4096}, Histogram(4096)),
+        ("percentile", {"p": 99.9}, Percentile(99.9)),
+        ("entropy", {"bins": 1024}, Entropy(1024)),
+        ("auto", {}, Auto()),
     ],
 )
 def test_an_observer_is_created_by_its_name(
-    name: str, parameters: dict[str, int], expected: RangeEstimator
+    name: str, parameters: dict[str, float], expected: RangeEstimator
 ) -> None:
     assert create_observer(name, **parameters) == expected
 
 
+def test_the_type_of_an_observer_is_known_by_its_name() -> None:
+    """Checked by mypy: each has a field or method of its own."""
+    assert create_observer("movingaverage", momentum=0.5).momentum == 0.5
+    assert create_observer("histogram").bins == 2048
+    assert create_observer("percentile").p == 99.99
+    assert create_observer("mse", steps=9).smallest == 0.4
+    assert create_observer("entropy").bins == 2048
+    auto = create_observer("auto")
+    assert auto.explain(auto.observe(noise(99)), Affine())
+
+
 def test_an_unknown_observer_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ConfigurationError, match=r"no observer 'minimax'; there is .*minmax, mse"):
+    with pytest.raises(
+        ConfigurationError, match=r"no observer 'minimax'; there is .*minmax, movingaverage, mse"
+    ):
         create_observer("minimax")
 
 

@@ -24,6 +24,7 @@ from mono_quant import (
     PerGroup,
     PerTensor,
     Quantizer,
+    RangeEstimator,
     RoundToNearest,
     UnknownKindError,
 )
@@ -43,6 +44,7 @@ class Nothing(Container):
 
 
 NAMESPACE: dict[str, object] = {**vars(mono_quant), "torch": torch, "Doubled": Doubled}
+OBSERVERS: list[RangeEstimator] = [MinMax(), MSE(steps=9)]
 PATTERNS = st.lists(st.sampled_from(["0", "2", "*", "3", "?"]), max_size=2)
 
 
@@ -60,7 +62,7 @@ def quantizers(draw: st.DrawFn) -> Quantizer:
         made = made.granularity(draw(st.sampled_from([PerTensor(), PerChannel(), PerGroup(32)])))
         made = made.scale_dtype(draw(st.sampled_from([torch.float16, torch.float32])))
     if draw(st.booleans()):
-        made = made.observer(draw(st.sampled_from([MinMax(), MSE(steps=9)])))
+        made = made.observer(draw(st.sampled_from(OBSERVERS)))
     if draw(st.booleans()):
         made = made.observer(activations=MinMax())
     if draw(st.booleans()):

@@ -7,13 +7,13 @@ from typing import TypeVar
 
 from torch import nn
 
-from mono_quant.api import create_observer
 from mono_quant.base import RangeEstimator, Rounding, Scheme
 from mono_quant.cli.inputs import imported
 from mono_quant.cli.options import QuantizeOptions
 from mono_quant.configurable import Config, Configurable, Json, Scalar, as_dtype, registered
 from mono_quant.errors import ConfigurationError, UnknownKindError
 from mono_quant.numerics.granularity import Granularity
+from mono_quant.observers import create_observer
 from mono_quant.quantizer import Quantizer
 from mono_quant.selection import Selector
 

@@ -10,6 +10,7 @@ from mono_quant.base import Observer, Scheme
 from mono_quant.configurable import register
 from mono_quant.errors import InputError
 from mono_quant.numerics.blocks import block_range
+from mono_quant.numerics.extremes import finite_ends
 from mono_quant.numerics.granularity import Shape
 
 
@@ -29,10 +30,16 @@ class MinMax(Observer[MinMaxState]):
     kind: ClassVar[str] = "minmax"
 
     def observe(self, x: Tensor) -> MinMaxState:
-        """Return the extremes of `x`, which holds one value or more."""
+        """Return the extremes of `x`, which holds one value or more.
+
+        Raises:
+            InputError: it is empty, or holds NaN or infinity.
+        """
         if x.numel() == 0:
             raise InputError("an empty tensor has no extremes")
-        return MinMaxState(x.amin(), x.amax())
+        low, high = x.amin(), x.amax()
+        finite_ends(low, high)
+        return MinMaxState(low, high)
 
     def merge(self, left: MinMaxState, right: MinMaxState) -> MinMaxState:
         """Return the wider range."""

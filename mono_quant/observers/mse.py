@@ -6,11 +6,14 @@ import attrs
 import torch
 from torch import Tensor
 
-from mono_quant.base import RangeEstimator, Scheme
+from mono_quant.base import Scheme
 from mono_quant.configurable import register
 from mono_quant.errors import ConfigurationError
 from mono_quant.numerics.blocks import block_range, block_sum
 from mono_quant.numerics.granularity import Shape
+from mono_quant.numerics.histogram import HistogramState
+from mono_quant.observers.counting import FINE, CountingObserver
+from mono_quant.observers.search import least_squared_error
 
 _CHUNK = (
     1 << 18
@@ -19,12 +22,12 @@ _CHUNK = (
 
 @register
 @attrs.frozen
-class MSE(RangeEstimator):
+class MSE(CountingObserver):
     """The min-max range shrunk, each block by its own factor, to where squared error is least.
 
-    Both ends shrink by one factor. Every factor of an even grid from 1 down to `smallest` is tried
-    on the very scheme that will be used, and the first of equals wins, so the error never exceeds
-    that of min-max.
+    Both ends of a weight's block shrink by one factor. Every factor of an even grid from 1 down to
+    `smallest` is tried on the very scheme that will be used, and the first of equals wins, so the
+    error never exceeds that of min-max.
 
     Attributes:
         steps: how many factors are tried, the unshrunk range included.
@@ -41,6 +44,16 @@ class MSE(RangeEstimator):
             raise ConfigurationError(f"a search has 2 steps or more, not {self.steps}")
         if not 0 < self.smallest < 1:
             raise ConfigurationError(f"smallest lies between 0 and 1, not at {self.smallest}")
+
+    @property
+    def most_bins(self) -> int:
+        """Many."""
+        return FINE
+
+    def calculate_range(self, state: HistogramState, scheme: Scheme) -> tuple[Tensor, Tensor]:
+        """Return the range that leaves the least squared error on the scheme's grid."""
+        factors = torch.linspace(1, self.smallest, self.steps, dtype=torch.float64)
+        return least_squared_error(state, scheme, factors)
 
     def range_of(self, x: Tensor, scheme: Scheme, block_size: Shape) -> tuple[Tensor, Tensor]:
         """Return the best range of each block, found a few rows at a time where blocks allow it."""

@@ -128,7 +128,8 @@ class Affine(Scheme):
         else:
             low, high = low.clamp(max=0), high.clamp(min=0)
             steps = self.quant_max - self.quant_min
-            scale = high / steps - low / steps  # not (high - low) / steps, which may overflow
+            scale = (high - low) / steps
+            scale = torch.where(scale.isfinite(), scale, high / steps - low / steps)  # overflow
         scale = torch.where(scale == 0, 1.0, scale.clamp(min=_TINY))
         scale = self._store(scale)
         if self.symmetric:

@@ -5,7 +5,7 @@ import importlib
 
 from tests.benchmarks.measure import machine
 
-NAMES = ("accuracy", "models", "memory", "imports", "quantize_speed", "peers")
+NAMES = ("accuracy", "models", "memory", "imports", "quantize_speed", "observers", "peers")
 
 
 def main() -> None:

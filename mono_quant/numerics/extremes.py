@@ -1,0 +1,21 @@
+"""The extremes of a tensor, as numbers that can be used."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from mono_quant.errors import InputError
+
+
+def finite_ends(low: Tensor, high: Tensor) -> tuple[float, float]:
+    """Return a tensor's smallest and largest value as numbers.
+
+    Raises:
+        InputError: one is NaN or infinite, since the tensor holds such a value.
+    """
+    ends = torch.stack([low, high]).tolist()
+    for holds, what in ((math.isnan, "NaN"), (math.isinf, "infinity")):
+        if any(map(holds, ends)):
+            raise InputError(f"the tensor holds {what}, so that no range covers it")
+    return ends[0], ends[1]
