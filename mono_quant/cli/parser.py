@@ -156,7 +156,9 @@ def _add_grid(grid: _ArgumentGroup) -> None:
     grid.add_argument("--group-size", type=int, metavar="N", help="values in a group (default: 64)")
     grid.add_argument("--scale-dtype", metavar="DTYPE", help="float16, bfloat16 or float32")
     grid.add_argument("--scheme", metavar="STRATEGY", help="a whole grid in place of the above")
-    grid.add_argument("--observer", metavar="STRATEGY", help="how ranges are found: minmax or mse")
+    grid.add_argument(
+        "--observer", metavar="STRATEGY", help="how ranges are found: minmax, mse, auto, ..."
+    )
     grid.add_argument("--rounding", metavar="STRATEGY", help="how grid points are chosen")
 
 

@@ -88,10 +88,9 @@ class _Bins:
 
     def tally(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return how many of float32 `values` lie in each bin, zeros apart, and the zeros."""
-        counts = torch.bincount(self.places(values), minlength=self.count)
-        zeros = (values == 0).sum()
-        counts[-self.first] -= zeros
-        return counts, zeros
+        places = self.places(values).masked_fill_(values == 0, self.count)
+        counts = torch.bincount(places, minlength=self.count + 1)
+        return counts[:-1], counts[-1]
 
     def join(self, state: HistogramState) -> Tensor:
         """Return the counts of a state in these bins, which are as wide or wider."""

@@ -89,8 +89,8 @@ class Auto(CountingObserver):
             gain = losses[0] - losses[place]
             reason = (
                 f"{name}: {shape}; clipping to [{float(low[place]):.4g}, {float(high[place]):.4g}] "
-                f"cuts {_clipped(state, low[place], high[place]):.2g} of the values and gains "
-                f"{gain:.2f} dB over min-max"
+                f"cuts {100 * _clipped(state, low[place], high[place]):.2g}% of the values and "
+                f"gains {gain:.2f} dB over min-max"
             )
             if place < len(_SIMPLER):
                 reason += f", {losses[place]:.2f} dB from the least error"

@@ -24,8 +24,8 @@ class Percentile(CountingObserver):
     whole range, zero included, or less. In a tensor of more than 65536 values only the tails are
     counted exactly (see `mono_quant.numerics.histogram.observe`): about the 64 outermost values or
     more at each end. Of one tensor of 2 million values, p = 99.999 cuts off 21 and is exact to the
-    bin; p = 99.99 cuts off 210 and is estimated from one value in 65, which moves their number by a
-    third or a half of itself, and by less the more tensors are seen.
+    bin; p = 99.99 cuts off 210 and is estimated from one value in 65: between half and three times
+    as many are cut off (measured on Student's t), and the more tensors are seen, the nearer.
 
     Attributes:
         p: percent, from 50 to 100; 100 clips nothing.
