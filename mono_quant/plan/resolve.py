@@ -245,13 +245,17 @@ def _rows(model: nn.Module, weights: Sequence[WeightPlan]) -> Iterable[LayerRepo
     by_path: dict[str, list[WeightPlan]] = {}
     for weight in weights:
         by_path.setdefault(weight.path, []).append(weight)
+    tied = [weight for weight in weights if weight.tied_to is not None]
     sources = (source for weight in weights for source in weight.sources)
     counted: set[object] = {memory_of(model.get_parameter(source)) for source in sources}
     biases: list[nn.Parameter] = []
     for path, module in model.named_modules():
         for weight in by_path.get(path, ()):
             if weight.tied_to is None:
-                yield _weight_row(weight)
+                row = _weight_row(weight)
+                for other in (other for other in tied if other.tied_to is weight):
+                    row = row.with_inputs(_activation(other), other.input_bytes, other.key)
+                yield row
         if isinstance(module, QuantizedModule):
             yield from _quantized_rows(path, module, counted)
         own = {memory_of(one): one for one in module._parameters.values() if one is not None}
@@ -276,7 +280,8 @@ def _float_row(
 ) -> LayerReport:
     count = sum(parameter.numel() for parameter in parameters)
     size = sum(map(tensor_bytes, parameters))
-    return LayerReport(name, layer, (), count, size, size, reason=reason)
+    has_matrix = any(parameter.dim() > 1 for parameter in parameters)
+    return LayerReport(name, layer, (), count, size, size, reason=reason, has_matrix=has_matrix)
 
 
 def _weight_row(weight: WeightPlan) -> LayerReport:
