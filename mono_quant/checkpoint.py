@@ -240,14 +240,14 @@ def check_supported(model: nn.Module) -> None:
     if hasattr(model, "_orig_mod"):
         raise InputError("the model is compiled; quantize model._orig_mod and compile the result")
     for name, parameter in model.named_parameters():
+        if is_lazy(parameter):  # asked first: a lazy one cannot be asked anything else
+            raise InputError(
+                f"{name} is lazy and has no values yet; run the model once on an example first"
+            )
         if parameter.is_inference():
             raise InputError(
                 f"{name} was made under torch.inference_mode(), where nothing can be changed; "
                 "make or load the model outside of it"
-            )
-        if is_lazy(parameter):
-            raise InputError(
-                f"{name} is lazy and has no values yet; run the model once on an example first"
             )
         if parameter.is_meta:
             raise InputError(f"{name} is on the meta device and has no values; load them first")

@@ -31,6 +31,7 @@ class LayerReport:
         sqnr_db: of the weight, in dB; None where nothing was quantized.
         note: what else is worth knowing.
         aliases: names of further weights that share these values, counted here once.
+        has_matrix: whether a module's float parameters hold one of two dimensions or more.
     """
 
     name: str
@@ -45,11 +46,31 @@ class LayerReport:
     sqnr_db: float | None = None
     note: str | None = None
     aliases: tuple[str, ...] = ()
+    has_matrix: bool = False
 
     @property
     def bits_per_weight(self) -> float:
         """Bits per value after, everything counted."""
         return 8 * self.bytes / self.parameters if self.parameters else 0.0
+
+    def with_inputs(
+        self, activation: str | None, size: int, alias: str | None = None
+    ) -> "LayerReport":
+        """Return the row with what is said of the inputs, and the bytes that they take.
+
+        Args:
+            activation: how they are quantized, or why not; None for nothing to say.
+            size: bytes of what was calibrated.
+            alias: the tied weight that they meet, where it is not this one; it is only named where
+                its inputs have another fate.
+        """
+        parts = self.activation
+        if alias is None:
+            parts = activation
+        elif activation is not None and activation != self.activation:
+            named = f"{activation} of {alias}"
+            parts = named if self.activation is None else f"{self.activation}; {named}"
+        return attrs.evolve(self, activation=parts, bytes=self.bytes + size)
 
     @property
     def fate(self) -> str:
@@ -146,6 +167,7 @@ class Report:
                 "sqnr_db": _finite(layer.sqnr_db),
                 "note": layer.note,
                 "aliases": list(layer.aliases),
+                "has_matrix": layer.has_matrix,
             }
             for layer in self.layers
         ]

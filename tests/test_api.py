@@ -111,11 +111,20 @@ def test_samples_and_forward_reach_the_data() -> None:
         assert result.report.samples == 8
 
 
-@pytest.mark.parametrize("call", [dynamic_quantize, lambda model: static_quantize(model, DATA)])
-def test_what_is_not_built_yet_is_said_in_the_report(
-    call: Callable[[nn.Module], QuantizationResult[nn.Module]],
+@pytest.mark.parametrize(
+    ("call", "inputs"),
+    [
+        (dynamic_quantize, "dynamic 8-bit asymmetric per-token inputs"),
+        (lambda model: static_quantize(model, DATA), "static 8-bit asymmetric per-tensor inputs"),
+    ],
+    ids=["dynamic", "static"],
+)
+def test_how_inputs_are_quantized_is_said_in_the_report(
+    call: Callable[[nn.Module], QuantizationResult[nn.Module]], inputs: str
 ) -> None:
-    assert any("weights only" in note for note in call(net()).report.notes)
+    report = call(net()).report
+    assert [row.activation for row in report.quantized] == [inputs] * 2
+    assert report.notes == ()
 
 
 @pytest.mark.parametrize("bits", [4, 16])

@@ -27,7 +27,7 @@ from mono_quant import (
 )
 from mono_quant.base import AnyStatistic
 from mono_quant.calibration import CalibrationData, Outputs, tensors_in
-from tests.helpers import noise, same_bits, same_tensors
+from tests.helpers import WEIGHTS_ONLY, noise, same_bits, same_tensors
 
 
 class Net(nn.Module):
@@ -112,7 +112,7 @@ def pieces(x: Tensor, size: int) -> list[Tensor]:
 KINDS: dict[str, tuple[object, list[int]]] = {
     "a tensor": (ROWS, [40]),
     "a list of tensors": ([ROWS[:10], ROWS[10:]], [10, 30]),
-    "a tuple of tensors": ((ROWS[:10], ROWS[10:]), [10, 30]),
+    "a tuple of arguments": ((ROWS,), [40]),
     "a list of tuples": ([(ROWS[:10],), (ROWS[10:],)], [10, 30]),
     "a list of lists": ([[ROWS[:10]], [ROWS[10:]]], [10, 30]),
     "a list of dicts": ([{"x": ROWS[:10]}, {"x": ROWS[10:]}], [10, 30]),
@@ -285,8 +285,10 @@ def test_a_forward_of_the_users_is_called_instead() -> None:
         return {"ignored": 3, "wanted": model(batch[0] @ batch[1])}
 
     x, y = noise(5, 4, seed=1), noise(4, 16, seed=2)
-    result = Quantizer().fit([[x, y]], forward=forward).apply(source)
+    WEIGHTS_ONLY.fit([[x, y]], forward=forward).apply(source)
     assert len(calls) == 2, "once for each model"
+    result = Quantizer().fit([[x, y]], forward=forward).apply(source)
+    assert len(calls) == 2 + 3, "once more to calibrate"
     with torch.no_grad():
         expected = sqnr64([source(x @ y)], [result.model(x @ y)])
     assert result.report.output_sqnr_db == pytest.approx(expected, abs=1e-3)
@@ -590,11 +592,12 @@ def test_a_layer_that_no_data_reached_is_named() -> None:
 
 
 def test_rows_of_a_linear_layer_are_its_last_dimension() -> None:
-    layer = nn.Linear(16, 8)
-    [(name, rows)] = LinearQuantizer().inputs(layer, (noise(2, 3, 16),), {})
-    assert (name, rows.shape) == ("weight", (6, 16))
-    [(name, rows)] = LinearQuantizer().inputs(layer, (), {"input": noise(5, 16)})
-    assert rows.shape == (5, 16)
+    layer, quantizer = nn.Linear(16, 8), LinearQuantizer()
+    [(name, x)] = quantizer.inputs(layer, (noise(2, 3, 16),), {})
+    assert (name, x.shape) == ("weight", (2, 3, 16))
+    assert quantizer.rows(layer, name, x).shape == (6, 16)
+    [(name, x)] = quantizer.inputs(layer, (), {"input": noise(5, 16)})
+    assert quantizer.rows(layer, name, x).shape == (5, 16)
 
 
 def test_a_state_that_was_not_gathered_is_refused() -> None:

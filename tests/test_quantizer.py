@@ -27,7 +27,7 @@ from mono_quant import (
     TransformContext,
 )
 from mono_quant.base import WITHOUT_DATA
-from tests.helpers import Doubled, fates, noise, three_layers
+from tests.helpers import WEIGHTS_ONLY, Doubled, fates, noise, three_layers
 
 Call = Callable[[Quantizer], Quantizer]
 
@@ -41,6 +41,7 @@ CALLS: dict[str, Call] = {
     "scale_dtype": lambda q: q.scale_dtype(torch.float32),
     "scheme": lambda q: q.scheme(Affine(3)),
     "observer": lambda q: q.observer(MSE()),
+    "activations": lambda q: q.activations("dynamic"),
     "rounding": lambda q: q.rounding(RoundToNearest()),
     "only": lambda q: q.only("0"),
     "skip": lambda q: q.skip("0"),
@@ -117,7 +118,7 @@ REPLACEMENTS: list[tuple[Call, str]] = [
 @pytest.mark.parametrize("place", range(len(REPLACEMENTS)))
 def test_a_call_that_replaces_lets_the_last_word_win(place: int) -> None:
     calls, words = REPLACEMENTS[place]
-    assert fates(calls(Quantizer()), three_layers())["0.weight"] == words
+    assert fates(calls(WEIGHTS_ONLY), three_layers())["0.weight"] == words
 
 
 def test_the_last_scale_dtype_observer_rounding_and_data_win() -> None:
@@ -130,7 +131,10 @@ def test_the_last_scale_dtype_observer_rounding_and_data_win() -> None:
         .fit([torch.zeros(2, 128)])
         .fit(torch.zeros(3, 128))
     )
-    assert repr(made).startswith("Quantizer().scale_dtype(torch.float32).observer(MinMax())")
+    assert repr(made) == (
+        "Quantizer().scale_dtype(torch.float32).observer(weights=MinMax())"
+        ".observer(activations=MinMax()).fit(<list>)"
+    )
     assert made.apply(three_layers(), progress=False).report.samples == 3
 
 
@@ -140,7 +144,7 @@ def test_skip_adds_to_earlier_patterns() -> None:
 
 
 def test_only_adds_to_earlier_patterns() -> None:
-    found = fates(Quantizer().only("0").only("3"), three_layers())
+    found = fates(WEIGHTS_ONLY.only("0").only("3"), three_layers())
     assert found["2.weight"] == "float: not among only(...)"
     assert found["0.weight"] == found["3.weight"] == "8-bit symmetric per-channel"
 
@@ -167,7 +171,7 @@ def test_overrides_add_and_the_last_one_wins() -> None:
 
 
 def test_an_override_changes_only_what_it_says() -> None:
-    made = Quantizer().bits(4).group_size(32).override("0", bits=8)
+    made = WEIGHTS_ONLY.bits(4).group_size(32).override("0", bits=8)
     assert fates(made, three_layers())["0.weight"] == "8-bit symmetric per-group 32"
     made = Quantizer().bits(4).asymmetric().override("0", granularity="tensor")
     assert fates(made, three_layers())["0.weight"] == "4-bit asymmetric per-tensor"
@@ -194,7 +198,7 @@ def test_layers_add_and_go_before_the_built_in_ones() -> None:
     of = nn.Sequential(Own(64, 64))
     refused = fates(Quantizer().layer(ConvQuantizer()), of)["0.weight"]
     assert refused.startswith("float: Own is a Linear with a forward of its own")
-    made = Quantizer().layer(ConvQuantizer()).layer(LinearQuantizer(own_forward=True))
+    made = WEIGHTS_ONLY.layer(ConvQuantizer()).layer(LinearQuantizer(own_forward=True))
     assert fates(made, of)["0.weight"] == "8-bit symmetric per-channel"
 
 

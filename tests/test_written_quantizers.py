@@ -65,11 +65,16 @@ def quantizers(draw: st.DrawFn) -> Quantizer:
         made = made.observer(draw(st.sampled_from(OBSERVERS)))
     if draw(st.booleans()):
         made = made.observer(activations=MinMax())
+    modes = [None] if form == "cast" else [None, "dynamic", "static"]
+    if draw(st.booleans()):
+        mode = draw(st.sampled_from(modes))
+        made = made.activations(mode, bits=draw(st.integers(2, 8)), symmetric=draw(st.booleans()))
     if draw(st.booleans()):
         made = made.rounding(RoundToNearest())
     made = made.only(*draw(PATTERNS)).skip(*draw(PATTERNS))
     for pattern in draw(PATTERNS):
         made = made.override(pattern, bits=draw(st.integers(2, 8)), observer=MSE(smallest=0.5))
+        made = made.override(pattern, activations=draw(st.sampled_from(["float", "dynamic"])))
     if draw(st.booleans()):
         made = made.layer(LinearLikeQuantizer("a.b", transposed=True), ConvQuantizer())
     if draw(st.booleans()):
@@ -162,7 +167,27 @@ def test_data_is_no_part_of_a_configuration() -> None:
         ({"layers": [{"kind": "nothing"}]}, UnknownKindError, "no class of kind 'nothing'"),
         ({"layers": [{"kind": "affine"}]}, ConfigurationError, "expected a LayerQuantizer"),
         ({"transforms": [{"kind": "minmax"}]}, ConfigurationError, "expected a Transform"),
-        ({"activation_observer": {"kind": "affine"}}, ConfigurationError, "a RangeEstimator"),
+        ({"activation_observer": {}}, ConfigurationError, "a quantizer has no activation_observer"),
+        (
+            {"settings": {"activation_observer": {"kind": "affine"}}},
+            ConfigurationError,
+            "expected a RangeEstimator",
+        ),
+        (
+            {"settings": {"activation_observer": {"kind": "mse"}}},
+            ConfigurationError,
+            "sees a tensor whole, and activations come in pieces: give an Observer",
+        ),
+        (
+            {"settings": {"activations": {"kind": "minmax"}}},
+            ConfigurationError,
+            "expected an? Activations",
+        ),
+        (
+            {"settings": {"activations": {"kind": "activations", "mode": "later"}}},
+            ConfigurationError,
+            "'dynamic', 'static' or None",
+        ),
     ],
     ids=str,
 )
@@ -186,16 +211,22 @@ def test_containers_are_written_down_beside_layers() -> None:
     assert repr(back) == repr(made)
 
 
-def test_activation_observers_are_kept_and_said_to_have_no_use_yet() -> None:
+def test_observers_of_weights_and_of_activations_are_kept_apart() -> None:
     made = Quantizer().observer(weights=MSE(), activations=MinMax())
     assert repr(made) == (
-        "Quantizer().observer(MSE(steps=80, smallest=0.4)).observer(activations=MinMax())"
+        "Quantizer().observer(weights=MSE(steps=80, smallest=0.4)).observer(activations=MinMax())"
     )
-    assert "MinMax() watches nothing yet" in made.plan(three_layers()).explain()
+    assert repr(Quantizer().observer(MSE(steps=9))) == (
+        "Quantizer().observer(weights=MSE(steps=9, smallest=0.4))"
+    ), "one that is no Observer is for weights only"
+    assert repr(Quantizer().observer(MinMax())) == (
+        "Quantizer().observer(weights=MinMax()).observer(activations=MinMax())"
+    )
 
 
 def test_the_tied_model_has_one_weight_under_two_names() -> None:
     of = TiedModel()
     assert fates(Quantizer(), of)["embedding.weight"] == (
-        "8-bit symmetric per-channel; also head.weight"
+        "8-bit symmetric per-channel; float inputs: its inputs are indices; "
+        "dynamic 8-bit asymmetric per-token inputs of head.weight; also head.weight"
     )

@@ -42,6 +42,10 @@ class BareWeightQuantizer(SingleWeightQuantizer):
         looks = any(part in name.lower() for part in _EMBEDDINGS)
         return "by its name an embedding: float below 8 bits unless asked for" if looks else None
 
+    def refuse_activation(self, layer: nn.Module, name: str, mode: str) -> str | None:
+        """Return that nobody knows what the inputs are."""
+        return "a state dict does not say what reads it"
+
     def layout(self, layer: nn.Module) -> Layout:
         """Return ``[1, first dimension, the rest]``."""
         return Layout.grouped(tuple(cast("Tensor", layer.weight).shape))

@@ -86,7 +86,11 @@ class WeightPlan:
             return 0
         if self.recipe is None or self.reason is not None:
             return self.float_bytes
-        calibrated = 0
-        if self.recipe.activations.mode == "static":
-            calibrated = 4 if self.recipe.activations.symmetric else 5  # a scale and a zero point
-        return self.recipe.grid.scheme.nbytes(self.layout.stack) + calibrated
+        return self.recipe.grid.scheme.nbytes(self.layout.stack) + self.input_bytes
+
+    @property
+    def input_bytes(self) -> int:
+        """Predicted bytes of what is calibrated for its inputs, which a tied weight has too."""
+        if self.recipe is None or self.recipe.activations.mode != "static":
+            return 0
+        return 4 if self.recipe.activations.symmetric else 5  # a scale and a zero point

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from mono_quant.base import Container, QuantizedModule
@@ -11,11 +11,10 @@ from mono_quant.checkpoint import ModelT, check_supported
 from mono_quant.configurable import Config, dtype_name
 from mono_quant.errors import CalibrationError, ConfigurationError
 from mono_quant.layers import BUILT_IN_CONTAINERS, BUILT_IN_LAYERS
-from mono_quant.modules import QuantizedInput, QuantizedWeight
 from mono_quant.numerics.metrics import memory_of, tensor_bytes
+from mono_quant.plan.accounting import account, inside
 from mono_quant.plan.plan import Plan
 from mono_quant.plan.request import Request, WeightPlan
-from mono_quant.report import LayerReport, Report
 from mono_quant.result import Outline
 from mono_quant.selection import Selection
 from mono_quant.settings import Activations, Settings
@@ -38,13 +37,7 @@ def resolve(model: ModelT, request: Request, config: Config) -> Plan[ModelT]:
     """
     check_supported(model)
     weights = _join_ties(model, _weights(model, request))
-    rows = tuple(_rows(model, weights))
-    report = Report(
-        layers=rows,
-        buffer_bytes=sum(map(tensor_bytes, _buffers(model))),
-        notes=tuple(_notes(weights)),
-        head=_last_weight(model, rows),
-    )
+    report = attrs.evolve(account(model, weights), notes=tuple(_notes(weights)))
     todo = [weight for weight in weights if weight.recipe is not None]
     _check_data(request, todo)
     work = WORK_BYTES * max((weight.parameters for weight in todo), default=0)
@@ -116,7 +109,7 @@ def _weights(model: nn.Module, request: Request) -> list[WeightPlan]:
     found: list[WeightPlan] = []
     claimed: set[str] = set()
     for path, module in model.named_modules():
-        if _inside(path, claimed):
+        if inside(path, claimed):
             continue
         if isinstance(module, QuantizedModule):
             claimed.add(path)
@@ -240,114 +233,6 @@ def _alike(weight: WeightPlan, first: WeightPlan) -> WeightPlan:
     return attrs.evolve(weight, recipe=recipe, reason=None)
 
 
-def _rows(model: nn.Module, weights: Sequence[WeightPlan]) -> Iterable[LayerReport]:
-    """Yield a row for each weight, one for each module's other parameters, one for all biases."""
-    by_path: dict[str, list[WeightPlan]] = {}
-    for weight in weights:
-        by_path.setdefault(weight.path, []).append(weight)
-    sources = (source for weight in weights for source in weight.sources)
-    counted: set[object] = {memory_of(model.get_parameter(source)) for source in sources}
-    biases: list[nn.Parameter] = []
-    for path, module in model.named_modules():
-        for weight in by_path.get(path, ()):
-            if weight.tied_to is None:
-                yield _weight_row(weight)
-        if isinstance(module, QuantizedModule):
-            yield from _quantized_rows(path, module, counted)
-        own = {memory_of(one): one for one in module._parameters.values() if one is not None}
-        rest = [one for identity, one in own.items() if identity not in counted]
-        counted.update(own)
-        if path in by_path or isinstance(module, QuantizedModule):
-            biases += rest
-        elif rest:
-            layer = type(module).__name__
-            claimed = _inside(path, set(by_path))
-            reason = (
-                "its parent's quantizer leaves it" if claimed else f"no quantizer knows a {layer}"
-            )
-            yield _float_row(path or "(root)", layer, rest, reason)
-    if biases:
-        name = f"({len(biases)} biases)" if len(biases) > 1 else "(1 bias)"
-        yield _float_row(name, "", biases, "biases stay float")
-
-
-def _float_row(
-    name: str, layer: str, parameters: Sequence[nn.Parameter], reason: str
-) -> LayerReport:
-    count = sum(parameter.numel() for parameter in parameters)
-    size = sum(map(tensor_bytes, parameters))
-    return LayerReport(name, layer, (), count, size, size, reason=reason)
-
-
-def _weight_row(weight: WeightPlan) -> LayerReport:
-    scheme = weight.recipe.grid.scheme.describe() if weight.recipe is not None else None
-    return LayerReport(
-        weight.key,
-        weight.layer,
-        weight.layout.native,
-        weight.parameters,
-        weight.float_bytes,
-        weight.nbytes,
-        scheme=scheme,
-        activation=_activation(weight),
-        reason=weight.reason,
-        aliases=weight.aliases,
-    )
-
-
-def _activation(weight: WeightPlan) -> str | None:
-    """Return how the inputs of a weight will be quantized, or why not although they were to be."""
-    if weight.recipe is None:
-        return None
-    if weight.float_inputs is not None:
-        return f"float inputs: {weight.float_inputs}"
-    activations = weight.recipe.activations
-    if activations.mode is None:
-        return None
-    return f"{activations.mode} {activations.scheme.describe()} inputs"
-
-
-def _quantized_rows(
-    path: str, module: QuantizedModule, counted: set[object]
-) -> Iterable[LayerReport]:
-    for name, packed in module.packed_weights().items():
-        if id(packed.tensors["codes"]) in counted:
-            continue
-        counted.add(id(packed.tensors["codes"]))
-        count = 1
-        for size in packed.layout.native:
-            count *= size
-        yield LayerReport(
-            f"{path}.{name}" if path else name,
-            type(module).__name__,
-            packed.layout.native,
-            count,
-            packed.nbytes,
-            packed.nbytes,
-            scheme=packed.scheme.describe(),
-            reason="quantized before",
-        )
-
-
-def _last_weight(model: nn.Module, rows: Iterable[LayerReport]) -> str | None:
-    """Return the name of the last weight in the model's order, one that is tied among them."""
-    places = {path: place for place, (path, _) in enumerate(model.named_modules())}
-    names = [name for row in rows if row.shape for name in (row.name, *row.aliases)]
-    return max(names, key=lambda name: places.get(name.rpartition(".")[0], -1), default=None)
-
-
-def _buffers(model: nn.Module) -> Iterable[Tensor]:
-    """Return every buffer once, those of quantized weights left out: their rows count them."""
-    found = {
-        memory_of(buffer): buffer
-        for module in model.modules()
-        if not isinstance(module, QuantizedWeight | QuantizedInput)
-        for buffer in module._buffers.values()
-        if buffer is not None
-    }
-    return found.values()
-
-
 def _notes(weights: Sequence[WeightPlan]) -> Iterable[str]:
     if not any(weight.recipe is not None for weight in weights):
         yield "no weight is quantized by this"
@@ -388,11 +273,6 @@ def _refused_children(model: nn.Module, containers: Sequence[Container]) -> Mapp
                     if reason := container.refuse_child(module, name):
                         refused[id(child)] = reason
     return refused
-
-
-def _inside(path: str, claimed: set[str]) -> bool:
-    parts = path.split(".")
-    return any(".".join(parts[:end]) in claimed for end in range(1, len(parts)))
 
 
 def _owners(model: nn.Module) -> Mapping[tuple[object, ...], set[str]]:

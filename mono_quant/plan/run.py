@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping
 from typing import cast
 
-import attrs
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -50,11 +49,14 @@ def quantize_weights(
             for weight in weights:
                 known = gathered.get((path, weight.name), Gathered())
                 activations[weight.key] = _activation(weight, known)
+                said = _inputs(weight, activations[weight.key])
                 if weight.tied_to is not None:
-                    packed[weight.key] = packed[weight.tied_to.key]
+                    first = weight.tied_to.key
+                    packed[weight.key] = packed[first]
+                    rows[first] = rows[first].with_inputs(*said, weight.key)
                     continue
                 packed[weight.key], row = _round(weight, layer, known.rows)
-                rows[weight.key] = _with_activation(row, weight, activations[weight.key])
+                rows[weight.key] = row.with_inputs(*said)
             module = weights[0].maker.replace(
                 layer,
                 {weight.name: packed[weight.key] for weight in weights},
@@ -69,8 +71,8 @@ def quantize_weights(
             done[path] = module
             for weight in weights:
                 if weight.tied_to is not None:
-                    first = weight.tied_to
-                    tie(done[first.path], first.name, module, weight.name)
+                    lead = weight.tied_to
+                    tie(done[lead.path], lead.name, module, weight.name)
     return model, rows
 
 
@@ -127,17 +129,14 @@ def _activation(weight: WeightPlan, gathered: Gathered) -> Activation | None:
     return Activation(scheme, qparams.scale, qparams.zero_point)
 
 
-def _with_activation(
-    row: LayerReport, weight: WeightPlan, activation: Activation | None
-) -> LayerReport:
+def _inputs(weight: WeightPlan, activation: Activation | None) -> tuple[str | None, int]:
+    """Return what is to be said of the inputs of a weight, and the bytes that they take."""
     if activation is not None:
         calibrated = sum(map(tensor_bytes, activation.tensors.values()))
-        return attrs.evolve(
-            row, activation=f"{activation.describe()} inputs", bytes=row.bytes + calibrated
-        )
-    recipe = cast("Recipe", weight.recipe)
+        return f"{activation.describe()} inputs", calibrated
+    recipe = cast("Recipe", weight.recipe)  # only weights with a recipe come here
     why = "no data reached it" if recipe.activations.mode is not None else weight.float_inputs
-    return attrs.evolve(row, activation=f"float inputs: {why}" if why is not None else None)
+    return (f"float inputs: {why}" if why is not None else None), 0
 
 
 def _error(stack: Tensor, q: QTensor, scheme: Scheme) -> SquaredError:

@@ -34,7 +34,8 @@ def test_a_checkpoint_of_any_format_becomes_one_of_any_format(
 def test_the_command_of_the_requirements_works(folder: Path, monoquant: Monoquant) -> None:
     done = monoquant("quantize", "--model", "model.pt", "--bits", 8, "--dynamic", "-o", "s.pt")
     assert done.code == 0
-    assert "dynamic quantization of activations" in done.out
+    fate = "8-bit symmetric per-channel; float inputs: a state dict does not say what reads it"
+    assert done.out.count(fate) == 2
     assert same_tensors(load_model("s.pt", small()), expected(Quantizer().bits(8)))
 
 
@@ -135,7 +136,25 @@ def test_a_trusted_pickle_is_a_model(model: str, folder: Path, monoquant: Monoqu
     )
     assert done.code == 0
     assert "validation: valid" in done.out
-    assert same_tensors(load_model("s.pt", small()), expected(Quantizer()))
+    batches = torch.load("batches.pt", weights_only=True)
+    assert same_tensors(load_model("s.pt", small()), expected(Quantizer().fit(batches)))
+
+
+def test_dynamic_inputs_of_a_whole_model_are_reported_and_saved(
+    folder: Path, monoquant: Monoquant
+) -> None:
+    done = monoquant("quantize", "--factory", SMALL, "--dynamic", "-o", "s.pt")
+    assert done.code == 0
+    fate = "8-bit symmetric per-channel; dynamic 8-bit asymmetric per-token inputs"
+    assert done.out.count(fate) == 2
+    loaded = load_model("s.pt", small())
+    modes = [
+        activation.mode
+        for layer in loaded.modules()
+        if isinstance(layer, QuantizedModule)
+        for activation in layer.activations().values()
+    ]
+    assert modes == ["dynamic"] * 2
 
 
 @pytest.mark.parametrize("model", ["model.pt", "whole.pt"])

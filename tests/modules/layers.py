@@ -52,6 +52,9 @@ LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 TAUGHT = Quantizer().layer(LinearLikeQuantizer(f"{__name__}.Product")).only("*")
 """A quantizer that knows all of them and skips none."""
 
+FLOAT_INPUTS = TAUGHT.activations(None)
+"""The same with inputs left in float: what a layer computes is then what its float twin does."""
+
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return an input in another dtype; indices as they are."""

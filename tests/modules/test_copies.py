@@ -108,7 +108,7 @@ def test_a_state_dict_goes_into_another_quantized_layer(make: Make, bits: int) -
 def test_a_state_dict_holds_codes_scales_and_the_rest(make: Make) -> None:
     source, _ = make()
     model = TAUGHT.apply(source).model
-    names = {"quantized.weight.codes", "quantized.weight.scale"}
+    names = {"quantized_weights.weight.codes", "quantized_weights.weight.scale"}
     if source.state_dict().keys() & {"bias"}:
         names.add("bias")
     assert set(model.state_dict()) == names
@@ -116,7 +116,7 @@ def test_a_state_dict_holds_codes_scales_and_the_rest(make: Make) -> None:
 
 def test_a_float_state_dict_is_refused() -> None:
     model = TAUGHT.apply(nn.Linear(64, 12)).model
-    with pytest.raises(RuntimeError, match=r"quantized\.weight\.codes"):
+    with pytest.raises(RuntimeError, match=r"quantized_weights\.weight\.codes"):
         model.load_state_dict(nn.Linear(64, 12).state_dict())
 
 
@@ -127,7 +127,9 @@ def test_parameters_are_the_float_ones_and_buffers_the_codes(make: Make) -> None
     expected = [name for name, _ in source.named_parameters() if name != "weight"]
     assert [name for name, _ in model.named_parameters()] == expected
     persistent = {name for name in model.state_dict() if name not in expected}
-    assert persistent == {f"quantized.weight.{name}" for name in ("codes", "scale", "zero_point")}
+    assert persistent == {
+        f"quantized_weights.weight.{name}" for name in ("codes", "scale", "zero_point")
+    }
     assert persistent <= {name for name, _ in model.named_buffers()}
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mono_quant import QuantizedLayer
 from tests.helpers import TOLERANCES, assert_near, oracle, same_bits, same_tensors
-from tests.modules.layers import LAYERS, TAUGHT, cast
+from tests.modules.layers import FLOAT_INPUTS, LAYERS, TAUGHT, cast
 
 Make = Callable[[], tuple[nn.Module, Tensor]]
 each_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
@@ -28,7 +28,7 @@ def test_moving_keeps_codes_and_scales_and_changes_the_output(
     make: Make, bits: int, dtype: torch.dtype
 ) -> None:
     source, x = make()
-    model = TAUGHT.bits(bits).apply(source).model
+    model = FLOAT_INPUTS.bits(bits).apply(source).model
     before, twin = packed(model), oracle(model, source)
     moved = model.to(dtype)
     assert moved is model

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant import QuantizedLayer, Quantizer
-from tests.helpers import TiedModel, assert_near, oracle, quantized, same_bits
+from tests.helpers import WEIGHTS_ONLY, TiedModel, assert_near, oracle, quantized, same_bits
 
 
 class Siamese(nn.Module):
@@ -93,7 +93,7 @@ def test_tied_weights_left_in_float_stay_tied() -> None:
 def test_a_layer_used_twice_stays_one_layer(in_place: bool) -> None:
     source = Siamese()
     twin, x = copy.deepcopy(source), torch.randn(3, 64)
-    quantizer = Quantizer()
+    quantizer = WEIGHTS_ONLY
     model = (quantizer.apply_ if in_place else quantizer.apply)(source).model
     assert model.left is model.right is model.stack[0] is model.stack[2]
     assert isinstance(model.left, QuantizedLayer)

@@ -15,6 +15,8 @@ from tests.helpers import (
 
 Make = Callable[[], nn.Module]
 FLOAT8 = "8-bit symmetric per-channel"
+DYNAMIC8 = f"{FLOAT8}; dynamic 8-bit asymmetric per-token inputs"
+INDICES8 = f"{FLOAT8}; float inputs: its inputs are indices"
 
 
 class Raw(nn.Module):

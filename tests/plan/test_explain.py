@@ -17,7 +17,7 @@ from tests.plan.models import FLOAT8, Make, Raw, held_bytes, mlp
 
 def test_predicted_peak_memory_is_the_model_its_result_and_one_layer() -> None:
     outline = Quantizer().plan(mlp()).outline
-    report, work = outline.report, 24 * 128 * 64
+    report, work = outline.report, 12 * 128 * 64
     assert outline.peak_bytes == report.float_bytes + report.bytes + work
     assert outline.peak_bytes_in_place == report.float_bytes + work
 
@@ -28,7 +28,7 @@ def test_a_plan_is_explained_line_by_line() -> None:
     assert head == (
         "predicted: 37.18 kB -> 8.83 kB (4.21 times smaller), 1 weights at 4.312 bits per weight"
     )
-    assert memory == "peak memory: 242.62 kB for apply, 233.79 kB for apply_"
+    assert memory == "peak memory: 144.32 kB for apply, 135.49 kB for apply_"
     table = [line.split("  ") for line in rest if line]
     cells = [[cell.strip() for cell in line if cell.strip()] for line in table]
     assert cells[0] == ["name", "layer", "shape", "before", "after", "bits", "SQNR", "fate"]

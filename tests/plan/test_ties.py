@@ -15,7 +15,7 @@ from tests.helpers import (
     fates,
     layer_rows,
 )
-from tests.plan.models import FLOAT8, Raw, Shared, held_bytes, weight_of
+from tests.plan.models import DYNAMIC8, FLOAT8, INDICES8, Raw, Shared, held_bytes, weight_of
 
 SKIPPED = "float: tied to 'head.weight', which stays float: skipped; also head.weight"
 
@@ -23,7 +23,11 @@ SKIPPED = "float: tied to 'head.weight', which stays float: skipped; also head.w
 @pytest.mark.parametrize(
     ("quantizer", "fate"),
     [
-        (Quantizer(), f"{FLOAT8}; also head.weight"),
+        (
+            Quantizer(),
+            f"{INDICES8}; dynamic 8-bit asymmetric per-token inputs of head.weight; "
+            "also head.weight",
+        ),
         (
             Quantizer().bits(4),
             "float: embeddings stay float below 8 bits unless asked for; also head.weight",
@@ -32,8 +36,11 @@ SKIPPED = "float: tied to 'head.weight', which stays float: skipped; also head.w
             Quantizer().bits(4).override("head", bits=4),
             "4-bit asymmetric per-group 64; also head.weight",
         ),
-        (Quantizer().bits(4).override("head", bits=8), f"{FLOAT8}; also head.weight"),
-        (Quantizer().bits(4).override("embedding", bits=8), f"{FLOAT8}; also head.weight"),
+        (
+            Quantizer().bits(4).override("head", bits=8),
+            f"{FLOAT8}; dynamic 8-bit asymmetric per-token inputs of head.weight; also head.weight",
+        ),
+        (Quantizer().bits(4).override("embedding", bits=8), f"{INDICES8}; also head.weight"),
         (
             Quantizer().bits(4).only("embedding", "head"),
             "4-bit asymmetric per-group 64; also head.weight",
@@ -88,7 +95,7 @@ def test_a_fork_without_the_tie_may_ask_for_two_things() -> None:
     quantizer = Quantizer().override("head", bits=4).override("embedding", bits=8)
     found = fates(quantizer, model)
     assert found["head.weight"] == "4-bit asymmetric per-group 64"
-    assert found["embedding.weight"] == FLOAT8
+    assert found["embedding.weight"] == INDICES8
 
 
 def test_a_weight_tied_to_a_parameter_that_no_layer_reads_stays_float() -> None:
@@ -105,7 +112,7 @@ def test_parameters_on_one_memory_are_tied_though_they_are_two_objects() -> None
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
     for layer in (model[1], model[2]):
         layer.register_parameter("weight", nn.Parameter(weight_of(model, "0").detach()))
-    assert fates(Quantizer(), model) == {"0.weight": f"{FLOAT8}; also 1.weight, 2.weight"}
+    assert fates(Quantizer(), model) == {"0.weight": f"{DYNAMIC8}; also 1.weight, 2.weight"}
     result = Quantizer().apply(model, progress=False)
     layers = [layer for layer in result.model if isinstance(layer, QuantizedModule)]
     assert len({id(layer.packed_weights()["weight"].tensors["codes"]) for layer in layers}) == 1
@@ -116,7 +123,7 @@ def test_equal_values_in_two_places_are_no_tie() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     copied = nn.Parameter(weight_of(model, "0").detach().clone())
     model[1].register_parameter("weight", copied)
-    assert fates(Quantizer().skip("0"), model)["1.weight"] == FLOAT8
+    assert fates(Quantizer().skip("0"), model)["1.weight"] == DYNAMIC8
 
 
 class Turned(nn.Module):
@@ -138,7 +145,7 @@ def test_a_weight_that_two_layers_read_in_two_shapes_stays_float() -> None:
     assert found == {
         "0.weight": "float: tied to a layer that reads the weight in another shape; also 1.weight"
     }
-    assert fates(Quantizer().layer(turned), nn.Sequential(model[1])) == {"0.weight": FLOAT8}
+    assert fates(Quantizer().layer(turned), nn.Sequential(model[1])) == {"0.weight": DYNAMIC8}
 
 
 def test_one_layer_under_two_names_is_quantized_once() -> None:

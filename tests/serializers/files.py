@@ -159,8 +159,10 @@ def write(path: Path, texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -
 
 
 def crc(tensor: Tensor) -> int:
-    """Return the checksum that a file's header has for a tensor."""
-    return zlib.crc32(bytes(tensor.contiguous().flatten().view(torch.uint8).tolist()))
+    """Return the checksum that a file's header has for a tensor: of dtype, shape and bytes."""
+    described = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} "
+    content = bytes(tensor.contiguous().flatten().view(torch.uint8).tolist())
+    return zlib.crc32(described.encode() + content)
 
 
 Header = dict[str, object]
