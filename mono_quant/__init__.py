@@ -18,6 +18,7 @@ from mono_quant.base import (
     Change,
     Checkpoint,
     Container,
+    Correction,
     Edit,
     Grid,
     Kernel,
@@ -79,7 +80,7 @@ from mono_quant.rounding import RoundToNearest
 from mono_quant.schemes import Affine, FloatCast
 from mono_quant.serializers import SafetensorsSerializer, TorchSerializer, read_state_dict
 from mono_quant.settings import Activations
-from mono_quant.transforms import EqualizeLayers, FoldBatchNorm
+from mono_quant.transforms import BiasCorrection, EqualizeLayers, FoldBatchNorm
 from mono_quant.version import __version__
 
 __all__ = [
@@ -89,6 +90,7 @@ __all__ = [
     "Affine",
     "Auto",
     "BareWeightQuantizer",
+    "BiasCorrection",
     "CalibrationError",
     "Change",
     "Checkpoint",
@@ -98,6 +100,7 @@ __all__ = [
     "Container",
     "ConvQuantizer",
     "ConvTransposeQuantizer",
+    "Correction",
     "CorruptCheckpointError",
     "Edit",
     "EmbeddingQuantizer",

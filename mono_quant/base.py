@@ -437,6 +437,32 @@ class Transform(Configurable, ABC):
         """Change `model` in place and return what was done to it, and what was refused and why."""
 
 
+class InnerOutputs(Protocol):
+    """Runs a model on the example data."""
+
+    def __call__(self, model: nn.Module, of: nn.Module) -> Iterator[Sequence[Tensor]]:
+        """Yield what a module inside a model returns for each batch, when it is called first.
+
+        In eval mode and without gradients; nothing behind that module is run.
+        """
+
+
+class Correction(Configurable, ABC):
+    """Changes a quantized model to be closer to its float twin. Needs data."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def apply(self, model: nn.Module, floats: nn.Module, outputs: InnerOutputs) -> Sequence[Change]:
+        """Change `model` in place and return what was done to it, and what was not and why.
+
+        Args:
+            model: has quantized layers.
+            floats: the same with float layers, after the transforms; not to be changed.
+            outputs: runs either of them.
+        """
+
+
 class QuantizedModule(nn.Module, ABC):
     """A layer whose weights are quantized."""
 
@@ -636,6 +662,7 @@ class Checkpoint:
         transient: names among `tensors` of buffers that a state dict leaves out.
         ties: further names of a tensor or record, by alias.
         containers: configurations of the containers that had to be adapted.
+        edits: configurations of the `Edit` that the float model's structure went through.
         config: the quantizer that made it, for the reader.
         summary: figures of the report, for the reader.
     """
@@ -645,6 +672,7 @@ class Checkpoint:
     transient: frozenset[str] = frozenset()
     ties: Mapping[str, str] = attrs.field(factory=dict)
     containers: tuple[Config, ...] = ()
+    edits: tuple[Config, ...] = ()
     config: Config = attrs.field(factory=dict)
     summary: Config = attrs.field(factory=dict)
 

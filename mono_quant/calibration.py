@@ -116,6 +116,19 @@ class CalibrationData:
             return model(*batch[: positional_arguments(model)])
         return model(batch)
 
+    def inner_outputs(self, model: nn.Module, of: nn.Module) -> Iterator[list[Tensor]]:
+        """Yield `outputs` of a module inside the model; see `InnerOutputs`."""
+
+        def stop(_: nn.Module, __: tuple[object, ...], output: object) -> None:
+            raise _Reached(output)
+
+        # The last of its hooks, since others may change what comes out.
+        handle = of.register_forward_hook(stop)
+        try:
+            yield from self.outputs(model)
+        finally:
+            handle.remove()
+
     def outputs(self, model: nn.Module, progress: str | None = None) -> Iterator[list[Tensor]]:
         """Yield the tensors of the model's output for each batch, in eval mode, without gradients.
 
@@ -139,6 +152,8 @@ class CalibrationData:
             )
         try:
             output = self.call(model, batch)
+        except _Reached as reached:
+            output = reached.output
         except CalibrationError as error:
             raise CalibrationError(f"{error}, on batch {place} of the data") from error
         except MonoQuantError:
@@ -224,6 +239,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module._buffers[name] = buffer
             if buffer is not None and before is not None and not torch.equal(buffer, before):
                 buffer.copy_(before)
+
+
+class _Reached(BaseException):
+    """The module that was asked for has returned: nothing that a model handles by itself."""
+
+    def __init__(self, output: object) -> None:
+        super().__init__()
+        self.output = output
 
 
 class Outputs:

@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import attrs
 import torch
@@ -23,6 +23,7 @@ from mono_quant.configurable import Config, Configurable, Kinds, kinds_of
 from mono_quant.errors import CheckpointError, InputError, UnknownKindError, UnsupportedLayerError
 from mono_quant.layers import BUILT_IN_LAYERS
 from mono_quant.modules import QuantizedInput, QuantizedWeight, tie
+from mono_quant.transforms.edits import edits_of, put, repeat
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -117,6 +118,7 @@ def to_checkpoint(
         frozenset(transient),
         ties,
         tuple(container.to_config() for container in adapted),
+        tuple(edit.to_config() for edit in edits_of(model)),
         config or {},
         summary or {},
     )
@@ -144,13 +146,14 @@ def rebuild(
 ) -> ModelT:
     """Turn a float skeleton into the quantized model of a checkpoint, in place, and return it.
 
-    The skeleton may be on the meta device. All names and shapes are checked before it is changed.
-    Tensors are taken over, not copied.
+    The skeleton may be on the meta device. All names and shapes are checked before a layer is
+    changed. Tensors are taken over, not copied.
 
     Raises:
         CheckpointError: names or shapes do not fit.
         UnsupportedLayerError: no layer quantizer knows a layer.
     """
+    repeat(skeleton, checkpoint.edits)
     makers = _makers(skeleton, checkpoint, (*layers, *BUILT_IN_LAYERS), kinds)
     _check_fit(skeleton, checkpoint)
     recorded = [Container.from_config(config, kinds) for config in checkpoint.containers]
@@ -181,19 +184,6 @@ def rebuild(
 
 def _tied(checkpoint: Checkpoint, one: str, other: str) -> bool:
     return checkpoint.ties.get(one, one) == checkpoint.ties.get(other, other)
-
-
-def put(model: ModelT, old: nn.Module, new: nn.Module) -> ModelT:
-    """Put `new` wherever `model` has `old`, and return the model: `new` itself, if it was `old`."""
-    if old is new:
-        return model
-    if model is old:
-        return cast("ModelT", new)  # a layer quantizer answers for the class
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):  # named_children leaves out repetitions
-            if child is old:
-                setattr(parent, name, new)
-    return model
 
 
 def adapt_containers(model: nn.Module, containers: Iterable[Container]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mono_quant.base import (
     Container,
+    Correction,
     LayerQuantizer,
     Observer,
     RangeEstimator,
@@ -258,13 +259,33 @@ class Quantizer:
             )
         )
 
-    def transform(self, *transforms: Transform) -> Self:
-        """Change the float model first, in this order, on the working copy. **Adds**."""
+    def fold(self, fold: bool = True) -> Self:
+        """Fold batch normalizations into the layers before them, or leave them alone. **Replaces**.
+
+        Without a word they are folded where any inputs are quantized. A folded one becomes an
+        `nn.Identity`, in the result and in what its file is loaded into.
+        """
+        return self._asking(attrs.evolve(self._request, fold=fold))
+
+    def transform(self, *transforms: Transform | Correction) -> Self:
+        """Change the working copy: first the float model, then the quantized one. **Adds**.
+
+        Args:
+            transforms: a `Transform` changes the float model before it is quantized, after batch
+                normalizations are folded; a `Correction` changes the quantized one. Each kind in
+                the order given.
+        """
         for transform in transforms:
-            if not isinstance(transform, Transform):
+            if not isinstance(transform, Transform | Correction):
                 raise ConfigurationError(f"transform(...) takes instances, not {transform!r}")
+        before = tuple(one for one in transforms if isinstance(one, Transform))
+        after = tuple(one for one in transforms if isinstance(one, Correction))
         return self._asking(
-            attrs.evolve(self._request, transforms=(*self._request.transforms, *transforms))
+            attrs.evolve(
+                self._request,
+                transforms=(*self._request.transforms, *before),
+                corrections=(*self._request.corrections, *after),
+            )
         )
 
     def fit(
@@ -352,7 +373,7 @@ class Quantizer:
             ConfigurationError: it holds something unknown.
             UnknownKindError: it names an unknown kind.
         """
-        known = {"settings", "overrides", "only", "skip", *_STRATEGIES}
+        known = {"settings", "overrides", "only", "skip", "fold", *_STRATEGIES}
         if unknown := set(config) - known:
             raise ConfigurationError(f"a quantizer has no {', '.join(sorted(unknown))}")
         overrides = []
@@ -362,6 +383,9 @@ class Quantizer:
             if not isinstance(selector, str):
                 raise ConfigurationError(f"an override's selector is a name, not {selector!r}")
             overrides.append((selector, Settings.from_config(said, kinds)))
+        fold = config.get("fold")
+        if not isinstance(fold, bool | None):
+            raise ConfigurationError(f"fold is true, false or null, not {fold!r}")
         return cls(
             Request(
                 settings=Settings.from_config(_object(config.get("settings", {})), kinds),
@@ -377,6 +401,11 @@ class Quantizer:
                 transforms=tuple(
                     Transform.from_config(one, kinds) for one in _objects(config.get("transforms"))
                 ),
+                corrections=tuple(
+                    Correction.from_config(one, kinds)
+                    for one in _objects(config.get("corrections"))
+                ),
+                fold=fold,
             )
         )
 
@@ -392,7 +421,9 @@ class Quantizer:
             said = ", ".join(f"{name}={value!r}" for name, value in _said(override))
             calls.append(f"override({_show(selector)}, {said})")
         calls += [f"layer({layer!r})" for layer in (*request.layers, *request.containers)]
-        calls += [f"transform({transform!r})" for transform in request.transforms]
+        calls += [f"fold({request.fold})"] if request.fold is not None else []
+        changing = (*request.transforms, *request.corrections)
+        calls += [f"transform({transform!r})" for transform in changing]
         if request.data is not None:
             calls.append(f"fit(<{type(request.data.source).__name__}>)")
         return ".".join(["Quantizer()", *calls])
@@ -426,11 +457,13 @@ class Quantizer:
             "layers": [layer.to_config() for layer in request.layers],
             "containers": [container.to_config() for container in request.containers],
             "transforms": [transform.to_config() for transform in request.transforms],
+            "corrections": [correction.to_config() for correction in request.corrections],
+            "fold": request.fold,
         }
 
 
 _OBSERVERS = {"observer": "weights", "activation_observer": "activations"}
-_STRATEGIES = ("layers", "containers", "transforms")
+_STRATEGIES = ("layers", "containers", "transforms", "corrections")
 
 
 def _granularity(granularity: Granularity | str) -> Granularity:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import attrs
 
+from mono_quant.base import Change
 from mono_quant.configurable import Config
 
 CRITICAL_DB = 10.0
@@ -29,6 +30,8 @@ class LayerReport:
         activation: how its inputs are quantized, or why they are not although they were to be.
         reason: why it stayed float, or was not quantized now.
         sqnr_db: of the weight, in dB; None where nothing was quantized.
+        output_sqnr_db: of what its layer returns for the inputs that it has in the float model, in
+            dB, weights and inputs quantized; None where that was not measured.
         note: what else is worth knowing.
         aliases: names of further weights that share these values, counted here once.
         has_matrix: whether a module's float parameters hold one of two dimensions or more.
@@ -44,6 +47,7 @@ class LayerReport:
     activation: str | None = None
     reason: str | None = None
     sqnr_db: float | None = None
+    output_sqnr_db: float | None = None
     note: str | None = None
     aliases: tuple[str, ...] = ()
     has_matrix: bool = False
@@ -99,6 +103,8 @@ class Report:
         notes: what was decided that the user did not say.
         warnings: what ought to be looked at, worst first.
         head: name of the weight of the last layer, as a rule the output head.
+        changes: what transforms and corrections did, and what they refused to do.
+        original_bytes: bytes of the model before, where transforms changed its structure.
     """
 
     layers: tuple[LayerReport, ...]
@@ -108,6 +114,8 @@ class Report:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     head: str | None = None
+    changes: tuple[Change, ...] = ()
+    original_bytes: int | None = None
 
     @property
     def quantized(self) -> tuple[LayerReport, ...]:
@@ -122,6 +130,8 @@ class Report:
     @property
     def float_bytes(self) -> int:
         """Bytes of the model before, buffers included."""
+        if self.original_bytes is not None:
+            return self.original_bytes
         return sum(layer.float_bytes for layer in self.layers) + self.buffer_bytes
 
     @property
@@ -165,6 +175,7 @@ class Report:
                 "activation": layer.activation,
                 "reason": layer.reason,
                 "sqnr_db": _finite(layer.sqnr_db),
+                "output_sqnr_db": _finite(layer.output_sqnr_db),
                 "note": layer.note,
                 "aliases": list(layer.aliases),
                 "has_matrix": layer.has_matrix,
@@ -184,6 +195,10 @@ class Report:
             "output_sqnr_db": _finite(self.output_sqnr_db),
             "samples": self.samples,
             "quantized_weights": len(self.quantized),
+            "changes": [
+                {"path": change.path, "text": change.text, "done": change.done}
+                for change in self.changes
+            ],
             "notes": list(self.notes),
             "warnings": list(self.warnings),
         }
@@ -251,7 +266,19 @@ class Report:
             )
         else:
             lines.append("output SQNR not measured: no data; give some with fit(data)")
-        return [*lines, *self.notes]
+        return [*lines, *self._changed(), *self.notes]
+
+    def _changed(self) -> list[str]:
+        """Return how much transforms did, and each thing that they refused to do."""
+        done = sum(change.done for change in self.changes)
+        lines = (
+            [f"{done} changes before or after quantizing: {self._first_change()}"] if done else []
+        )
+        return lines + [f"left alone: {change.text}" for change in self.changes if not change.done]
+
+    def _first_change(self) -> str:
+        done = [change.text for change in self.changes if change.done]
+        return done[0] if len(done) == 1 else f"{done[0]}, ..."
 
     def _rows(self) -> list[tuple[str, ...]]:
         return [
@@ -263,14 +290,15 @@ class Report:
                 format_bytes(layer.bytes),
                 f"{layer.bits_per_weight:.2f}",
                 format_db(layer.sqnr_db) if layer.sqnr_db is not None else "",
+                format_db(layer.output_sqnr_db) if layer.output_sqnr_db is not None else "",
                 layer.fate,
             )
             for layer in self.layers
         ]
 
 
-_COLUMNS = ("name", "layer", "shape", "before", "after", "bits", "SQNR", "fate")
-_NUMERIC = frozenset({"before", "after", "bits", "SQNR"})
+_COLUMNS = ("name", "layer", "shape", "before", "after", "bits", "SQNR", "output", "fate")
+_NUMERIC = frozenset({"before", "after", "bits", "SQNR", "output"})
 
 
 def grade(decibels: float) -> str:

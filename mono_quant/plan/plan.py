@@ -6,25 +6,26 @@ from typing import Generic
 import attrs
 from torch import nn
 
-from mono_quant.base import QuantizedModule
-from mono_quant.calibration import (
-    CalibrationData,
-    Gathered,
-    Outputs,
-    Wanted,
-    compare,
-    count_samples,
-    gather,
-    positional_arguments,
-)
+from mono_quant.base import Change, QuantizedModule, Transform
+from mono_quant.calibration import CalibrationData, Outputs, compare, count_samples
 from mono_quant.checkpoint import ModelT, adapt_containers, copy_structure
 from mono_quant.errors import InputError
 from mono_quant.layers import BUILT_IN_CONTAINERS
-from mono_quant.numerics.metrics import SquaredError
+from mono_quant.plan.accounting import account
+from mono_quant.plan.measure import (
+    correct,
+    gather_for,
+    layer_errors,
+    left_out,
+    transform,
+    with_outputs,
+)
 from mono_quant.plan.request import Request, WeightPlan
 from mono_quant.plan.run import check_finite, check_fits, quantize_weights
 from mono_quant.plan.warnings import warnings_of
+from mono_quant.report import LayerReport, Report
 from mono_quant.result import Outline, QuantizationResult
+from mono_quant.transforms import FoldBatchNorm
 
 
 @attrs.frozen(eq=False)
@@ -70,32 +71,55 @@ class Plan(Generic[ModelT]):
         kept = Outputs()
         self._check_unspent(todo)
         if in_place:
-            self._check_values(todo)
+            self._check_in_place(todo)
             if data is not None:
                 for outputs in data.outputs(self._model, label and "float outputs"):
                     kept.add(outputs)
         work = self._model if in_place else copy_structure(self._model)
-        for transform in request.transforms:
-            transform.apply(work)
-        statistics = _gather(work, todo, data, label)
-        work, rows = quantize_weights(work, todo, statistics, label)
+        changes = transform(work, self._transforms(), data)
+        floats = copy_structure(work) if data is not None and not in_place else None
+        gathered = gather_for(work, todo, data, label)
+        work, rows = quantize_weights(work, todo, gathered, label)
         adapt_containers(work, (*request.containers, *BUILT_IN_CONTAINERS))
-        error, samples, notes = SquaredError(), 0, self.outline.report.notes
+        if floats is not None and data is not None:
+            changes += correct(work, floats, request.corrections, data)
+            rows = with_outputs(rows, todo, layer_errors(floats, work, todo, data, label))
+        report = self._report(work, rows, changes)
         if data is not None:
-            floats = kept if in_place else data.outputs(self._model)
-            error = compare(floats, data.outputs(work, label and "measuring"))
-            samples = sum(count_samples(batch) for batch in data.batches())
-            notes = (*notes, *left_out(work, data))
-        report = attrs.evolve(
-            self.outline.report,
-            layers=tuple(rows.get(row.name, row) for row in self.outline.report.layers),
-            output_sqnr_db=error.sqnr_db if data is not None else None,
-            samples=samples,
-            notes=notes,
-        )
+            reference = kept if in_place else data.outputs(self._model)
+            error = compare(reference, data.outputs(work, label and "measuring"))
+            report = attrs.evolve(
+                report,
+                output_sqnr_db=error.sqnr_db,
+                samples=sum(count_samples(batch) for batch in data.batches()),
+                notes=(*report.notes, *left_out(work, data)),
+            )
         report = attrs.evolve(report, warnings=warnings_of(report))
         example = CalibrationData([data.first()], 1, data.forward) if data is not None else None
         return QuantizationResult(work, report, self.outline, example, request.layers)
+
+    def _transforms(self) -> tuple[Transform, ...]:
+        """Return what is done to the float model: folding first, where it is asked for or due."""
+        fold = self._request.fold
+        if fold is None:
+            recipes = [weight.recipe for weight in self.weights if weight.recipe is not None]
+            fold = any(recipe.activations.mode is not None for recipe in recipes)
+        return (*((FoldBatchNorm(),) if fold else ()), *self._request.transforms)
+
+    def _report(
+        self, work: nn.Module, rows: Mapping[str, LayerReport], changes: tuple[Change, ...]
+    ) -> Report:
+        """Return the report of a finished model: transforms may have changed what there is."""
+        before = self.outline.report
+        after = account(work, [weight for weight in self.weights if weight.recipe is None])
+        return attrs.evolve(
+            after,
+            layers=tuple(rows.get(row.name, row) for row in after.layers),
+            notes=before.notes,
+            head=before.head,
+            changes=changes,
+            original_bytes=before.float_bytes,
+        )
 
     def _check_unspent(self, todo: Iterable[WeightPlan]) -> None:
         for weight in todo:
@@ -105,49 +129,16 @@ class Plan(Generic[ModelT]):
                     "make another with plan(model)"
                 )
 
-    def _check_values(self, todo: Iterable[WeightPlan]) -> None:
+    def _check_in_place(self, todo: Iterable[WeightPlan]) -> None:
         """Refuse what would only be refused halfway, with a part of the model changed."""
+        if self._request.corrections:
+            raise InputError(
+                f"{self._request.corrections[0]!r} holds the result against the float model, which "
+                "apply_ does not keep; use apply"
+            )
         for weight in todo:
             for source in weight.sources:
                 tensor = self._model.get_parameter(source)
                 check_finite(source, tensor)
                 if weight.recipe is not None:
                     check_fits(source, tensor, weight.recipe.grid.scheme)
-
-
-def _gather(
-    work: nn.Module, todo: Iterable[WeightPlan], data: CalibrationData | None, label: str | None
-) -> Mapping[tuple[str, str], Gathered]:
-    """Return what roundings and ranges of activations need, from one pass over the data."""
-    wanted: dict[str, Wanted] = {}
-    for weight in todo:
-        recipe = weight.recipe
-        if recipe is None or data is None:  # the plan has refused what needs data without any
-            continue
-        static = recipe.activations.mode == "static"
-        if recipe.rounding.needs or static:
-            known = wanted.get(weight.path, Wanted(weight.maker, {}, {}))
-            observers = (recipe.observer,) if static else ()
-            wanted[weight.path] = Wanted(
-                weight.maker,
-                {**known.of_rows, weight.name: recipe.rounding.needs},
-                {**known.of_inputs, weight.name: observers},
-            )
-    if not wanted or data is None:
-        return {}
-    return gather(work, wanted, data, label and "calibrating")
-
-
-def left_out(model: nn.Module, data: CalibrationData) -> list[str]:
-    """Return what of each batch was not handed to the model."""
-    batch = data.first()
-    taken = positional_arguments(model)
-    if data.forward is not None or not isinstance(batch, tuple | list) or taken is None:
-        return []
-    extra = len(batch) - taken
-    if extra <= 0:
-        return []
-    return [
-        f"the last {extra} of {len(batch)} items of each batch were left out, since forward takes "
-        f"{taken}: taken for labels"
-    ]

@@ -2,7 +2,7 @@
 
 import attrs
 
-from mono_quant.base import Container, LayerQuantizer, Transform
+from mono_quant.base import Container, Correction, LayerQuantizer, Transform
 from mono_quant.calibration import CalibrationData
 from mono_quant.numerics.values import Layout
 from mono_quant.selection import Selector
@@ -21,6 +21,8 @@ class Request:
         layers: further kinds of layer, asked before the built-in ones.
         containers: further kinds of container.
         transforms: what is done to the working copy first, in this order.
+        corrections: what is done to the quantized model, in this order.
+        fold: whether batch normalizations are folded first; None: where inputs are quantized.
         data: batches to measure and calibrate on.
     """
 
@@ -31,6 +33,8 @@ class Request:
     layers: tuple[LayerQuantizer, ...] = ()
     containers: tuple[Container, ...] = ()
     transforms: tuple[Transform, ...] = ()
+    corrections: tuple[Correction, ...] = ()
+    fold: bool | None = None
     data: CalibrationData | None = None
 
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from mono_quant.base import Activation, PackedTensor, Scheme, Statistics
 from mono_quant.calibration import Gathered, evaluating
-from mono_quant.checkpoint import ModelT, put
+from mono_quant.checkpoint import ModelT
 from mono_quant.errors import CalibrationError, InputError
 from mono_quant.modules import tie
 from mono_quant.numerics.blocks import all_finite, block_range
@@ -18,6 +18,7 @@ from mono_quant.numerics.values import QParams, QTensor
 from mono_quant.plan.request import WeightPlan
 from mono_quant.report import LayerReport
 from mono_quant.settings import Recipe
+from mono_quant.transforms.edits import put
 
 _PART = 1 << 19
 """Values that are dequantized at a time: about what a core's cache holds."""

@@ -79,6 +79,7 @@ def encode(checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, Tensor]]:
             "transient": sorted(checkpoint.transient),
             "ties": checkpoint.ties,
             "containers": checkpoint.containers,
+            "edits": checkpoint.edits,
             "config": checkpoint.config,
             "summary": checkpoint.summary,
             "checksums": {key: checksum(tensor) for key, tensor in tensors.items()},
@@ -203,6 +204,7 @@ def _checkpoint(header: Config, source: TensorSource, kinds: Kinds | None) -> Ch
         frozenset(_text(key) for key in _items(header["transient"])),
         ties,
         tuple(_mapping(config) for config in _items(header["containers"])),
+        tuple(_mapping(config) for config in _items(header["edits"])),
         _mapping(header["config"]),
         _mapping(header["summary"]),
     )

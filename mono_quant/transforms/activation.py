@@ -11,7 +11,7 @@ Argument = float | str | None
 
 
 @attrs.frozen
-class Activation:
+class Nonlinearity:
     """An elementwise function.
 
     Attributes:
@@ -37,22 +37,22 @@ class Activation:
         return f"{self.kind}({shown})" if self.arguments else self.kind
 
 
-def of_module(module: nn.Module) -> Activation | None:
+def of_module(module: nn.Module) -> Nonlinearity | None:
     """Return the activation that a module computes, or None; subclasses may compute anything."""
     match module:
         case nn.Hardtanh() if type(module) in (nn.Hardtanh, nn.ReLU6):
             return _clamp(float(module.min_val), float(module.max_val))
         case nn.LeakyReLU() if type(module) is nn.LeakyReLU:
-            return Activation("leaky_relu", (float(module.negative_slope),))
+            return Nonlinearity("leaky_relu", (float(module.negative_slope),))
         case nn.GELU() if type(module) is nn.GELU:
-            return Activation("gelu", (str(module.approximate),))
+            return Nonlinearity("gelu", (str(module.approximate),))
     kind = _MODULES.get(type(module))
-    return Activation(kind) if kind is not None else None
+    return Nonlinearity(kind) if kind is not None else None
 
 
 def of_call(
     target: object, args: Sequence[object], kwargs: Mapping[str, object]
-) -> Activation | None:
+) -> Nonlinearity | None:
     """Return the activation that a call computes, or None.
 
     Args:
@@ -83,21 +83,21 @@ def of_call(
 class _Signature:
     """Parameters after the tensor, and what they make."""
 
-    make: Callable[..., Activation]
+    make: Callable[..., Nonlinearity]
     names: tuple[str, ...] = ()
     defaults: tuple[object, ...] = ()
 
 
-def _clamp(low: Argument, high: Argument) -> Activation:
+def _clamp(low: Argument, high: Argument) -> Nonlinearity:
     if low == 0 and high is None:
-        return Activation("relu")
+        return Nonlinearity("relu")
     if low == 0 and high == 6:
-        return Activation("relu6")
-    return Activation("clamp", (low, high))
+        return Nonlinearity("relu6")
+    return Nonlinearity("clamp", (low, high))
 
 
 def _plain(kind: str) -> _Signature:
-    return _Signature(lambda: Activation(kind), ("inplace",), (False,))
+    return _Signature(lambda: Nonlinearity(kind), ("inplace",), (False,))
 
 
 _CLAMP = _Signature(_clamp, ("min", "max"), (None, None))
@@ -105,9 +105,9 @@ _AT_LEAST = _Signature(lambda low: _clamp(low, None), ("min",), (None,))
 _AT_MOST = _Signature(lambda high: _clamp(None, high), ("max",), (None,))
 _HARDTANH = _Signature(_clamp, ("min_val", "max_val", "inplace"), (-1.0, 1.0, False))
 _LEAKY = _Signature(
-    lambda slope: Activation("leaky_relu", (slope,)), ("negative_slope", "inplace"), (0.01, False)
+    lambda slope: Nonlinearity("leaky_relu", (slope,)), ("negative_slope", "inplace"), (0.01, False)
 )
-_GELU = _Signature(lambda how: Activation("gelu", (how,)), ("approximate",), ("none",))
+_GELU = _Signature(lambda how: Nonlinearity("gelu", (how,)), ("approximate",), ("none",))
 
 _MODULES: Mapping[type[nn.Module], str] = {
     nn.ReLU: "relu",

@@ -1,6 +1,7 @@
 """Changes of a model's structure, made again on the skeleton that a file is loaded into."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -10,6 +11,10 @@ from mono_quant.configurable import Json
 from mono_quant.errors import CheckpointError
 from mono_quant.transforms.graph import NORMS
 from mono_quant.transforms.rescaling import kind_of, widths
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+_EDITED = "_edited"  # where a module keeps the operations of its edits
 
 IDENTITY = "identity"
 BIAS = "bias"
@@ -40,6 +45,7 @@ def repeat(model: nn.Module, edits: Json) -> None:
             remove(model, module)
         elif module.bias is None:
             add_bias(module)
+    mark(model, checked)
 
 
 def remove(model: nn.Module, norm: nn.Module) -> nn.Identity:
@@ -49,12 +55,32 @@ def remove(model: nn.Module, norm: nn.Module) -> nn.Identity:
     return identity
 
 
-def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `model` has `old` as a child."""
+def edits_of(model: nn.Module) -> Iterator[Edit]:
+    """Yield the edits that `mark` has noted in a model, by the names that its modules have now."""
+    for path, module in model.named_modules():
+        for op in module.__dict__.get(_EDITED, ()):
+            yield Edit(str(op), path)
+
+
+def mark(model: nn.Module, edits: Iterable[Edit]) -> None:
+    """Note edits in the modules that they changed, where copies and pickles keep them."""
+    for edit in edits:
+        module = model.get_submodule(edit.path)
+        done = module.__dict__.get(_EDITED, ())
+        module.__dict__[_EDITED] = tuple(dict.fromkeys((*done, edit.op)))
+
+
+def put(model: ModelT, old: nn.Module, new: nn.Module) -> ModelT:
+    """Put `new` wherever `model` has `old`, and return the model: `new` itself, if it was `old`."""
+    if old is new:
+        return model
+    if model is old:
+        return cast("ModelT", new)  # who makes the new one answers for the class
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children leaves out repetitions
             if child is old:
                 setattr(parent, name, new)
+    return model
 
 
 def add_bias(layer: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mono_quant.base import WITHOUT_DATA, Change, Transform, TransformContext
 from mono_quant.configurable import register
 from mono_quant.errors import ConfigurationError
-from mono_quant.transforms.activation import Activation
+from mono_quant.transforms.activation import Nonlinearity
 from mono_quant.transforms.graph import Graph
 from mono_quant.transforms.rescaling import (
     Rescaling,
@@ -114,7 +114,7 @@ class _Pair:
 
     first: str
     second: str
-    activation: Activation | None
+    activation: Nonlinearity | None
 
     @property
     def paths(self) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 import attrs
 from torch import nn
 
-from mono_quant.transforms.activation import Activation
+from mono_quant.transforms.activation import Nonlinearity
 from mono_quant.transforms.graph import Graph
 from mono_quant.transforms.rescaling import kind_of, watched
 from mono_quant.transforms.tracing import trace
@@ -21,7 +21,7 @@ class FollowingActivation:
     """
 
     layer: str
-    activation: Activation
+    activation: Nonlinearity
     path: str | None
     shared: bool
 

@@ -6,7 +6,7 @@ from typing import TypeVar
 import attrs
 from torch import nn
 
-from mono_quant.transforms.activation import Activation
+from mono_quant.transforms.activation import Nonlinearity
 
 FoundT = TypeVar("FoundT")
 
@@ -39,7 +39,7 @@ class Chain:
         reason: why nothing more is known, where `then` is None.
     """
 
-    activation: Activation | None = None
+    activation: Nonlinearity | None = None
     activation_path: str | None = None
     then: str | None = None
     reason: str | None = None

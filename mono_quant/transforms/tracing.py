@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from mono_quant.base import QuantizedModule
 from mono_quant.transforms import activation
-from mono_quant.transforms.activation import Activation
+from mono_quant.transforms.activation import Nonlinearity
 from mono_quant.transforms.aside import answering, as_it_was, proxies, python_modules
 from mono_quant.transforms.graph import LAYERS, NORMS, Chain, Graph, Source, View
 
@@ -179,7 +179,7 @@ class _Reader:
             return node.kwargs.get("training") is False or node.args[2:3] == (False,)
         return False
 
-    def _activation(self, node: fx.Node) -> Activation | None:
+    def _activation(self, node: fx.Node) -> Nonlinearity | None:
         if len(node.all_input_nodes) != 1:
             return None
         if node.op == "call_module":

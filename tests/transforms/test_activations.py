@@ -8,40 +8,40 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mono_quant import FoldBatchNorm
-from mono_quant.transforms import Activation, FollowingActivation, activations, trace
+from mono_quant.transforms import Nonlinearity, FollowingActivation, activations, trace
 from tests.transforms.models import Branching, ResNet, TwoConsumers, lived_in
 
-MODULES: list[tuple[nn.Module, Activation]] = [
-    (nn.ReLU(), Activation("relu")),
-    (nn.ReLU6(), Activation("relu6")),
-    (nn.Hardtanh(), Activation("clamp", (-1.0, 1.0))),
-    (nn.Hardtanh(0, 6), Activation("relu6")),
-    (nn.LeakyReLU(0.2), Activation("leaky_relu", (0.2,))),
-    (nn.SiLU(inplace=True), Activation("silu")),
-    (nn.GELU("tanh"), Activation("gelu", ("tanh",))),
-    (nn.Hardswish(), Activation("hardswish")),
-    (nn.Tanh(), Activation("tanh")),
-    (nn.Sigmoid(), Activation("sigmoid")),
+MODULES: list[tuple[nn.Module, Nonlinearity]] = [
+    (nn.ReLU(), Nonlinearity("relu")),
+    (nn.ReLU6(), Nonlinearity("relu6")),
+    (nn.Hardtanh(), Nonlinearity("clamp", (-1.0, 1.0))),
+    (nn.Hardtanh(0, 6), Nonlinearity("relu6")),
+    (nn.LeakyReLU(0.2), Nonlinearity("leaky_relu", (0.2,))),
+    (nn.SiLU(inplace=True), Nonlinearity("silu")),
+    (nn.GELU("tanh"), Nonlinearity("gelu", ("tanh",))),
+    (nn.Hardswish(), Nonlinearity("hardswish")),
+    (nn.Tanh(), Nonlinearity("tanh")),
+    (nn.Sigmoid(), Nonlinearity("sigmoid")),
 ]
 
-FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Activation]] = {
-    "relu": (functional.relu, Activation("relu")),
-    "relu in place": (lambda x: functional.relu(x, inplace=True), Activation("relu")),
-    "torch.relu": (torch.relu, Activation("relu")),
-    "x.relu()": (lambda x: x.relu(), Activation("relu")),
-    "x.relu_()": (lambda x: x.relu_(), Activation("relu")),
-    "relu6": (functional.relu6, Activation("relu6")),
-    "hardtanh": (lambda x: functional.hardtanh(x, -2, 2), Activation("clamp", (-2.0, 2.0))),
-    "clamp": (lambda x: x.clamp(0, 6), Activation("relu6")),
-    "clamp(min=)": (lambda x: torch.clamp(x, min=0), Activation("relu")),
-    "clamp(max=)": (lambda x: x.clamp(max=1.5), Activation("clamp", (None, 1.5))),
-    "clamp_min": (lambda x: x.clamp_min(0), Activation("relu")),
-    "leaky_relu": (lambda x: functional.leaky_relu(x, 0.1), Activation("leaky_relu", (0.1,))),
-    "silu": (functional.silu, Activation("silu")),
-    "gelu": (functional.gelu, Activation("gelu", ("none",))),
-    "hardswish": (functional.hardswish, Activation("hardswish")),
-    "tanh": (torch.tanh, Activation("tanh")),
-    "x.sigmoid()": (lambda x: x.sigmoid(), Activation("sigmoid")),
+FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Nonlinearity]] = {
+    "relu": (functional.relu, Nonlinearity("relu")),
+    "relu in place": (lambda x: functional.relu(x, inplace=True), Nonlinearity("relu")),
+    "torch.relu": (torch.relu, Nonlinearity("relu")),
+    "x.relu()": (lambda x: x.relu(), Nonlinearity("relu")),
+    "x.relu_()": (lambda x: x.relu_(), Nonlinearity("relu")),
+    "relu6": (functional.relu6, Nonlinearity("relu6")),
+    "hardtanh": (lambda x: functional.hardtanh(x, -2, 2), Nonlinearity("clamp", (-2.0, 2.0))),
+    "clamp": (lambda x: x.clamp(0, 6), Nonlinearity("relu6")),
+    "clamp(min=)": (lambda x: torch.clamp(x, min=0), Nonlinearity("relu")),
+    "clamp(max=)": (lambda x: x.clamp(max=1.5), Nonlinearity("clamp", (None, 1.5))),
+    "clamp_min": (lambda x: x.clamp_min(0), Nonlinearity("relu")),
+    "leaky_relu": (lambda x: functional.leaky_relu(x, 0.1), Nonlinearity("leaky_relu", (0.1,))),
+    "silu": (functional.silu, Nonlinearity("silu")),
+    "gelu": (functional.gelu, Nonlinearity("gelu", ("none",))),
+    "hardswish": (functional.hardswish, Nonlinearity("hardswish")),
+    "tanh": (torch.tanh, Nonlinearity("tanh")),
+    "x.sigmoid()": (lambda x: x.sigmoid(), Nonlinearity("sigmoid")),
 }
 
 
@@ -58,7 +58,7 @@ class Applied(nn.Module):
 
 
 @pytest.mark.parametrize(("module", "expected"), MODULES, ids=str)
-def test_a_module_is_known(module: nn.Module, expected: Activation) -> None:
+def test_a_module_is_known(module: nn.Module, expected: Nonlinearity) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), module, nn.Flatten())
     assert activations(model) == (FollowingActivation("0", expected, "1", False),)
 
@@ -92,7 +92,7 @@ def test_normalizations_stand_in_between_until_they_are_folded() -> None:
     model = lived_in(ResNet())
     assert activations(model) == ()
     FoldBatchNorm().apply(model)
-    relu = Activation("relu")
+    relu = Nonlinearity("relu")
     assert activations(model, trace(model)) == (
         FollowingActivation("conv1", relu, None, False),
         FollowingActivation("layers.0.conv1", relu, "layers.0.relu", True),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mono_quant.transforms import Activation, Chain, trace
+from mono_quant.transforms import Nonlinearity, Chain, trace
 from tests.helpers import noise
 from tests.transforms.models import Branching, Optional, Pair, ResNet
 
@@ -28,7 +28,7 @@ CHAINS: dict[str, tuple[Callable[[nn.Module, nn.Module, Tensor], object], Chain]
     "by keyword": (lambda conv, bn, x: bn(input=conv(x)), Chain(then="bn")),
     "an activation between": (
         lambda conv, bn, x: bn(functional.relu6(conv(x))),
-        Chain(Activation("relu6"), None, "bn"),
+        Chain(Nonlinearity("relu6"), None, "bn"),
     ),
     "another function between": (
         lambda conv, bn, x: bn(conv(x) * 2),
@@ -80,7 +80,7 @@ def test_a_residual_network_is_read_through_its_blocks() -> None:
     graph = trace(ResNet())
     assert graph.chain("layers.0.conv1") == Chain(then="layers.0.bn1")
     assert graph.chain("layers.0.bn1") == Chain(
-        Activation("relu"), "layers.0.relu", "layers.0.conv2"
+        Nonlinearity("relu"), "layers.0.relu", "layers.0.conv2"
     )
     assert graph.chain("layers.1.downsample.0").then == "layers.1.downsample.1"
     assert graph.chain("layers.0.bn2").reason == "an addition follows it"

@@ -1,0 +1,140 @@
+"""What data does for a plan: it is gathered from, measured on, and corrected by."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+
+import attrs
+from torch import nn
+
+from mono_quant.base import Change, Correction, Transform, TransformContext
+from mono_quant.calibration import (
+    CalibrationData,
+    Gathered,
+    Wanted,
+    gather,
+    positional_arguments,
+    tensors_in,
+)
+from mono_quant.numerics.metrics import SquaredError
+from mono_quant.plan.request import WeightPlan
+from mono_quant.report import LayerReport
+from mono_quant.transforms.edits import mark
+
+
+def transform(
+    model: nn.Module, transforms: Iterable[Transform], data: CalibrationData | None
+) -> tuple[Change, ...]:
+    """Apply transforms to a float model and return what they did, noted in the model too."""
+    context = TransformContext(data.outputs if data is not None else None)
+    changes: list[Change] = []
+    for one in transforms:
+        found = one.apply(model, context)
+        for change in found:
+            mark(model, change.edits)
+        changes += found
+    return tuple(changes)
+
+
+def correct(
+    model: nn.Module,
+    floats: nn.Module,
+    corrections: Iterable[Correction],
+    data: CalibrationData,
+) -> tuple[Change, ...]:
+    """Apply corrections to a quantized model and return what they did, noted in the model too."""
+    changes: list[Change] = []
+    for one in corrections:
+        found = one.apply(model, floats, data.inner_outputs)
+        for change in found:
+            mark(model, change.edits)
+        changes += found
+    return tuple(changes)
+
+
+def gather_for(
+    work: nn.Module, todo: Iterable[WeightPlan], data: CalibrationData | None, label: str | None
+) -> Mapping[tuple[str, str], Gathered]:
+    """Return what roundings and ranges of activations need, from one pass over the data."""
+    wanted: dict[str, Wanted] = {}
+    for weight in todo:
+        recipe = weight.recipe
+        if recipe is None or data is None:  # the plan has refused what needs data without any
+            continue
+        static = recipe.activations.mode == "static"
+        if recipe.rounding.needs or static:
+            known = wanted.get(weight.path, Wanted(weight.maker, {}, {}))
+            observers = (recipe.observer,) if static else ()
+            wanted[weight.path] = Wanted(
+                weight.maker,
+                {**known.of_rows, weight.name: recipe.rounding.needs},
+                {**known.of_inputs, weight.name: observers},
+            )
+    if not wanted or data is None:
+        return {}
+    return gather(work, wanted, data, label and "calibrating")
+
+
+def layer_errors(
+    floats: nn.Module,
+    model: nn.Module,
+    todo: Sequence[WeightPlan],
+    data: CalibrationData,
+    label: str | None,
+) -> Mapping[str, SquaredError]:
+    """Return the error of what each quantized layer returns, on the inputs of the float one.
+
+    Layers that no data reached are absent.
+    """
+    errors: dict[str, SquaredError] = {}
+
+    def compare(
+        path: str,
+        _: nn.Module,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        output: object,
+    ) -> None:
+        other = model.get_submodule(path)(*args, **kwargs)
+        for one, two in zip(tensors_in(output), tensors_in(other), strict=True):
+            if one.is_floating_point():
+                errors[path] = errors.get(path, SquaredError()) + SquaredError.between(one, two)
+
+    with ExitStack() as hooks:
+        for path in dict.fromkeys(weight.path for weight in todo):
+            module = floats.get_submodule(path)
+            handle = module.register_forward_hook(partial(compare, path), with_kwargs=True)
+            hooks.callback(handle.remove)
+        for _ in data.outputs(floats, label and "measuring layers"):
+            pass
+    return errors
+
+
+def with_outputs(
+    rows: Mapping[str, LayerReport],
+    todo: Iterable[WeightPlan],
+    errors: Mapping[str, SquaredError],
+) -> Mapping[str, LayerReport]:
+    """Return the rows with the SQNR of what their layers return, where it was measured."""
+    paths = {weight.key: weight.path for weight in todo}
+    return {
+        name: attrs.evolve(row, output_sqnr_db=errors[paths[name]].sqnr_db)
+        if paths[name] in errors
+        else row
+        for name, row in rows.items()
+    }
+
+
+def left_out(model: nn.Module, data: CalibrationData) -> list[str]:
+    """Return what of each batch was not handed to the model."""
+    batch = data.first()
+    taken = positional_arguments(model)
+    if data.forward is not None or not isinstance(batch, tuple | list) or taken is None:
+        return []
+    extra = len(batch) - taken
+    if extra <= 0:
+        return []
+    return [
+        f"the last {extra} of {len(batch)} items of each batch were left out, since forward takes "
+        f"{taken}: taken for labels"
+    ]
