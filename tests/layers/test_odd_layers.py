@@ -23,7 +23,9 @@ class Same(nn.Conv2d):
     """Pads in `_conv_forward`, as torch lets a subclass do."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return super()._conv_forward(functional.pad(input, (1, 1, 1, 1)), weight, bias)
+        padded = functional.pad(input, (1, 1, 1, 1))
+        found: Tensor = super()._conv_forward(padded, weight, bias)
+        return found
 
 
 class Standardized(nn.Conv2d):
@@ -31,7 +33,8 @@ class Standardized(nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight = (weight - weight.mean((1, 2, 3), keepdim=True)) / weight.std()
-        return super()._conv_forward(input, weight, bias)
+        found: Tensor = super()._conv_forward(input, weight, bias)
+        return found
 
 
 class Flagged(nn.Conv2d):
