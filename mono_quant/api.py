@@ -83,8 +83,8 @@ def quantize(
     Args:
         model: a module, a state dict, or the path of a float checkpoint (.safetensors, .pt, .pth).
         bits: 2 to 8, or 16 for a cast.
-        dynamic: quantize activations on the fly; needs 8 bits. Until activations are built, weights
-            only, and the report says so.
+        dynamic: quantize the inputs of layers as they come; needs 8 bits and no data, and is then
+            what happens anyway.
         data: batches to calibrate and measure on, as `Quantizer.fit` takes them.
         samples: how many samples of the data to use.
         forward: calls the model with a batch.

@@ -240,11 +240,16 @@ class Activation:
         return QParams(self.scale.reshape(ones), zero_point, tuple(x.shape))
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        """Return rows `x` on the grid, in float32 or wider; its gradient is that of `x` itself."""
+        """Return rows `x` on the grid, in float32 or wider; its gradient is that of `x` itself.
+
+        NaN stays NaN, on a calibrated grid too.
+        """
         if not x.is_floating_point():
             raise TypeError(f"the input is {x.dtype}, where a floating dtype was expected")
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        on_grid = self.scheme.fake_quantize(x.detach(), self.qparams(x.detach())).to(x.dtype)
+        values = x.detach()
+        on_grid = self.scheme.fake_quantize(values, self.qparams(values)).to(x.dtype)
+        on_grid = torch.where(values.isnan(), values, on_grid)  # no code stands for it
         return x + (on_grid - x).detach() if x.requires_grad else on_grid
 
     def describe(self) -> str:

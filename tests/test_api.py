@@ -18,6 +18,7 @@ from mono_quant import (
     Histogram,
     InputError,
     MinMax,
+    MonoQuantError,
     MovingAverage,
     Percentile,
     PerChannel,
@@ -275,3 +276,42 @@ def test_an_observer_that_was_registered_is_created_and_used() -> None:
     assert result.report.mean_sqnr_db is not None
     assert full.report.mean_sqnr_db is not None
     assert result.report.mean_sqnr_db < full.report.mean_sqnr_db
+
+
+def test_static_quantization_without_data_is_refused() -> None:
+    with pytest.raises(InputError, match="static_quantize calibrates on data, and None was given"):
+        static_quantize(net(), None)
+
+
+def test_a_float_model_is_neither_validated_nor_saved_as_a_quantized_one(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Sequential has no quantized layer"):
+        validate_quantization(net(), DATA)
+    with pytest.raises(InputError, match="Sequential has no quantized layer"):
+        save_model(net(), tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_frozen_parameters_are_frozen_again_when_dequantized() -> None:
+    source = net()
+    source.get_parameter("0.weight").requires_grad_(False)
+    source.get_parameter("2.bias").requires_grad_(False)
+    floats = quantize(source).dequantize()
+    assert {name: one.requires_grad for name, one in floats.named_parameters()} == {
+        name: one.requires_grad for name, one in source.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("name", ["p.type", "m.half", "training", "forward"])
+def test_a_tensor_named_as_an_attribute_of_modules_is_refused_by_name(name: str) -> None:
+    with pytest.raises(MonoQuantError, match=name.rpartition(".")[2]):
+        quantize({"l.weight": noise(64, 64), name: noise(7)})
+
+
+@pytest.mark.parametrize("name", ["l.quantized.scale", "l.quantized", "quantized"])
+def test_a_tensor_that_is_called_quantized_is_not_lost(name: str, tmp_path: Path) -> None:
+    state = {"l.weight": noise(64, 64), name: noise(7)}
+    result = quantize(state)
+    loaded = load_model(save_model(result.model, tmp_path / "model.safetensors"))
+    found = loaded[name]
+    assert isinstance(found, Tensor)
+    assert same_bits(found, state[name])

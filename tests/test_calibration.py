@@ -609,3 +609,28 @@ def test_samples_are_counted_by_the_first_tensor_of_a_batch() -> None:
     data = CalibrationData.bind([{"x": torch.tensor(3.0)}, ("text", [ROWS])])
     assert data.held().source == list(data.batches())
     assert len(list(data.batches())) == 2
+
+
+def test_a_tuple_is_one_batch_of_arguments() -> None:
+    x, y = noise(4, 16, seed=1), noise(4, 16, seed=2)
+    source = Pair().eval()
+    result = WEIGHTS_ONLY.bits(4).only("*").fit((x, y)).apply(source)
+    assert result.report.samples == 4
+    with torch.no_grad():
+        expected = sqnr64([source(x, y)], [result.model(x, y)])
+    assert result.report.output_sqnr_db == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        (Net(), [ROWS, ROWS * torch.nan], r"batch 1 of the data holds NaN: .*fit\(data\)"),
+        (nn.Embedding(9, 9), torch.full((2, 2), 99), r"say how with fit\(data, forward="),
+    ],
+    ids=["nan", "failure"],
+)
+def test_data_that_cannot_be_used_is_named_with_the_call_that_mends_it(
+    model: nn.Module, data: object, message: str
+) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        Quantizer().fit(data).apply(model)

@@ -245,6 +245,15 @@ CONFLICTS: dict[str, Call] = {
     "an unknown granularity for some": lambda q: q.override("0", granularity="row"),
     "one bit for some": lambda q: q.override("0", bits=1),
     "no observer": lambda q: q.observer(),
+    "the name of an observer": lambda q: q.observer("mse"),  # type: ignore[arg-type]
+    "the class of an observer": lambda q: q.observer(MSE),  # type: ignore[arg-type]
+    "the class of a rounding": lambda q: q.rounding(RoundToNearest),  # type: ignore[arg-type]
+    "the class of a scheme": lambda q: q.scheme(Affine),  # type: ignore[arg-type]
+    "scales of whole numbers": lambda q: q.scale_dtype(torch.int8),
+    "a symmetry in words": lambda q: q.symmetric("yes"),  # type: ignore[arg-type]
+    "a list of granularities": lambda q: q.granularity(["group"]),  # type: ignore[arg-type]
+    "the name of a transform": lambda q: q.transform("fold"),  # type: ignore[arg-type]
+    "the class of a transform": lambda q: q.transform(Doubled),  # type: ignore[arg-type]
     "too many observers": lambda q: q.observer(MinMax(), weights=MinMax()),
 }
 
@@ -297,6 +306,8 @@ def test_data_that_cannot_be_used_is_refused_before_anything_runs(
 def test_a_sample_count_is_positive() -> None:
     with pytest.raises(InputError, match="samples is 1 or more, not 0"):
         Quantizer().fit(torch.zeros(1, 128), samples=0)
+    with pytest.raises(InputError, match="samples is 1 or more, not 3"):
+        Quantizer().fit(torch.zeros(1, 128), samples="3")  # type: ignore[arg-type]  # the point
 
 
 @pytest.mark.parametrize(

@@ -447,3 +447,44 @@ def test_a_missing_checkpoint_is_an_os_error(tmp_path: Path) -> None:
     for name in ("model.pt", "model.safetensors"):
         with pytest.raises(FileNotFoundError, match=name):
             read_state_dict(tmp_path / name)
+
+
+class Dice(nn.Module):
+    """Draws random numbers in evaluation too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layer(x)
+        return found + torch.rand_like(found)
+
+
+def test_a_model_that_draws_random_numbers_is_valid_and_none_are_used_up() -> None:
+    result = Quantizer().apply(Dice())
+    before = torch.get_rng_state()
+    assert result.validate(noise(2, 64))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Masked(nn.Module):
+    """Gives minus infinity where a mask says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layer(x)
+        return found.masked_fill(torch.arange(64) % 2 == 0, -torch.inf)
+
+
+def test_the_damage_of_masked_logits_is_that_of_the_others() -> None:
+    source, x = Masked().eval(), noise(5, 64)
+    result = Quantizer().fit(x).apply(source)
+    ours, theirs = result.model(x)[:, 1::2], source(x)[:, 1::2]
+    assert result.report.output_sqnr_db == pytest.approx(
+        sqnr_db(theirs.detach(), ours.detach()), abs=1e-3
+    )
+    assert not any("finite" in line for line in result.report.warnings)

@@ -137,7 +137,7 @@ def _add_grid(grid: _ArgumentGroup) -> None:
     grid.add_argument(
         "--dynamic",
         action="store_true",
-        help="8 bits, without data; activations stay float until that is built",
+        help="8 bits, without data: inputs of layers are quantized as they come",
     )
     symmetry = grid.add_mutually_exclusive_group()
     symmetry.add_argument(

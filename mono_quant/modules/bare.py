@@ -29,7 +29,7 @@ def tree_of(tensors: Mapping[str, Tensor]) -> BareModule:
     Tensors are shared, never copied; floating ones become parameters, so that tied tensors stay
     tied.
     """
-    root = BareModule()
+    root, plain = BareModule(), BareModule()
     parameters: dict[tuple[object, ...], nn.Parameter] = {}
     for key, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -37,7 +37,7 @@ def tree_of(tensors: Mapping[str, Tensor]) -> BareModule:
         *path, name = key.split(".")
         if not all([*path, name]):
             raise InputError(f"{key!r} is no name in a state dict")
-        if taken := [part for part in (*path, name) if hasattr(BareModule, part)]:
+        if taken := [part for part in (*path, name) if hasattr(plain, part)]:
             raise InputError(
                 f"{key!r} cannot be a name in a module, whose {taken[0]!r} is something else; "
                 "rename it"

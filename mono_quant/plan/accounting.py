@@ -67,7 +67,7 @@ def _float_row(
 ) -> LayerReport:
     count = sum(parameter.numel() for parameter in parameters)
     size = sum(map(tensor_bytes, parameters))
-    has_matrix = any(parameter.dim() > 1 for parameter in parameters)
+    has_matrix = bool(layer) and any(parameter.dim() > 1 for parameter in parameters)
     return LayerReport(name, layer, (), count, size, size, reason=reason, has_matrix=has_matrix)
 
 

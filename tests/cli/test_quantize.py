@@ -239,3 +239,19 @@ def test_every_module_of_the_output_that_can_be_is_quantized(
     assert monoquant("quantize", "--factory", TIED, "--bits", 8, "-o", "s.pt").code == 0
     loaded = load_model("s.pt", Tied())
     assert sum(isinstance(module, QuantizedModule) for module in loaded.modules()) == 2
+
+
+def test_samples_without_data_are_refused(folder: Path, monoquant: Monoquant) -> None:
+    for count in (0, 10):
+        done = monoquant("quantize", "model.pt", "--samples", count, "-o", "s.pt")
+        assert done.code == 2
+        assert "--samples" in done.complaint or "samples" in done.complaint
+    assert not (folder / "s.pt").exists()
+
+
+def test_a_plan_refuses_an_output_that_could_not_be_written(
+    folder: Path, monoquant: Monoquant
+) -> None:
+    assert monoquant("quantize", "model.pt", "--plan", "-o", "s.xyz").code == 2
+    assert monoquant("quantize", "model.pt", "--plan", "-o", "nosuch/s.pt").code == 3
+    assert monoquant("quantize", "model.pt", "--plan", "-o", "s.pt").code == 0

@@ -1,14 +1,19 @@
-"""Every snippet of README.md and docs/ runs: Python, doctests and the console script."""
+"""Every snippet of README.md and docs/ runs, and prints what the page says that it prints.
+
+A ``text`` block right after a ``python`` or ``console`` block is the output of it. In such a block
+``...`` stands for whatever differs from machine to machine, as in doctests.
+"""
 
 from __future__ import annotations
 
 import doctest
+import io
 import re
 import shlex
 import subprocess
 import sysconfig
 from collections.abc import Iterator
-from io import StringIO
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import attrs
@@ -46,14 +51,25 @@ def snippets(text: str, line: int = 1) -> Iterator[Snippet]:
 def run_doctest(snippet: Snippet, namespace: dict[str, object], name: str) -> None:
     parser = doctest.DocTestParser()
     test = parser.get_doctest(snippet.text, namespace, name, name, snippet.line - 1)
-    printed = StringIO()
+    printed = io.StringIO()
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     if runner.run(test, out=printed.write, clear_globs=False).failed:
         pytest.fail(printed.getvalue(), pytrace=False)
     namespace.update(test.globs)
 
 
-def run_console(snippet: Snippet) -> None:
+def run_python(snippet: Snippet, namespace: dict[str, object], page: Path) -> str:
+    """Run a block and return what it prints."""
+    padded = "\n" * (snippet.line - 1) + snippet.text
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        exec(compile(padded, page, "exec"), namespace)
+    return printed.getvalue()
+
+
+def run_console(snippet: Snippet) -> str:
+    """Run the commands of a block and return what they print, one after the other."""
+    printed = ""
     for line in snippet.text.replace("\\\n", " ").splitlines():
         if line.startswith("$ monoquant"):
             _, *arguments = shlex.split(line.removeprefix("$ "))
@@ -62,24 +78,52 @@ def run_console(snippet: Snippet) -> None:
                 [program, *arguments], check=False, capture_output=True, text=True
             )
             assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+            printed += done.stdout
+    return printed
+
+
+def as_lines(text: str) -> str:
+    """Return a text without whitespace at the ends of its lines, and blank ones around it."""
+    return "\n".join(line.rstrip() for line in text.strip("\n").splitlines()) + "\n"
+
+
+def assert_printed(said: Snippet, printed: str, name: str) -> None:
+    """Assert that a block prints what the page says, where ``...`` stands for anything."""
+    example = doctest.Example("", as_lines(said.text))
+    found, checker = as_lines(printed), doctest.OutputChecker()
+    if not checker.check_output(example.want, found, doctest.ELLIPSIS):
+        flags = doctest.ELLIPSIS | doctest.REPORT_NDIFF
+        difference = checker.output_difference(example, found, flags)
+        pytest.fail(f"{name}:{said.line}: {difference}", pytrace=False)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_snippet_of_the_page_runs(
+def test_every_snippet_of_the_page_runs_and_prints_what_it_says(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     name = str(page.relative_to(ROOT))
     namespace: dict[str, object] = {"__name__": "__main__"}
+    printed: str | None = None  # by the block just before
     for snippet in snippets(page.read_text(encoding="utf-8")):
+        before, printed = printed, None
         match snippet.info:
             case "python":
-                padded = "\n" * (snippet.line - 1) + snippet.text
-                exec(compile(padded, page, "exec"), namespace)
+                printed = run_python(snippet, namespace, page)
             case "pycon":
                 run_doctest(snippet, namespace, name)
             case "console":
-                run_console(snippet)
+                printed = run_console(snippet)
+            case "text" if before is not None and not COMMAND.search(snippet.text):
+                assert_printed(snippet, before, name)
             case info:
                 shown = LOOKS_RUN.search(info) or COMMAND.search(snippet.text)
                 assert not shown, f"{name}:{snippet.line}: a `{info}` block is never run"
+
+
+def test_three_dots_stand_for_anything_and_nothing_else_does() -> None:
+    said = Snippet("text", "peak memory: ... MB  \nvalid\n", 1)
+    assert_printed(said, "peak memory: 2.3 MB\nvalid\n\n", "page")
+    for other in ("peak memory: 2.3 MB\n", "peak memory: 2.3 MB\n invalid\n", ""):
+        with pytest.raises(pytest.fail.Exception, match="page:1"):
+            assert_printed(said, other, "page")

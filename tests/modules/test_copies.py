@@ -178,3 +178,18 @@ def test_hooks_and_attributes_of_the_layer_are_kept() -> None:
     model(torch.randn(1, 64))
     assert calls == ["hook"]
     assert vars(model)["remark"] == "the first"
+
+
+def test_scales_that_had_to_be_wider_survive_a_state_dict() -> None:
+    """Their dtype goes with them: in float16 these scales are zero."""
+    small, usual = nn.Linear(64, 64), nn.Linear(64, 64)
+    with torch.no_grad():
+        small.weight *= 1e-7
+    model, other = TAUGHT.apply(small).model, TAUGHT.apply(usual).model
+    other.load_state_dict(model.state_dict())
+    assert same_tensors(other, model)
+    assert isinstance(other, QuantizedLayer)
+    weight = other.packed_weights()["weight"].dequantize()
+    assert float(weight.abs().max()) == pytest.approx(
+        float(small.weight.detach().abs().max()), rel=1e-2
+    )

@@ -93,3 +93,12 @@ def test_tied_weights_are_exported_once() -> None:
     codes = [tensor for name, tensor in program.state_dict.items() if name.endswith("codes")]
     assert len({tensor.data_ptr() for tensor in codes}) == 2
     assert same_bits(program.module()(torch.arange(64)), result.model(torch.arange(64)))
+
+
+def test_a_model_that_is_run_by_a_function_needs_an_example_of_its_arguments() -> None:
+    source, x = nn.Sequential(nn.Linear(64, 8)).eval(), torch.randn(3, 64)
+    quantizer = Quantizer().fit({"rows": x}, forward=lambda model, batch: model(x))
+    result = quantizer.apply(source)
+    with pytest.raises(InputError, match=r"fit\(forward=\.\.\.\).*export\(example\)"):
+        result.export()
+    assert same_bits(result.export(x).module()(x), result.model(x))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mono_quant import InputError, MonoQuantError, QuantizedLayer, Quantizer
+from mono_quant import InputError, LinearLikeQuantizer, MonoQuantError, QuantizedLayer, Quantizer
 from tests.helpers import same_bits, same_tensors
 
 
@@ -155,3 +155,26 @@ def test_a_model_without_layers_comes_back_as_it_is() -> None:
     result = Quantizer().apply(source)
     assert same_tensors(result.model, source)
     assert "no weight is quantized by this" in result.report.notes
+
+
+def test_a_model_of_inference_tensors_is_refused_with_what_to_do() -> None:
+    with torch.inference_mode():
+        model = net()
+    with pytest.raises(InputError, match=r"0\.weight was made under torch\.inference_mode\(\)"):
+        Quantizer().apply(model)
+
+
+class Vector(nn.Module):
+    """Has a weight of one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_layer_like_a_product_without_a_matrix_stays_float(transposed: bool) -> None:
+    quantizer = Quantizer().layer(LinearLikeQuantizer(f"{__name__}.Vector", transposed=transposed))
+    [row] = quantizer.plan(nn.Sequential(Vector())).outline.report.layers
+    assert row.reason is not None
+    assert "has no two-dimensional parameter named weight" in row.reason

@@ -191,3 +191,22 @@ def test_in_place_a_transform_changes_the_model_itself() -> None:
     assert result.model is model
     assert same_tensors(result.model, copied.model)
     assert result.report == copied.report
+
+
+def test_in_place_a_cast_that_does_not_fit_is_refused_before_anything_is_changed() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    with torch.no_grad():
+        weight_of(model, "1")[0, 0] = 1e6
+    before = copy.deepcopy(model)
+    with pytest.raises(InputError, match=r"1\.weight cannot be quantized: .*float16"):
+        Quantizer().bits(16).apply_(model, progress=False)
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+    assert same_tensors(model, before)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_plan_that_was_carried_out_in_place_is_spent(again: bool) -> None:
+    plan = Quantizer().plan(nn.Sequential(nn.Linear(64, 64)))
+    plan.run(in_place=True, progress=False)
+    with pytest.raises(InputError, match=r"'0' is quantized already.*make another with plan"):
+        plan.run(in_place=again, progress=False)

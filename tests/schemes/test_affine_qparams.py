@@ -132,3 +132,16 @@ def test_a_stored_scale_is_as_close_as_its_dtype_allows_or_within_an_eighth_of_a
     drift = (scale_of(stored).to(torch.float64) - exact).abs()
     allowed = max(torch.finfo(scale_of(stored).dtype).eps, 1 / 8 / (2**scheme.bits - 1))
     assert (drift <= exact * allowed * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_in_bfloat16_are_stored_so_at_every_width(bits: int, symmetric: bool) -> None:
+    scheme = Affine(bits, symmetric, scale_dtype=torch.bfloat16)
+    x = noise(1, 64, 64)
+    q = scheme.quantize(x, qparams_of(scheme, x))
+    assert scale_of(q.qparams).dtype == torch.bfloat16
+    assert "scales are" not in (scheme.remark(q) or "")
+    layout = Layout.grouped((64, 64))
+    packed = PackedTensor.pack(q, scheme, layout, torch.float32)
+    assert packed.nbytes == scheme.nbytes((1, 64, 64))

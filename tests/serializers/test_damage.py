@@ -1,5 +1,6 @@
 """Files that are cut, changed or foreign give an error that names them, and run no code."""
 
+import json
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -272,3 +273,32 @@ def test_every_error_of_a_file_is_one_of_ours() -> None:
     assert issubclass(FormatVersionError, CheckpointError)
     assert issubclass(CheckpointError, MonoQuantError)
     assert issubclass(CheckpointError, ValueError)
+
+
+def edited_header(path: Path, name: str, dtype: str) -> None:
+    """Change the dtype of a tensor in the header of a safetensors file, and nothing else."""
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header[name]["dtype"] = dtype
+    text = json.dumps(header, separators=(",", ":")).encode()
+    assert len(text) <= size
+    path.write_bytes(content[:8] + text.ljust(size) + content[8 + size :])
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("0.weight.scale", "BF16"), ("1.running_mean", "I32")])
+def test_a_changed_dtype_of_as_many_bytes_is_refused(name: str, dtype: str, tmp_path: Path) -> None:
+    path = Quantizer().apply(small()).save(tmp_path / "model.safetensors")
+    edited_header(path, name, dtype)
+    with pytest.raises(CorruptCheckpointError, match=f"tensor '{name}' was changed"):
+        load_model(path, small())
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_changed_shape_of_as_many_values_is_refused(suffix: str, tmp_path: Path) -> None:
+    path = Quantizer().apply(small()).save(tmp_path / f"model{suffix}")
+    texts, tensors = read(path)
+    tensors["1.running_mean"] = tensors["1.running_mean"].reshape(4, 4)
+    write(path, texts, tensors)
+    with pytest.raises(CorruptCheckpointError, match=r"'1\.running_mean' was changed"):
+        load_model(path)

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from mono_quant import (
     CheckpointError,
+    InputError,
     MonoQuantError,
     Quantizer,
     UnknownKindError,
     UnsupportedLayerError,
     load_model,
 )
-from tests.helpers import TiedModel, same_tensors
+from tests.helpers import TiedModel, noise, same_bits, same_tensors
 from tests.serializers.files import SUFFIXES, Header, assert_same, forge, small
 
 Change = Callable[[nn.Sequential], object]
@@ -207,3 +208,47 @@ def test_a_model_with_extra_state_is_refused_at_saving(suffix: str, tmp_path: Pa
     with pytest.raises(CheckpointError, match=r"1 keeps extra state beside its tensors"):
         result.save(tmp_path / f"model{suffix}")
     assert not list(tmp_path.iterdir())
+
+
+def test_two_layers_of_a_file_do_not_go_into_one_module(tmp_path: Path) -> None:
+    source = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    path = Quantizer().apply(source).save(tmp_path / "model.safetensors")
+    layer = nn.Linear(64, 64)
+    skeleton = nn.Sequential(layer, nn.ReLU(), layer)
+    with pytest.raises(CheckpointError, match="'2' and '0' are one module in the model and two"):
+        load_model(path, skeleton)
+
+
+class Caching(nn.Module):
+    """Registers a buffer when it is run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "cache"):
+            self.register_buffer("cache", torch.ones(64), persistent=False)
+        found: Tensor = self.layer(x) * self.get_buffer("cache")
+        return found
+
+
+@pytest.mark.parametrize("run_before", [False, True])
+def test_a_buffer_that_the_forward_makes_is_no_part_of_the_model(
+    run_before: bool, tmp_path: Path
+) -> None:
+    source, x = Caching(), noise(3, 64)
+    if run_before:
+        source(x)
+    result = Quantizer().fit(x).apply(source)
+    assert hasattr(source, "cache") is run_before
+    assert result.validate()
+    loaded = load_model(result.save(tmp_path / "model.safetensors"), Caching)
+    assert same_bits(loaded(x), result.model(x))
+
+
+@pytest.mark.parametrize("made", [3, None, "model.pt", nn.Linear])
+def test_a_factory_that_returns_no_module_is_refused(made: object, tmp_path: Path) -> None:
+    path = Quantizer().apply(nn.Linear(64, 64)).save(tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"the factory returned a .*, where a module was meant"):
+        load_model(path, lambda: made)  # type: ignore[type-var]  # the point

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mono_quant import FoldBatchNorm
-from mono_quant.transforms import Nonlinearity, FollowingActivation, activations, trace
+from mono_quant.transforms import FollowingActivation, Nonlinearity, activations, trace
 from tests.transforms.models import Branching, ResNet, TwoConsumers, lived_in
 
 MODULES: list[tuple[nn.Module, Nonlinearity]] = [

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mono_quant.transforms import Nonlinearity, Chain, trace
+from mono_quant.transforms import Chain, Nonlinearity, trace
 from tests.helpers import noise
 from tests.transforms.models import Branching, Optional, Pair, ResNet
 
