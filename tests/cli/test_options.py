@@ -132,7 +132,7 @@ def test_an_imported_module_brings_its_kinds(folder: Path, monoquant: Monoquant)
         (["--scheme", "affine:bit=4"], "Affine has no field bit; it has bits"),
         (["--scheme", "{"], "is not JSON"),
         (["--scheme", "affine:4"], "'4' is not name=value"),
-        (["--observer", "median"], "there is no observer 'median'; there is minmax, mse"),
+        (["--observer", "median"], "there is no observer 'median'; there is auto, entropy"),
         (["--observer", "affine"], "'affine' is a Affine, which is no observer"),
         (["--observer", "mse:steps=1"], "a search has 2 steps or more, not 1"),
         (["--rounding", "up"], "no Rounding of kind 'up': there is round_to_nearest"),
