@@ -6,6 +6,7 @@ from typing import Generic
 import attrs
 from torch import nn
 
+from mono_quant.base import Container
 from mono_quant.calibration import (
     CalibrationData,
     Gathered,
@@ -16,7 +17,7 @@ from mono_quant.calibration import (
     gather,
     positional_arguments,
 )
-from mono_quant.checkpoint import ModelT, adapt_containers, copy_structure
+from mono_quant.checkpoint import ModelT, adapt_containers, calling, copy_structure
 from mono_quant.layers import BUILT_IN_CONTAINERS
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.plan.request import Request, WeightPlan
@@ -74,9 +75,10 @@ class Plan(Generic[ModelT]):
         work = self._model if in_place else copy_structure(self._model)
         for transform in request.transforms:
             transform.apply(work)
-        statistics = _gather(work, todo, data, label)
+        containers = (*request.containers, *BUILT_IN_CONTAINERS)
+        statistics = _gather(work, todo, containers, data, label)
         rows = quantize_weights(work, todo, statistics, label)
-        adapt_containers(work, (*request.containers, *BUILT_IN_CONTAINERS))
+        adapt_containers(work, containers)
         error, samples, notes = SquaredError(), 0, self.outline.report.notes
         if data is not None:
             floats = kept if in_place else data.outputs(self._model)
@@ -101,7 +103,11 @@ class Plan(Generic[ModelT]):
 
 
 def _gather(
-    work: nn.Module, todo: Iterable[WeightPlan], data: CalibrationData | None, label: str | None
+    work: nn.Module,
+    todo: Iterable[WeightPlan],
+    containers: Iterable[Container],
+    data: CalibrationData | None,
+    label: str | None,
 ) -> Mapping[tuple[str, str], Gathered]:
     """Return what roundings and ranges of activations need, from one pass over the data."""
     wanted: dict[str, Wanted] = {}
@@ -120,7 +126,8 @@ def _gather(
             )
     if not wanted or data is None:
         return {}
-    return gather(work, wanted, data, label and "calibrating")
+    with calling(work, containers, wanted):
+        return gather(work, wanted, data, label and "calibrating")
 
 
 def left_out(model: nn.Module, data: CalibrationData) -> list[str]:
