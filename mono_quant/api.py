@@ -7,9 +7,16 @@ from typing import cast, overload
 
 from torch import Tensor, nn
 
-from mono_quant.base import LayerQuantizer, QuantizedModule, RangeEstimator, Serializer
+from mono_quant.base import LayerQuantizer, RangeEstimator, Serializer
 from mono_quant.calibration import CalibrationData, Forward
-from mono_quant.checkpoint import ModelT, copy_structure, dequantized, rebuild, to_checkpoint
+from mono_quant.checkpoint import (
+    ModelT,
+    check_quantized,
+    copy_structure,
+    dequantized,
+    rebuild,
+    to_checkpoint,
+)
 from mono_quant.configurable import Kinds, Scalar, find_kind, registered
 from mono_quant.errors import ConfigurationError, InputError, UnknownKindError
 from mono_quant.modules import BareModule
@@ -118,27 +125,22 @@ def quantize(
 
 
 def dynamic_quantize(model: ModelT) -> QuantizationResult[ModelT]:
-    """Return the model at 8 bits, activations quantized on the fly.
-
-    Until activations are built: weights only, and the report says so.
-    """
+    """Return the model at 8 bits, the inputs of its layers quantized on the fly, row by row."""
     return quantize(model, 8, dynamic=True)
 
 
 def static_quantize(
     model: ModelT, data: object, *, samples: int = 150, forward: Forward | None = None
 ) -> QuantizationResult[ModelT]:
-    """Return the model at 8 bits, activations quantized on ranges calibrated on `data`.
-
-    Until activations are built: weights only, measured on the data, and the report says so.
-    """
+    """Return the model at 8 bits, the inputs of its layers quantized on ranges of `data`."""
+    if data is None:
+        raise InputError("static_quantize calibrates on data, and None was given")
     return quantize(model, 8, data=data, samples=samples, forward=forward)
 
 
 def dequantize_model(model: ModelT) -> ModelT:
     """Return a float copy of a quantized model, its weights on the grid."""
-    if not any(isinstance(module, QuantizedModule) for module in model.modules()):
-        raise InputError(f"{type(model).__name__} has no quantized layer")
+    check_quantized(model)
     return dequantized(copy_structure(model))
 
 
@@ -147,6 +149,7 @@ def save_model(model: nn.Module, path: Path_, *, serializer: Serializer | None =
 
     `QuantizationResult.save` also writes the quantizer's configuration and the report's figures.
     """
+    check_quantized(model)
     path = Path(path)
     (serializer or serializer_for(path)).save(to_checkpoint(model), path)
     return path
@@ -201,7 +204,10 @@ def load_model(
     if isinstance(model, nn.Module):
         skeleton = cast("ModelT", model)  # mypy keeps "a module that is also a factory" in mind
         return rebuild(skeleton, checkpoint, layers=layers, kinds=kinds)
-    return rebuild(model(), checkpoint, layers=layers, kinds=kinds)
+    made = model()
+    if not isinstance(made, nn.Module):
+        raise InputError(f"the factory returned a {type(made).__name__}, where a module was meant")
+    return rebuild(made, checkpoint, layers=layers, kinds=kinds)
 
 
 def validate_quantization(model: nn.Module, example: object = None) -> Validation:

@@ -51,15 +51,15 @@ class CalibrationData:
     ) -> "CalibrationData":
         """Return `data` as batches; nothing runs.
 
-        A tensor or a mapping is one batch, a `Dataset` is batched by 32, and anything else is gone
-        through: a `DataLoader`, a list of batches.
+        A tensor, a mapping or a tuple is one batch, a `Dataset` is batched by 32, and anything else
+        is gone through: a `DataLoader`, a list of batches.
 
         Raises:
             InputError: it cannot be gone through twice, is empty, or is nothing of the kind.
         """
-        if samples < 1:
+        if type(samples) is not int or samples < 1:
             raise InputError(f"samples is 1 or more, not {samples}")
-        if isinstance(data, Tensor | Mapping):
+        if isinstance(data, Tensor | Mapping) or (isinstance(data, tuple) and data):
             return cls([data], samples, forward)
         if isinstance(data, Dataset):
             loader: DataLoader[object] = DataLoader(data, batch_size=DATASET_BATCH)
@@ -134,7 +134,9 @@ class CalibrationData:
 
     def _run(self, model: nn.Module, batch: object, place: int) -> list[Tensor]:
         if any(bool(x.isnan().any()) for x in tensors_in(batch) if x.is_floating_point()):
-            raise CalibrationError(f"batch {place} of the data holds NaN")
+            raise CalibrationError(
+                f"batch {place} of the data holds NaN: leave it out of fit(data)"
+            )
         try:
             output = self.call(model, batch)
         except CalibrationError as error:
@@ -148,7 +150,10 @@ class CalibrationData:
             ) from error
         found = [x.detach() for x in tensors_in(output) if x.is_floating_point()]
         if not found:
-            raise CalibrationError(f"{type(model).__name__} returned no floating tensor")
+            raise CalibrationError(
+                f"{type(model).__name__} returned no floating tensor to measure; return one with "
+                "fit(data, forward=lambda model, batch: ...)"
+            )
         return found
 
 
@@ -196,10 +201,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     A forward may count its calls or cache what it saw, and running it is no change of the model.
     """
     modes = {module: module.training for module in model.modules()}
-    held = [
-        (module, name, buffer, buffer.clone() if buffer is not None else None)
+    known = {
+        module: tuple(module._buffers)
         for module in modes
         if not isinstance(module, QuantizedWeight | QuantizedInput | torch.jit.ScriptModule)
+    }
+    held = [
+        (module, name, buffer, buffer.clone() if buffer is not None else None)
+        for module in known
         for name, buffer in module._buffers.items()
     ]
     try:
@@ -208,6 +217,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+        for module, names in known.items():
+            for name in [name for name in module._buffers if name not in names]:
+                del module._buffers[name]  # made by the forward
         for module, name, buffer, before in held:
             module._buffers[name] = buffer
             if buffer is not None and before is not None and not torch.equal(buffer, before):
@@ -251,9 +263,17 @@ def compare(references: Iterable[list[Tensor]], others: Iterable[list[Tensor]]) 
     for reference, other in zip(references, others, strict=True):
         if [x.shape for x in reference] != [x.shape for x in other]:
             raise CalibrationError("the quantized model's outputs differ in number or shape")
-        pairs = zip(reference, other, strict=True)
+        pairs = [_without_equal_infinities(x, y) for x, y in zip(reference, other, strict=True)]
         total = SquaredError.total([total, *(SquaredError.between(x, y) for x, y in pairs)])
     return total
+
+
+def _without_equal_infinities(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both with zeros where both hold the same infinity, as masked logits do."""
+    if all_finite(one):
+        return one, other
+    same = (one == other) & one.isinf()
+    return one.masked_fill(same, 0), other.masked_fill(same, 0)
 
 
 @attrs.frozen(eq=False)

@@ -1,9 +1,10 @@
 """Between a quantized model and its checkpoint, and back into a float skeleton."""
 
 import copy
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import attrs
 import torch
@@ -39,6 +40,12 @@ def copy_structure(model: ModelT, device: torch.device | None = None) -> ModelT:
     Raises:
         InputError: the model cannot be copied.
     """
+    for path, module in model.named_modules():
+        if inspect.isfunction(vars(module).get("forward")):
+            raise InputError(
+                f"the forward of {path or 'the model'} was replaced on the object by a function, "
+                "which a copy would share with the source; quantize it in place with apply_"
+            )
     memo: dict[int, object] = {}
     for parameter in model.parameters():
         data = parameter.detach()
@@ -152,11 +159,17 @@ def rebuild(
     for path, found in makers.items():
         layer = skeleton.get_submodule(path)
         if isinstance(layer, QuantizedModule):
-            replaced[path] = layer  # one module under two names
+            first = next(name for name, module in replaced.items() if module is layer)
+            for name in found.weights:
+                if not _tied(checkpoint, f"{path}.{name}", f"{first}.{name}"):
+                    raise CheckpointError(
+                        f"{path!r} and {first!r} are one module in the model and two in the file"
+                    )
+            replaced[path] = layer
             continue
         module = found.maker.replace(layer, found.weights, found.activations)
         module.made_by = found.maker
-        put(skeleton, layer, module)
+        skeleton = put(skeleton, layer, module)
         replaced[path] = module
     for alias, first in checkpoint.ties.items():
         if alias in checkpoint.records:
@@ -167,14 +180,21 @@ def rebuild(
     return skeleton
 
 
-def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `model` has `old` as a child; nothing to do where they are one object."""
+def _tied(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    return checkpoint.ties.get(one, one) == checkpoint.ties.get(other, other)
+
+
+def put(model: ModelT, old: nn.Module, new: nn.Module) -> ModelT:
+    """Put `new` wherever `model` has `old`, and return the model: `new` itself, if it was `old`."""
     if old is new:
-        return
+        return model
+    if model is old:
+        return cast("ModelT", new)  # a layer quantizer answers for the class
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children leaves out repetitions
             if child is old:
                 setattr(parent, name, new)
+    return model
 
 
 def adapt_containers(model: nn.Module, containers: Iterable[Container]) -> None:
@@ -223,7 +243,7 @@ def dequantized(model: ModelT) -> ModelT:
             for name, packed in module.packed_weights().items()
         }
         layer = module.dequantize()
-        put(model, module, layer)
+        model = put(model, module, layer)
         for name, key in keys.items():
             parameter = layer.get_parameter(name)
             layer.register_parameter(name, floats.setdefault(key, parameter))
@@ -245,12 +265,29 @@ def check_supported(model: nn.Module) -> None:
     if hasattr(model, "_orig_mod"):
         raise InputError("the model is compiled; quantize model._orig_mod and compile the result")
     for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise InputError(
+                f"{name} was made under torch.inference_mode(), where nothing can be changed; "
+                "make or load the model outside of it"
+            )
         if is_lazy(parameter):
             raise InputError(
                 f"{name} is lazy and has no values yet; run the model once on an example first"
             )
         if parameter.is_meta:
             raise InputError(f"{name} is on the meta device and has no values; load them first")
+
+
+def check_quantized(model: nn.Module) -> None:
+    """Refuse a model without a quantized layer.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not any(isinstance(module, QuantizedModule) for module in model.modules()):
+        raise InputError(
+            f"{type(model).__name__} has no quantized layer; make some with quantize(model)"
+        )
 
 
 def _maker(path: str, module: QuantizedModule) -> LayerQuantizer:
@@ -337,9 +374,11 @@ def _check_fit(skeleton: nn.Module, checkpoint: Checkpoint) -> None:
     present = {*checkpoint.tensors, *checkpoint.records}
     if missing := sorted(set(expected) - present):
         raise CheckpointError(f"the model has {_few(missing)}, which the file lacks")
-    if extra := sorted(set(checkpoint.tensors) - set(expected)):
+    if extra := sorted(set(checkpoint.tensors) - set(expected) - checkpoint.transient):
         raise CheckpointError(f"the file has {_few(extra)}, which the model lacks")
     for key, tensor in checkpoint.tensors.items():
+        if key not in expected:
+            continue  # a transient buffer that the forward makes anew
         old = expected[key]
         parameter = isinstance(old, nn.Parameter) and old.is_floating_point()
         if parameter and not tensor.is_floating_point():

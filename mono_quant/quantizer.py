@@ -260,6 +260,9 @@ class Quantizer:
 
     def transform(self, *transforms: Transform) -> Self:
         """Change the float model first, in this order, on the working copy. **Adds**."""
+        for transform in transforms:
+            if not isinstance(transform, Transform):
+                raise ConfigurationError(f"transform(...) takes instances, not {transform!r}")
         return self._asking(
             attrs.evolve(self._request, transforms=(*self._request.transforms, *transforms))
         )
@@ -433,23 +436,25 @@ _STRATEGIES = ("layers", "containers", "transforms")
 def _granularity(granularity: Granularity | str) -> Granularity:
     if isinstance(granularity, Granularity):
         return granularity
-    if granularity not in _GRANULARITIES:
+    found = _GRANULARITIES.get(str(granularity))
+    if found is None:
         raise ConfigurationError(
             f"granularity is {', '.join(map(repr, _GRANULARITIES))} or a Granularity, "
             f"not {granularity!r}"
         )
-    return _GRANULARITIES[granularity]
+    return found
 
 
 def _activation_granularity(granularity: Granularity | str) -> Granularity:
     if isinstance(granularity, Granularity):
         return granularity
-    if granularity not in _ACTIVATION_GRANULARITIES:
+    found = _ACTIVATION_GRANULARITIES.get(str(granularity))
+    if found is None:
         raise ConfigurationError(
             f"the granularity of activations is "
             f"{' or '.join(map(repr, _ACTIVATION_GRANULARITIES))}, not {granularity!r}"
         )
-    return _ACTIVATION_GRANULARITIES[granularity]
+    return found
 
 
 def _said(settings: Settings) -> list[tuple[str, object]]:

@@ -14,6 +14,7 @@ from mono_quant.base import Activation, Checkpoint, LayerQuantizer, PackedTensor
 from mono_quant.calibration import CalibrationData, evaluating, positional_arguments
 from mono_quant.checkpoint import (
     ModelT,
+    check_quantized,
     copy_structure,
     dequantized,
     kinds_in,
@@ -141,6 +142,11 @@ class QuantizationResult(Generic[ModelT]):
         data = self._example(example)
         if data is None:
             raise InputError("export needs an example: export(example)")
+        if data.forward is not None and example is None:
+            raise InputError(
+                "the data is run by fit(forward=...), and export traces the model's own forward: "
+                "give its arguments, export(example)"
+            )
         batch = data.first()
         args: tuple[object, ...] = ()
         kwargs: dict[str, object] = {}
@@ -172,7 +178,11 @@ def validate(
     """Return what saving, reloading and running a quantized model shows; see `Validation`.
 
     With a path, the file there is taken for the saved model.
+
+    Raises:
+        InputError: nothing of the model is quantized.
     """
+    check_quantized(model)
     checks: list[tuple[str, str]] = []
     try:
         saved, kinds = to_checkpoint(model), kinds_in(model)
@@ -199,13 +209,24 @@ def validate(
         why = "a state dict has no forward" if bare else "no example: validate(example=...)"
         return Validation("reloaded, not run", (*checks, ("run", why)))
     one = CalibrationData([example.first()], 1, example.forward)
-    ours, theirs = (next(one.outputs(which)) for which in (model, fresh))
-    if not all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True)):
+    ours, theirs = (_seeded_outputs(one, which) for which in (model, fresh))
+    if not all(_same_tensor(x, y) for x, y in zip(ours, theirs, strict=True)):
         return Validation("failed", (*checks, ("run", "the reloaded model's output differs")))
-    if not all(bool(torch.isfinite(x).all()) for x in ours):
-        return Validation("failed", (*checks, ("run", "the output is not finite")))
     count = sum(x.numel() for x in ours)
-    return Validation("valid", (*checks, ("run", f"{count} output values, equal to the bit")))
+    finite = sum(int(torch.isfinite(x).sum()) for x in ours)
+    if count and not finite:
+        return Validation("failed", (*checks, ("run", "no value of the output is finite")))
+    seen = f"{count} output values, equal to the bit"
+    if finite < count:
+        seen += f", {count - finite} of them not finite"
+    return Validation("valid", (*checks, ("run", seen)))
+
+
+def _seeded_outputs(data: CalibrationData, model: nn.Module) -> list[Tensor]:
+    """Return the outputs for the first batch, the same random numbers given to every model."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return next(data.outputs(model))
 
 
 def _first_able(checkpoint: Checkpoint) -> Serializer:

@@ -115,11 +115,15 @@ class Settings:
     activation_observer: RangeEstimator | None = None
 
     def __attrs_post_init__(self) -> None:
-        """Refuse settings that contradict each other.
+        """Refuse what is no setting, and settings that contradict each other.
 
         Raises:
-            ConfigurationError: naming the two and the call that says both.
+            ConfigurationError: naming what was expected, or the two and the call that says both.
         """
+        for name, (expected, call) in _EXPECTED.items():
+            value: object = getattr(self, name)
+            if value is not None and not isinstance(value, expected):
+                raise ConfigurationError(f"{call} takes an instance, not {value!r}")
         parts = {
             "bits": self.bits,
             "symmetric": self.symmetric,
@@ -138,6 +142,13 @@ class Settings:
         quantized = self.activations is not None and self.activations.mode is not None
         if self.bits == 16 and quantized:
             raise ConfigurationError("bits(16) is a cast: its activations cannot be quantized")
+        if self.scheme is None and self.bits != 16:  # which refuses what no grid can have
+            symmetric, dtype = self.symmetric, self.scale_dtype
+            Affine(
+                self.bits or DEFAULT_BITS,
+                True if symmetric is None else symmetric,
+                scale_dtype=dtype or torch.float16,
+            )
         watcher = self.activation_observer
         if watcher is not None and not isinstance(watcher, Observer):
             raise ConfigurationError(
@@ -253,6 +264,14 @@ class Settings:
         return Affine(self.width, symmetric, granularity, self.scale_dtype or torch.float16)
 
 
+_EXPECTED: Mapping[str, tuple[type, str]] = {
+    "granularity": (Granularity, "granularity(PerChannel())"),
+    "scheme": (Scheme, "scheme(Affine(4))"),
+    "observer": (RangeEstimator, "observer(MinMax())"),
+    "rounding": (Rounding, "rounding(RoundToNearest())"),
+    "activations": (Activations, 'activations("dynamic")'),
+    "activation_observer": (RangeEstimator, "observer(activations=MinMax())"),
+}
 _MODES = ("dynamic", "static", None)
 _WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
 

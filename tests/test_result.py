@@ -358,7 +358,7 @@ def test_tied_tensors_of_a_state_dict_are_one(tmp_path: Path) -> None:
     loaded = load_model(result.save(tmp_path / "model.safetensors"), TiedModel())
     assert isinstance(loaded.embedding, QuantizedLayer)
     assert isinstance(loaded.head, QuantizedLayer)
-    assert loaded.embedding.quantized["weight"] is loaded.head.quantized["weight"]
+    assert loaded.embedding.quantized_weights["weight"] is loaded.head.quantized_weights["weight"]
 
 
 @pytest.mark.parametrize("name", ["", ".weight", "layer..weight", "layer."])

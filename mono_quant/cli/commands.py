@@ -60,7 +60,9 @@ def quantize(given: Namespace) -> Outcome:
     if options.dump_config:
         config = quantizer.to_config()
         return Outcome(_json_text(config), config)
-    output = None if options.dry_run else _checked_output(options.output, model_path(options))
+    output = None
+    if not options.dry_run or options.output is not None:
+        output = _checked_output(options.output, model_path(options))
     model = float_model(options)
     if options.calibration is not None:
         if isinstance(model, Mapping):
@@ -72,9 +74,11 @@ def quantize(given: Namespace) -> Outcome:
         quantizer = quantizer.fit(data.source, samples=data.samples, forward=data.forward)
     elif options.forward is not None:
         raise ConfigurationError("--forward calls the model with --calibration; add that")
+    elif options.samples is not None:
+        raise ConfigurationError("--samples counts those of --calibration; add that")
     plan = quantizer.plan(model)
     del model  # so that --in-place can free the tensors of a bare checkpoint
-    if output is None:
+    if output is None or options.dry_run:
         outline = plan.outline
         return Outcome(
             plan.explain(),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.base import Checkpoint
-from mono_quant.calibration import CalibrationData, Forward, tensors_in
+from mono_quant.calibration import DEFAULT_SAMPLES, CalibrationData, Forward, tensors_in
 from mono_quant.cli.options import ModelOptions, QuantizeOptions
 from mono_quant.errors import ConfigurationError, CorruptCheckpointError, InputError
 from mono_quant.files import fill
@@ -102,7 +102,7 @@ def forward_of(options: ModelOptions) -> Forward | None:
     return forward
 
 
-def data_of(path: Path, options: ModelOptions, samples: int) -> CalibrationData:
+def data_of(path: Path, options: ModelOptions, samples: int | None) -> CalibrationData:
     """Return the batches of a file.
 
     Raises:
@@ -120,7 +120,8 @@ def data_of(path: Path, options: ModelOptions, samples: int) -> CalibrationData:
             f"{path} holds no data: expected a tensor, a dictionary of tensors (one batch of "
             "keyword arguments) or a list of batches"
         )
-    return CalibrationData.bind(data, samples, forward_of(options))
+    count = DEFAULT_SAMPLES if samples is None else samples
+    return CalibrationData.bind(data, count, forward_of(options))
 
 
 def float_model(options: QuantizeOptions) -> nn.Module | Mapping[str, Tensor]:

@@ -38,7 +38,7 @@ class QuantizeOptions(ModelOptions):
     override: list[str]
     dynamic: bool
     calibration: Path | None
-    samples: int
+    samples: int | None
     in_place: bool
     dry_run: bool
     validate: bool
@@ -66,7 +66,7 @@ class CompareOptions(ModelOptions):
     reference: Path
     other: Path
     calibration: Path | None
-    samples: int
+    samples: int | None
 
 
 class DequantizeOptions(ModelOptions):

@@ -288,9 +288,8 @@ def _add_calibration(command: ArgumentParser | _ArgumentGroup) -> None:
     command.add_argument(
         "--samples",
         type=int,
-        default=DEFAULT_SAMPLES,
         metavar="N",
-        help="go on until this many samples were seen (default: %(default)s)",
+        help=f"go on until this many samples were seen (default: {DEFAULT_SAMPLES})",
     )
 
 

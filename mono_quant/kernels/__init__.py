@@ -1,14 +1,19 @@
 """Machine code for quantized products, and the choice among it."""
 
+import torch
+
 from mono_quant.base import Kernel, KernelSpec
 from mono_quant.kernels.reference import Reference
 
 REFERENCE: Kernel = Reference()
 
-
-def select(spec: KernelSpec) -> Kernel:
-    """Return the kernel that runs `spec`: the reference, until faster ones are built."""
-    return REFERENCE
+KERNELS: tuple[Kernel, ...] = (REFERENCE,)
+"""Asked in this order; the last one can do everything."""
 
 
-__all__ = ["REFERENCE", "Reference", "select"]
+def select(spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> Kernel:
+    """Return the first kernel that can do `spec` for inputs of `dtype` on `device`."""
+    return next(kernel for kernel in KERNELS if kernel.supports(spec, device, dtype) is None)
+
+
+__all__ = ["KERNELS", "REFERENCE", "Reference", "select"]

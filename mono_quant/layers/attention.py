@@ -10,7 +10,12 @@ from torch.nn.utils.parametrize import is_parametrized
 from mono_quant.base import Activation, LayerQuantizer, PackedTensor, QuantizedModule, Scheme
 from mono_quant.configurable import register
 from mono_quant.layers.containers import MultiheadAttentionContainer
-from mono_quant.modules import CallingMultiheadAttention, QuantizedMultiheadAttention, convert
+from mono_quant.modules import (
+    CallingMultiheadAttention,
+    QuantizedMultiheadAttention,
+    convert,
+    taken_name,
+)
 from mono_quant.numerics.values import Layout
 
 _INPUTS = ("query", "key", "value")
@@ -39,6 +44,8 @@ class AttentionQuantizer(LayerQuantizer):
             CallingMultiheadAttention.forward,
         ):
             return f"{type(layer).__name__} is a MultiheadAttention with a forward of its own"
+        if reason := taken_name(layer):
+            return reason
         if is_parametrized(layer):
             return "it is parametrized: apply torch.nn.utils.parametrize.remove_parametrizations"
         if any(layer._parameters.get(name) is None for name in self.layouts(layer)):

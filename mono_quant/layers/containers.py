@@ -29,8 +29,11 @@ class MultiheadAttentionContainer(Container):
     def refuse_child(self, module: nn.Module, name: str) -> str | None:
         """Return why the ``out_proj`` of a subclass stays float."""
         plain = type(module) in (nn.MultiheadAttention, CallingMultiheadAttention)
-        if name == "out_proj" and not plain:
-            return f"{type(module).__name__} may read this weight by attribute, as its parent does"
+        if name == "out_proj" and (not plain or "forward" in vars(module)):
+            return (
+                f"{type(module).__name__} is no plain MultiheadAttention, and may read this weight "
+                "by attribute"
+            )
         return None
 
     def adapt(self, module: nn.Module) -> None:

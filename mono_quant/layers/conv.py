@@ -7,7 +7,7 @@ import attrs
 from torch import Tensor, nn
 
 from mono_quant.configurable import register
-from mono_quant.layers.single import SingleWeightQuantizer, first_tensor
+from mono_quant.layers.single import SingleWeightQuantizer, first_tensor, weight_shape
 from mono_quant.modules import (
     QuantizedConv1d,
     QuantizedConv2d,
@@ -39,7 +39,7 @@ class ConvQuantizer(SingleWeightQuantizer):
         """Return ``[groups, out / groups, in / groups * kernel]``."""
         conv = cast("nn.modules.conv._ConvNd", layer)  # `matches` has seen to it
         shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
-        return Layout.grouped(shape, conv.groups)
+        return Layout.grouped(weight_shape(layer, shape), conv.groups)
 
     def inputs(
         self, layer: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
@@ -71,7 +71,7 @@ class ConvTransposeQuantizer(SingleWeightQuantizer):
         """Return ``[groups, out / groups, in / groups * kernel]``."""
         conv = cast("nn.modules.conv._ConvNd", layer)  # `matches` has seen to it
         shape = (conv.in_channels, conv.out_channels // conv.groups, *conv.kernel_size)
-        return Layout.transposed(shape, conv.groups)
+        return Layout.transposed(weight_shape(layer, shape), conv.groups)
 
     def inputs(
         self, layer: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]

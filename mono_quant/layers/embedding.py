@@ -7,7 +7,7 @@ from torch import nn
 
 from mono_quant.base import Scheme
 from mono_quant.configurable import register
-from mono_quant.layers.single import SingleWeightQuantizer
+from mono_quant.layers.single import SingleWeightQuantizer, weight_shape
 from mono_quant.modules import QuantizedEmbedding, QuantizedEmbeddingBag
 from mono_quant.numerics.values import Layout
 
@@ -43,4 +43,4 @@ class EmbeddingQuantizer(SingleWeightQuantizer):
     def layout(self, layer: nn.Module) -> Layout:
         """Return ``[1, num_embeddings, embedding_dim]``."""
         table = cast("nn.Embedding | nn.EmbeddingBag", layer)
-        return Layout.grouped((table.num_embeddings, table.embedding_dim))
+        return Layout.grouped(weight_shape(layer, (table.num_embeddings, table.embedding_dim)))

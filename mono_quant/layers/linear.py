@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mono_quant.base import QuantizedModule, Scheme
 from mono_quant.configurable import register
-from mono_quant.layers.single import SingleWeightQuantizer, first_tensor
+from mono_quant.layers.single import SingleWeightQuantizer, first_tensor, weight_shape
 from mono_quant.modules import QuantizedLayer, QuantizedLinear, QuantizedLinearLike
 from mono_quant.numerics.values import Layout
 
@@ -40,7 +40,7 @@ class LinearQuantizer(SingleWeightQuantizer):
     def layout(self, layer: nn.Module) -> Layout:
         """Return ``[1, out_features, in_features]``."""
         linear = cast("nn.Linear", layer)  # `matches` has seen to it
-        return Layout.grouped((linear.out_features, linear.in_features))
+        return Layout.grouped(weight_shape(layer, (linear.out_features, linear.in_features)))
 
     def inputs(
         self, layer: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
@@ -93,7 +93,8 @@ class LinearLikeQuantizer(SingleWeightQuantizer):
     def layout(self, layer: nn.Module) -> Layout:
         """Return ``[1, out, in]``."""
         shape = tuple(cast("Tensor", layer.weight).shape)
-        return Layout.transposed(shape) if self.transposed else Layout.grouped(shape)
+        matrix = len(shape) == 2  # else it is refused
+        return Layout.transposed(shape) if self.transposed and matrix else Layout.grouped(shape)
 
     def inputs(
         self, layer: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]

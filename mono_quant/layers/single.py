@@ -10,8 +10,17 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from mono_quant.base import Activation, LayerQuantizer, PackedTensor, QuantizedModule, Scheme
-from mono_quant.modules import QuantizedLayer, convert
+from mono_quant.modules import QuantizedLayer, convert, taken_name
 from mono_quant.numerics.values import Layout
+
+
+def weight_shape(layer: nn.Module, expected: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the weight: its own, where it is a parameter, and else the expected one.
+
+    A pruned or resized layer may say another in its attributes.
+    """
+    weight = layer._parameters.get("weight")
+    return tuple(weight.shape) if weight is not None else expected
 
 
 def first_tensor(
@@ -41,6 +50,8 @@ class SingleWeightQuantizer(LayerQuantizer):
 
     def refuse(self, layer: nn.Module, scheme: Scheme) -> str | None:
         """Return why the weight cannot be taken over, or None."""
+        if reason := taken_name(layer):
+            return reason
         if is_parametrized(layer):
             others = set(cast("nn.ModuleDict", layer.parametrizations)) - {"weight"}
             if others:

@@ -11,7 +11,7 @@ from mono_quant.modules.conv import (
     QuantizedConvTranspose3d,
 )
 from mono_quant.modules.embedding import QuantizedEmbedding, QuantizedEmbeddingBag
-from mono_quant.modules.layer import QuantizedLayer, SlowPathWarning, convert, tie
+from mono_quant.modules.layer import QuantizedLayer, SlowPathWarning, convert, taken_name, tie
 from mono_quant.modules.linear import QuantizedLinear, QuantizedLinearLike
 from mono_quant.modules.weight import QuantizedInput, QuantizedWeight
 
@@ -35,6 +35,7 @@ __all__ = [
     "QuantizedWeight",
     "SlowPathWarning",
     "convert",
+    "taken_name",
     "tie",
     "tree_of",
 ]

@@ -203,7 +203,7 @@ class CallingMultiheadAttention(nn.MultiheadAttention):
 def _float_weight(name: str) -> property:
     def read(self: "QuantizedMultiheadAttention") -> Tensor | None:
         """Return a float copy of the weight if it is quantized, else the parameter itself."""
-        return self.float_weight(name) if name in self.quantized else self._parameters[name]
+        return self.float_weight(name) if name in self.quantized_weights else self._parameters[name]
 
     return property(read)
 
@@ -220,7 +220,7 @@ class QuantizedMultiheadAttention(QuantizedLayer, CallingMultiheadAttention):
     def _product(
         self, name: str, x: Tensor, bias: Tensor | None, rows: tuple[int, int] | None = None
     ) -> Tensor:
-        if name not in self.quantized:
+        if name not in self.quantized_weights:
             return super()._product(name, x, bias, rows)
         operation = MatrixProduct() if rows is None else PartialProduct(*rows)
         return self.run(operation, x, bias, name)

@@ -37,6 +37,11 @@ def tree_of(tensors: Mapping[str, Tensor]) -> BareModule:
         *path, name = key.split(".")
         if not all([*path, name]):
             raise InputError(f"{key!r} is no name in a state dict")
+        if taken := [part for part in (*path, name) if hasattr(BareModule, part)]:
+            raise InputError(
+                f"{key!r} cannot be a name in a module, whose {taken[0]!r} is something else; "
+                "rename it"
+            )
         place: nn.Module = root
         for part in path:
             place = place._modules.setdefault(part, BareModule()) or place

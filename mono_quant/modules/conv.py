@@ -8,19 +8,38 @@ from torch.nn import functional
 from mono_quant.modules.layer import QuantizedLayer
 from mono_quant.operations import Convolution, IntTuple, TransposedConvolution
 
+_STANDS_IN = "_stands_in"  # marks a decoded weight that may be exchanged for the quantized one
+
 
 class _QuantizedConv(QuantizedLayer, nn.modules.conv._ConvNd):
     """What convolutions of all dimensions share."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of `input`."""
+        own = type(self)._conv_forward is not _QuantizedConv._conv_forward
+        return self._conv_forward(input, self._stand_in() if own else None, self.bias)
+
+    def _stand_in(self) -> Tensor:
+        """Return the weight for a subclass's own `_conv_forward`, known again when it comes back.
+
+        What it hands on unchanged is the quantized weight; what it computed is taken as it is.
+        """
+        weight = self.float_weight()
+        vars(weight)[_STANDS_IN] = True
+        return weight
+
+    def _conv_forward(  # no weight means the quantized one
+        self, input: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        if weight is not None and _STANDS_IN not in vars(weight):
+            return super()._conv_forward(input, weight, bias)
         padding: IntTuple | str = self.padding
         if self.padding_mode != "zeros":
             around = self._reversed_padding_repeated_twice
             input = functional.pad(input, around, mode=self.padding_mode)
             padding = (0,) * len(self.kernel_size)
         operation = Convolution(self.stride, padding, self.dilation, self.groups)
-        return self.run(operation, input, self.bias)
+        return self.run(operation, input, bias)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # a parameter there, computed here

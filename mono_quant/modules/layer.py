@@ -19,7 +19,11 @@ from mono_quant.modules.weight import QuantizedInput, QuantizedWeight
 
 _NOT_COPIED = ("_compiled_call_impl",)  # as nn.Module leaves it out of its own pickles
 
-_ORDER = "_float_order"  # where a layer keeps the names of its float parameters, in their order
+_PARAMETERS = "_float_parameters"
+"""Where a layer keeps the names of its float parameters in their order, and which were trained."""
+
+HOLDERS = ("quantized_weights", "quantized_inputs")
+"""Attributes of every quantized layer, which a float layer must not have."""
 
 
 class SlowPathWarning(UserWarning):
@@ -39,12 +43,12 @@ class QuantizedLayer(QuantizedModule):
     keeps_forward: ClassVar[bool] = True
     """Whether a subclass of the float layer goes on running its own forward."""
 
-    quantized: nn.ModuleDict
+    quantized_weights: nn.ModuleDict
     quantized_inputs: nn.ModuleDict
 
     def packed_weights(self) -> Mapping[str, PackedTensor]:
         """Return the weights by name."""
-        return {name: self._holder(name).packed for name in self.quantized}
+        return {name: self._holder(name).packed for name in self.quantized_weights}
 
     def activations(self) -> Mapping[str, Activation]:
         """Return how inputs are quantized, by the name of the weight that they meet."""
@@ -54,13 +58,15 @@ class QuantizedLayer(QuantizedModule):
     def dequantize(self) -> nn.Module:
         """Turn this object back into the float layer, its weights on the grid."""
         weights = {name: packed.dequantize() for name, packed in self.packed_weights().items()}
-        del self._modules["quantized"], self._modules["quantized_inputs"]
+        for holder in HOLDERS:
+            del self._modules[holder]
         self.__dict__.pop("made_by", None)
         self.__class__ = float_class_of(type(self))  # type: ignore[assignment]  # that is the point
-        for name, weight in weights.items():
-            self.register_parameter(name, nn.Parameter(weight))
-        for name in self.__dict__.pop(_ORDER):
-            self._parameters[name] = self._parameters.pop(name)
+        for name, trained in self.__dict__.pop(_PARAMETERS).items():
+            if name in weights:
+                self.register_parameter(name, nn.Parameter(weights[name], requires_grad=trained))
+            else:
+                self._parameters[name] = self._parameters.pop(name)
         return self
 
     def run(
@@ -69,7 +75,7 @@ class QuantizedLayer(QuantizedModule):
         """Return `operation` on `x` and the weight of that name, by the kernel chosen for it."""
         weight = self._holder(name).packed
         spec = KernelSpec(operation, weight.scheme, weight.layout, self.activations().get(name))
-        return select(spec)(spec, x, weight, bias)
+        return select(spec, x.device, x.dtype)(spec, x, weight, bias)
 
     def float_weight(self, name: str = "weight") -> Tensor:
         """Return a float copy of a weight, for code that reads it by attribute; warns."""
@@ -82,7 +88,9 @@ class QuantizedLayer(QuantizedModule):
         return self.packed_weights()[name].dequantize()
 
     def _holder(self, name: str) -> QuantizedWeight:
-        return cast("QuantizedWeight", self.quantized[name])  # `convert` puts nothing else there
+        return cast(
+            "QuantizedWeight", self.quantized_weights[name]
+        )  # `convert` puts nothing else there
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         """Pickle and copy by the two classes that made this one, which may have no name."""
@@ -99,13 +107,14 @@ def convert(
 ) -> QuantizedLayer:
     """Turn `layer`, a working copy, into a quantized one in place and return it."""
     base = type_before_parametrizations(layer)
+    order = dict.fromkeys([*layer._parameters, *weights])  # a parametrized weight comes last
+    layer.__dict__[_PARAMETERS] = {name: _is_trained(layer, name) for name in order}
     layer._modules.pop("parametrizations", None)
-    layer.__dict__[_ORDER] = tuple(layer._parameters)
     for name in weights:
         layer._parameters.pop(name, None)
     layer.__class__ = quantized_class(base, into)
     converted = cast("QuantizedLayer", layer)  # its class was changed in the line above
-    converted.quantized = nn.ModuleDict(
+    converted.quantized_weights = nn.ModuleDict(
         {name: QuantizedWeight(packed) for name, packed in weights.items()}
     )
     converted.quantized_inputs = nn.ModuleDict(
@@ -114,10 +123,23 @@ def convert(
     return converted
 
 
+def _is_trained(layer: nn.Module, name: str) -> bool:
+    parameter = layer._parameters.get(name)
+    return parameter.requires_grad if parameter is not None else True
+
+
+def taken_name(layer: nn.Module) -> str | None:
+    """Return why a layer cannot be converted: it uses a name that a quantized one needs."""
+    taken = [name for name in HOLDERS if hasattr(layer, name)]
+    return (
+        f"it has an attribute called {taken[0]}, which a quantized layer needs" if taken else None
+    )
+
+
 def tie(first: nn.Module, first_name: str, second: nn.Module, second_name: str) -> None:
     """Let two quantized layers share one weight, for good: when moved, copied and saved."""
     if isinstance(first, QuantizedLayer) and isinstance(second, QuantizedLayer):
-        second.quantized[second_name] = first.quantized[first_name]
+        second.quantized_weights[second_name] = first.quantized_weights[first_name]
 
 
 def quantized_class(base: type[nn.Module], into: type[QuantizedLayer]) -> type[QuantizedLayer]:

@@ -27,6 +27,16 @@ class _Fixed(nn.Module):
                 self.register_buffer(name, tensor.to(moved.device))
         return self
 
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Tensor], prefix: str, *rest: object
+    ) -> None:
+        """Take the dtypes of a state dict over: scales that had to be wider stay so."""
+        for name in self._names:
+            stored, own = state_dict.get(prefix + name), self.get_buffer(name)
+            if stored is not None and stored.dtype != own.dtype:
+                self.register_buffer(name, torch.empty_like(own, dtype=stored.dtype))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
 
 class QuantizedWeight(_Fixed):
     """A packed weight as the buffers of a small module.

@@ -6,7 +6,7 @@ from typing import Generic
 import attrs
 from torch import nn
 
-from mono_quant.base import Container
+from mono_quant.base import Container, QuantizedModule
 from mono_quant.calibration import (
     CalibrationData,
     Gathered,
@@ -18,10 +18,11 @@ from mono_quant.calibration import (
     positional_arguments,
 )
 from mono_quant.checkpoint import ModelT, adapt_containers, calling, copy_structure
+from mono_quant.errors import InputError
 from mono_quant.layers import BUILT_IN_CONTAINERS
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.plan.request import Request, WeightPlan
-from mono_quant.plan.run import check_finite, quantize_weights
+from mono_quant.plan.run import check_finite, check_fits, quantize_weights
 from mono_quant.plan.warnings import warnings_of
 from mono_quant.result import Outline, QuantizationResult
 
@@ -67,8 +68,9 @@ class Plan(Generic[ModelT]):
         data = request.data.held() if request.data is not None else None
         todo = [weight for weight in self.weights if weight.recipe is not None]
         kept = Outputs()
+        self._check_unspent(todo)
         if in_place:
-            self._check_finite(todo)
+            self._check_values(todo)
             if data is not None:
                 for outputs in data.outputs(self._model, label and "float outputs"):
                     kept.add(outputs)
@@ -77,7 +79,7 @@ class Plan(Generic[ModelT]):
             transform.apply(work)
         containers = (*request.containers, *BUILT_IN_CONTAINERS)
         statistics = _gather(work, todo, containers, data, label)
-        rows = quantize_weights(work, todo, statistics, label)
+        work, rows = quantize_weights(work, todo, statistics, label)
         adapt_containers(work, containers)
         error, samples, notes = SquaredError(), 0, self.outline.report.notes
         if data is not None:
@@ -96,10 +98,22 @@ class Plan(Generic[ModelT]):
         example = CalibrationData([data.first()], 1, data.forward) if data is not None else None
         return QuantizationResult(work, report, self.outline, example, request.layers)
 
-    def _check_finite(self, todo: Iterable[WeightPlan]) -> None:
+    def _check_unspent(self, todo: Iterable[WeightPlan]) -> None:
+        for weight in todo:
+            if isinstance(self._model.get_submodule(weight.path), QuantizedModule):
+                raise InputError(
+                    f"{weight.path!r} is quantized already: this plan was carried out in place; "
+                    "make another with plan(model)"
+                )
+
+    def _check_values(self, todo: Iterable[WeightPlan]) -> None:
+        """Refuse what would only be refused halfway, with a part of the model changed."""
         for weight in todo:
             for source in weight.sources:
-                check_finite(source, self._model.get_parameter(source))
+                tensor = self._model.get_parameter(source)
+                check_finite(source, tensor)
+                if weight.recipe is not None:
+                    check_fits(source, tensor, weight.recipe.grid.scheme)
 
 
 def _gather(

@@ -8,7 +8,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from mono_quant.base import Container, QuantizedModule
 from mono_quant.checkpoint import ModelT, check_supported
-from mono_quant.configurable import Config
+from mono_quant.configurable import Config, dtype_name
 from mono_quant.errors import CalibrationError, ConfigurationError
 from mono_quant.layers import BUILT_IN_CONTAINERS, BUILT_IN_LAYERS
 from mono_quant.modules import QuantizedInput, QuantizedWeight
@@ -129,9 +129,13 @@ def _weights(model: nn.Module, request: Request) -> list[WeightPlan]:
             claimed.add(path)
         settings, asked = selected.settings(names[id(module)], request.settings)
         reason = selected.reason(names[id(module)]) or refused.get(id(module))
+        if "forward" in vars(module):
+            reason = reason or "its forward was replaced on the object, and would not be asked"
         for name, layout in maker.layouts(module).items():
             sources = _sources(module, path, name)
             tensors = [model.get_parameter(source) for source in sources]
+            dtypes = {tensor.dtype for tensor in tensors if not tensor.is_floating_point()}
+            odd = f"its weight is {dtype_name(min(dtypes, key=str))}" if dtypes else None
             weight = WeightPlan(
                 path=path,
                 name=name,
@@ -144,7 +148,7 @@ def _weights(model: nn.Module, request: Request) -> list[WeightPlan]:
                 float_bytes=sum(tensor_bytes(tensor) for tensor in tensors),
                 asked=asked,
             )
-            found.append(_decide(weight, module, reason, request.data is not None))
+            found.append(_decide(weight, module, reason or odd, request.data is not None))
     return found
 
 
@@ -163,6 +167,9 @@ def _decide(
             reason = f"fewer than {SMALL} values, below 8 bits unless asked for"
         if reason is not None:
             return attrs.evolve(weight, reason=reason, by_default=True, recipe=None)
+    if scheme.nbytes(weight.layout.stack) >= weight.float_bytes and not weight.asked:
+        reason = "it would not become smaller"
+        return attrs.evolve(weight, reason=reason, by_default=True, recipe=None)
     mode = recipe.activations.mode
     if mode is not None:
         float_inputs = weight.maker.refuse_activation(module, weight.name, mode)

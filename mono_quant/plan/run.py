@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from mono_quant.base import Activation, PackedTensor, Scheme, Statistics
 from mono_quant.calibration import Gathered, evaluating
-from mono_quant.checkpoint import put
+from mono_quant.checkpoint import ModelT, put
 from mono_quant.errors import CalibrationError, InputError
 from mono_quant.modules import tie
 from mono_quant.numerics.blocks import all_finite, block_range
@@ -25,12 +25,15 @@ _PART = 1 << 19
 
 
 def quantize_weights(
-    model: nn.Module,
+    model: ModelT,
     todo: Iterable[WeightPlan],
     gathered: Mapping[tuple[str, str], Gathered],
     label: str | None,
-) -> Mapping[str, LayerReport]:
-    """Quantize the weights of `model` in place and return what is known of each by its name."""
+) -> tuple[ModelT, Mapping[str, LayerReport]]:
+    """Quantize the weights of `model` in place; return it and what is known of each by its name.
+
+    What comes back is another object where the model is one layer and its quantizer made a new one.
+    """
     by_layer: dict[str, list[WeightPlan]] = {}
     for weight in todo:
         by_layer.setdefault(weight.path, []).append(weight)
@@ -62,13 +65,13 @@ def quantize_weights(
                 },
             )
             module.made_by = weights[0].maker
-            put(model, layer, module)
+            model = put(model, layer, module)
             done[path] = module
             for weight in weights:
                 if weight.tied_to is not None:
                     first = weight.tied_to
                     tie(done[first.path], first.name, module, weight.name)
-    return rows
+    return model, rows
 
 
 def _round(
@@ -180,6 +183,16 @@ def check_finite(name: str, tensor: Tensor) -> None:
             f"{name} holds NaN or infinity; mend the weight, or leave the layer in float with "
             f"skip({name.rpartition('.')[0]!r})"
         )
+
+
+def check_fits(name: str, tensor: Tensor, scheme: Scheme) -> None:
+    """Refuse a weight whose range a scheme cannot hold, by its name."""
+    if tensor.numel():
+        low, high = (end.reshape(1) for end in torch.aminmax(tensor.detach().float()))
+        try:
+            scheme.calculate_qparams(low, high, block_size=(1,))
+        except InputError as reason:
+            raise InputError(f"{name} cannot be quantized: {reason}") from reason
 
 
 def _note(scheme: Scheme, stack: Tensor, q: QTensor) -> str | None:

@@ -17,8 +17,9 @@ def warnings_of(report: Report) -> tuple[str, ...]:
     found += [f"{row.name}: {row.note}" for row in report.quantized if row.note]
     if head := _low_head(report):
         found.append(head)
-    found += _left_float(report)
-    if report.quantized and not any(row.shape for row in report.kept):
+    left = _left_float(report)
+    found += left
+    if report.quantized and not left and not any(row.shape for row in report.kept):
         found.append(
             "every layer is quantized; the first and the last are usually the most sensitive"
         )

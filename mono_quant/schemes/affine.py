@@ -49,8 +49,9 @@ class Affine(Scheme):
     ``zero_point = quant_min - round(min / scale)``, so that zero is on the grid. Rounding is half
     to even. The zero point is chosen for the scale as it is stored.
 
-    A scale that `scale_dtype` cannot hold closely enough (its error, times the codes, would pass an
-    eighth of a step: under- and overflow) makes that tensor's scales float32; the report says so.
+    A scale that `scale_dtype` cannot hold (under- and overflow: its error would pass both the
+    precision of that dtype and an eighth of a step at the end of the grid) makes that tensor's
+    scales float32; the report says so.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference", arXiv 1712.05877.
@@ -200,5 +201,7 @@ class Affine(Scheme):
         if self.scale_dtype == scale.dtype:
             return scale
         stored = scale.to(self.scale_dtype)
-        error = (stored.to(torch.float32) - scale).abs() * (self.quant_max - self.quant_min)
-        return stored if bool((error <= scale / 8).all()) else scale
+        error = (stored.to(torch.float32) - scale).abs()
+        steps = self.quant_max - self.quant_min
+        allowed = max(torch.finfo(self.scale_dtype).eps, 1 / (8 * steps))
+        return stored if bool((error <= scale * allowed).all()) else scale

@@ -126,11 +126,17 @@ def read_header(texts: Mapping[str, str]) -> Config:
 
 
 def checksum(tensor: Tensor) -> int:
-    """Return the CRC-32 of a contiguous CPU tensor's bytes, read in place."""
+    """Return the CRC-32 of a contiguous CPU tensor: dtype and shape as text, then its bytes.
+
+    The bytes are read in place. Formats keep dtype and shape where nothing else would notice a
+    change of them.
+    """
+    described = f"{dtype_name(tensor.dtype)} {list(tensor.shape)} "
+    start = zlib.crc32(described.encode())
     size = tensor.numel() * tensor.element_size()
     if not size:
-        return 0
-    return zlib.crc32((ctypes.c_char * size).from_address(tensor.data_ptr()))
+        return start
+    return zlib.crc32((ctypes.c_char * size).from_address(tensor.data_ptr()), start)
 
 
 def _header(texts: Mapping[str, str]) -> Config:

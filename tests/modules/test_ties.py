@@ -53,7 +53,7 @@ def assert_tied(one: nn.Module, other: nn.Module) -> None:
     """Assert that two layers hold one weight: the same module, so the same tensors."""
     assert isinstance(one, QuantizedLayer)
     assert isinstance(other, QuantizedLayer)
-    assert one.quantized["weight"] is other.quantized["weight"]
+    assert one.quantized_weights["weight"] is other.quantized_weights["weight"]
 
 
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
@@ -125,4 +125,4 @@ def test_layers_of_equal_but_separate_weights_are_not_tied() -> None:
     model = quantized(source)
     assert isinstance(model.embedding, QuantizedLayer)
     assert isinstance(model.head, QuantizedLayer)
-    assert model.embedding.quantized["weight"] is not model.head.quantized["weight"]
+    assert model.embedding.quantized_weights["weight"] is not model.head.quantized_weights["weight"]

@@ -123,7 +123,7 @@ def test_tied_weights_are_stored_once_and_stay_tied(suffix: str, tmp_path: Path)
     loaded = load_model(tied_path, TiedModel())
     assert isinstance(loaded.embedding, QuantizedLayer)
     assert isinstance(loaded.head, QuantizedLayer)
-    assert loaded.head.quantized["weight"] is loaded.embedding.quantized["weight"]
+    assert loaded.head.quantized_weights["weight"] is loaded.embedding.quantized_weights["weight"]
 
 
 @each_suffix
@@ -251,7 +251,7 @@ def test_the_safetensors_library_reads_our_file(tmp_path: Path) -> None:
         state = result.model.state_dict()
         for name in names:
             layer, _, part = name.rpartition(".weight.")
-            key = f"{layer}.quantized.weight.{part}" if part in parts else name
+            key = f"{layer}.quantized_weights.weight.{part}" if part in parts else name
             assert same_bits(file.get_tensor(name), state[key])
 
 
