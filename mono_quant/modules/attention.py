@@ -96,8 +96,9 @@ class CallingMultiheadAttention(nn.MultiheadAttention):
             q, k, v = self._fused(query, 0, 3).chunk(3, dim=-1)
             return q, k, v
         if key is value:
+            q = self._fused(query, 0, 1)
             k, v = self._fused(key, 1, 3).chunk(2, dim=-1)
-            return self._fused(query, 0, 1), k, v
+            return q, k, v
         return self._fused(query, 0, 1), self._fused(key, 1, 2), self._fused(value, 2, 3)
 
     def _fused(self, x: Tensor, first: int, last: int) -> Tensor:
