@@ -29,7 +29,7 @@ LENGTH, KEYS, BATCH = 5, 7, 3
 
 def fresh(**options: object) -> nn.MultiheadAttention:
     """Return an attention whose biases are no zeros."""
-    made = nn.MultiheadAttention(SIZE, HEADS, **options).eval()  # type: ignore[arg-type]  # any
+    made = nn.MultiheadAttention(SIZE, HEADS, **options).eval()
     for name, parameter in made.named_parameters():
         if "bias" in name:
             nn.init.normal_(parameter)
