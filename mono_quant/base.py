@@ -499,6 +499,8 @@ class LayerQuantizer(Configurable, ABC):
     """
 
     __slots__ = ()
+    takes_children: ClassVar[bool] = True
+    """Whether the modules inside a layer are its own affair, hidden from other quantizers."""
 
     @abstractmethod
     def matches(self, layer: nn.Module) -> bool:
@@ -580,7 +582,10 @@ class Container(Configurable, ABC):
         return None
 
     def adapt(self, module: nn.Module) -> None:
-        """Change `module`, some of whose descendants are quantized, so that it calls them."""
+        """Change `module` so that it calls its descendants, some of which are quantized.
+
+        Also while inputs are gathered, for those that are about to be.
+        """
 
     def revert(self, module: nn.Module) -> None:
         """Undo `adapt`, for a model that is dequantized."""

@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 import attrs
@@ -195,6 +196,30 @@ def adapt_containers(model: nn.Module, containers: Iterable[Container]) -> None:
         if container is not None and below:
             container.adapt(module)
             module.__dict__[_ADAPTED_BY] = container
+
+
+@contextmanager
+def calling(
+    model: nn.Module, containers: Iterable[Container], paths: Iterable[str]
+) -> Iterator[None]:
+    """Have the containers of some float layers call them, as if those were quantized already.
+
+    A hook on a layer that its parent only reads would otherwise never see an input.
+    """
+    known = tuple(containers)
+    layers = {model.get_submodule(path) for path in paths}
+    adapted: list[tuple[Container, nn.Module]] = []
+    try:
+        for module in model.modules():
+            container = next((one for one in known if one.matches(module)), None)
+            below = not layers.isdisjoint(module.modules())
+            if container is not None and below and not _adapted_by(module):
+                adapted.append((container, module))
+                container.adapt(module)
+        yield
+    finally:
+        for container, module in adapted:
+            container.revert(module)
 
 
 def dequantized(model: ModelT) -> ModelT:

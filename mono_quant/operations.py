@@ -18,7 +18,7 @@ _TRANSPOSED = {
 }
 
 
-def _widened(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def widened(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return floating inputs; of half precision on a CPU in float32, where arithmetic is faster.
 
     Products of bfloat16 are several times slower than those of float32 on processors without the
@@ -45,10 +45,24 @@ class MatrixProduct(Operation):
 
     def __call__(self, x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
         """Return ``[..., out]`` in the dtype of `x`."""
-        wide, bias = _widened(x, bias)
+        wide, bias = widened(x, bias)
         matrix = weight.dequantize(wide.dtype)
         product = functional.linear(wide, matrix.t() if self.transposed else matrix, bias)
         return product.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class PartialProduct(Operation):
+    """``x @ weight[start:stop].T + bias``: only those rows of the weight are dequantized."""
+
+    start: int
+    stop: int
+
+    def __call__(self, x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
+        """Return ``[..., stop - start]`` in the dtype of `x`."""
+        wide, bias = widened(x, bias)
+        places = torch.arange(self.start, self.stop, device=x.device)
+        return functional.linear(wide, weight.rows(places, wide.dtype), bias).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,7 @@ class Convolution(Operation):
     def __call__(self, x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
         """Return the convolution in the dtype of `x`."""
         convolve = _CONVOLUTIONS[len(self.stride)]
-        wide, bias = _widened(x, bias)
+        wide, bias = widened(x, bias)
         native = weight.dequantize(wide.dtype)
         result = convolve(wide, native, bias, self.stride, self.padding, self.dilation, self.groups)
         return result.to(x.dtype)
@@ -86,7 +100,7 @@ class TransposedConvolution(Operation):
     def __call__(self, x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
         """Return the transposed convolution in the dtype of `x`."""
         convolve = _TRANSPOSED[len(self.stride)]
-        wide, bias = _widened(x, bias)
+        wide, bias = widened(x, bias)
         result = convolve(
             wide,
             weight.dequantize(wide.dtype),

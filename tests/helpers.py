@@ -91,11 +91,11 @@ def native(stack: Tensor, source: nn.Module, shape: torch.Size) -> Tensor:
     return stack.reshape(shape)
 
 
-def dense(layer: nn.Module, source: nn.Module) -> Tensor:
-    """Return the weight of a quantized `layer` in float64, seen to be nearest to its source's."""
+def dense(layer: nn.Module, source: nn.Module, name: str = "weight") -> Tensor:
+    """Return a weight of a quantized `layer` in float64, seen to be nearest to its source's."""
     assert isinstance(layer, QuantizedModule)
-    packed = layer.packed_weights()["weight"]
-    weight = source.weight
+    packed = layer.packed_weights()[name]
+    weight = getattr(source, name)
     assert isinstance(weight, Tensor)
     weight = weight.detach().to(torch.float64)
     groups = source.groups if isinstance(source, nn.modules.conv._ConvNd) else 1
@@ -117,14 +117,13 @@ def oracle(model: nn.Module, source: ModelT) -> ModelT:
     """Return `source` in float64 and eval, with the weights of the quantized `model`."""
     source = copy.deepcopy(source).eval()
     twin = copy.deepcopy(source).to(torch.float64)
-    for name, layer in model.named_modules():
-        if not isinstance(layer, QuantizedModule):
-            continue
-        weight = dense(layer, source.get_submodule(name))
-        place = twin.get_submodule(name)
-        if parametrize.is_parametrized(place, "weight"):
-            parametrize.remove_parametrizations(place, "weight", leave_parametrized=True)
-        place.register_parameter("weight", nn.Parameter(weight))
+    for path, layer in model.named_modules():
+        for name in layer.packed_weights() if isinstance(layer, QuantizedModule) else ():
+            weight = dense(layer, source.get_submodule(path), name)
+            place = twin.get_submodule(path)
+            if parametrize.is_parametrized(place, name):
+                parametrize.remove_parametrizations(place, name, leave_parametrized=True)
+            place.register_parameter(name, nn.Parameter(weight))
     return twin
 
 

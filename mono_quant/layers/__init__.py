@@ -1,6 +1,7 @@
 """How each kind of layer is read and replaced."""
 
 from mono_quant.base import Container, LayerQuantizer
+from mono_quant.layers.attention import AttentionQuantizer
 from mono_quant.layers.bare import BareWeightQuantizer
 from mono_quant.layers.containers import MultiheadAttentionContainer, TransformerEncoderContainer
 from mono_quant.layers.conv import ConvQuantizer, ConvTransposeQuantizer
@@ -13,6 +14,7 @@ BUILT_IN_LAYERS: tuple[LayerQuantizer, ...] = (
     ConvQuantizer(),
     ConvTransposeQuantizer(),
     EmbeddingQuantizer(),
+    AttentionQuantizer(),
     LinearLikeQuantizer("transformers.pytorch_utils.Conv1D", transposed=True),
     BareWeightQuantizer(),
 )
@@ -27,6 +29,7 @@ BUILT_IN_CONTAINERS: tuple[Container, ...] = (
 __all__ = [
     "BUILT_IN_CONTAINERS",
     "BUILT_IN_LAYERS",
+    "AttentionQuantizer",
     "BareWeightQuantizer",
     "ConvQuantizer",
     "ConvTransposeQuantizer",

@@ -5,8 +5,9 @@ from typing import ClassVar
 import attrs
 from torch import nn
 
-from mono_quant.base import Container
+from mono_quant.base import Container, QuantizedModule
 from mono_quant.configurable import register
+from mono_quant.modules import CallingMultiheadAttention
 
 _REMEMBERED = "_float_fast_path"
 
@@ -14,19 +15,36 @@ _REMEMBERED = "_float_fast_path"
 @register
 @attrs.frozen
 class MultiheadAttentionContainer(Container):
-    """`torch.nn.MultiheadAttention` hands the weight of its ``out_proj`` to a function."""
+    """`torch.nn.MultiheadAttention`, which hands the weight of its ``out_proj`` to a function.
+
+    An adapted one calls it. Subclasses may do with it what they like, so theirs stays float.
+    """
 
     kind: ClassVar[str] = "multihead_attention"
 
     def matches(self, module: nn.Module) -> bool:
-        """Return whether `module` is one."""
-        return isinstance(module, nn.MultiheadAttention)
+        """Return whether `module` is one; a quantized one calls its child anyway."""
+        return isinstance(module, nn.MultiheadAttention) and not isinstance(module, QuantizedModule)
 
     def refuse_child(self, module: nn.Module, name: str) -> str | None:
-        """Return why ``out_proj`` stays float."""
-        if name == "out_proj":
-            return "MultiheadAttention reads this weight by attribute and never calls the layer"
+        """Return why the ``out_proj`` of a subclass stays float."""
+        plain = type(module) in (nn.MultiheadAttention, CallingMultiheadAttention)
+        if name == "out_proj" and (not plain or "forward" in vars(module)):
+            return (
+                f"{type(module).__name__} is no plain MultiheadAttention, and may read this weight "
+                "by attribute"
+            )
         return None
+
+    def adapt(self, module: nn.Module) -> None:
+        """Have `module` call its output projection."""
+        if type(module) is nn.MultiheadAttention:
+            module.__class__ = CallingMultiheadAttention
+
+    def revert(self, module: nn.Module) -> None:
+        """Make it torch's own again."""
+        if type(module) is CallingMultiheadAttention:
+            module.__class__ = nn.MultiheadAttention  # type: ignore[assignment]  # its parent
 
 
 @register

@@ -1,5 +1,6 @@
 """Layers with quantized weights: subclasses of the float layers they stand for."""
 
+from mono_quant.modules.attention import CallingMultiheadAttention, QuantizedMultiheadAttention
 from mono_quant.modules.bare import BareModule, QuantizedBareModule, tree_of
 from mono_quant.modules.conv import (
     QuantizedConv1d,
@@ -16,6 +17,7 @@ from mono_quant.modules.weight import QuantizedInput, QuantizedWeight
 
 __all__ = [
     "BareModule",
+    "CallingMultiheadAttention",
     "QuantizedBareModule",
     "QuantizedConv1d",
     "QuantizedConv2d",
@@ -29,6 +31,7 @@ __all__ = [
     "QuantizedLayer",
     "QuantizedLinear",
     "QuantizedLinearLike",
+    "QuantizedMultiheadAttention",
     "QuantizedWeight",
     "SlowPathWarning",
     "convert",

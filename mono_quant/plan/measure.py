@@ -7,7 +7,7 @@ from functools import partial
 import attrs
 from torch import nn
 
-from mono_quant.base import Change, Correction, Transform, TransformContext
+from mono_quant.base import Change, Container, Correction, Transform, TransformContext
 from mono_quant.calibration import (
     CalibrationData,
     Gathered,
@@ -16,6 +16,7 @@ from mono_quant.calibration import (
     positional_arguments,
     tensors_in,
 )
+from mono_quant.checkpoint import calling
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.plan.request import WeightPlan
 from mono_quant.report import LayerReport
@@ -53,7 +54,11 @@ def correct(
 
 
 def gather_for(
-    work: nn.Module, todo: Iterable[WeightPlan], data: CalibrationData | None, label: str | None
+    work: nn.Module,
+    todo: Iterable[WeightPlan],
+    containers: Iterable[Container],
+    data: CalibrationData | None,
+    label: str | None,
 ) -> Mapping[tuple[str, str], Gathered]:
     """Return what roundings and ranges of activations need, from one pass over the data."""
     wanted: dict[str, Wanted] = {}
@@ -72,7 +77,8 @@ def gather_for(
             )
     if not wanted or data is None:
         return {}
-    return gather(work, wanted, data, label and "calibrating")
+    with calling(work, containers, wanted):
+        return gather(work, wanted, data, label and "calibrating")
 
 
 def layer_errors(

@@ -8,7 +8,7 @@ from torch import nn
 
 from mono_quant.base import Change, QuantizedModule, Transform
 from mono_quant.calibration import CalibrationData, Outputs, compare, count_samples
-from mono_quant.checkpoint import ModelT, adapt_containers, copy_structure
+from mono_quant.checkpoint import ModelT, adapt_containers, calling, copy_structure
 from mono_quant.errors import InputError
 from mono_quant.layers import BUILT_IN_CONTAINERS
 from mono_quant.plan.accounting import account
@@ -78,12 +78,14 @@ class Plan(Generic[ModelT]):
         work = self._model if in_place else copy_structure(self._model)
         changes = transform(work, self._transforms(), data)
         floats = copy_structure(work) if data is not None and not in_place else None
-        gathered = gather_for(work, todo, data, label)
+        containers = (*request.containers, *BUILT_IN_CONTAINERS)
+        gathered = gather_for(work, todo, containers, data, label)
         work, rows = quantize_weights(work, todo, gathered, label)
-        adapt_containers(work, (*request.containers, *BUILT_IN_CONTAINERS))
+        adapt_containers(work, containers)
         if floats is not None and data is not None:
-            changes += correct(work, floats, request.corrections, data)
-            rows = with_outputs(rows, todo, layer_errors(floats, work, todo, data, label))
+            with calling(floats, containers, [weight.path for weight in todo]):
+                changes += correct(work, floats, request.corrections, data)
+                rows = with_outputs(rows, todo, layer_errors(floats, work, todo, data, label))
         report = self._report(work, rows, changes)
         if data is not None:
             reference = kept if in_place else data.outputs(self._model)

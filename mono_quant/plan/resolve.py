@@ -112,12 +112,14 @@ def _weights(model: nn.Module, request: Request) -> list[WeightPlan]:
         if inside(path, claimed):
             continue
         if isinstance(module, QuantizedModule):
-            claimed.add(path)
+            if module.made_by is None or module.made_by.takes_children:
+                claimed.add(path)
             continue
         maker = next((maker for maker in makers if maker.matches(module)), None)
         if maker is None:
             continue
-        claimed.add(path)
+        if maker.takes_children:
+            claimed.add(path)
         settings, asked = selected.settings(names[id(module)], request.settings)
         reason = selected.reason(names[id(module)]) or refused.get(id(module))
         if "forward" in vars(module):

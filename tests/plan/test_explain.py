@@ -75,10 +75,10 @@ REASONS: list[tuple[Make, Quantizer, str, str]] = [
     (lambda: nn.Sequential(nn.LSTM(4, 4)), Quantizer(), "0", "no quantizer knows a LSTM"),
     (mlp, Quantizer(), "(2 biases)", "biases stay float"),
     (
-        lambda: nn.MultiheadAttention(64, 4),
+        lambda: nn.Sequential(nn.Bilinear(4, 4, 4)),
         Quantizer(),
-        "out_proj.weight",
-        "MultiheadAttention reads this weight by attribute and never calls the layer",
+        "0",
+        "no quantizer knows a Bilinear",
     ),
     (
         lambda: nn.Sequential(nn.Embedding(9, 64, max_norm=1.0)),

@@ -1,0 +1,92 @@
+"""Multi-head attention: projections of query, key and value."""
+
+from collections.abc import Iterable, Mapping
+from typing import ClassVar, cast
+
+import attrs
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from mono_quant.base import Activation, LayerQuantizer, PackedTensor, QuantizedModule, Scheme
+from mono_quant.configurable import register
+from mono_quant.layers.containers import MultiheadAttentionContainer
+from mono_quant.modules import (
+    CallingMultiheadAttention,
+    QuantizedMultiheadAttention,
+    convert,
+    taken_name,
+)
+from mono_quant.numerics.values import Layout
+
+_INPUTS = ("query", "key", "value")
+_SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+@register
+@attrs.frozen
+class AttentionQuantizer(LayerQuantizer):
+    """`torch.nn.MultiheadAttention`: ``in_proj_weight``, or its three parts where they are apart.
+
+    The output projection is a Linear of its own and left to the quantizer of those.
+    """
+
+    kind: ClassVar[str] = "attention"
+    takes_children: ClassVar[bool] = False
+
+    def matches(self, layer: nn.Module) -> bool:
+        """Return whether `layer` is an attention, or a subclass, and still float."""
+        return isinstance(layer, nn.MultiheadAttention) and not isinstance(layer, QuantizedModule)
+
+    def refuse(self, layer: nn.Module, scheme: Scheme) -> str | None:
+        """Return that a subclass has a forward of its own or a weight is computed, or None."""
+        if type(layer).forward not in (
+            nn.MultiheadAttention.forward,
+            CallingMultiheadAttention.forward,
+        ):
+            return f"{type(layer).__name__} is a MultiheadAttention with a forward of its own"
+        if reason := taken_name(layer):
+            return reason
+        if is_parametrized(layer):
+            return "it is parametrized: apply torch.nn.utils.parametrize.remove_parametrizations"
+        if any(layer._parameters.get(name) is None for name in self.layouts(layer)):
+            return "its weight is made by a hook (old-style weight_norm or pruning): remove that"
+        return None
+
+    def layouts(self, layer: nn.Module) -> Mapping[str, Layout]:
+        """Return ``[1, 3 * E, E]``, or ``[1, E, features]`` of each part."""
+        attention = cast("nn.MultiheadAttention", layer)  # `matches` has seen to it
+        size = attention.embed_dim
+        if attention._qkv_same_embed_dim:
+            return {"in_proj_weight": Layout.grouped((3 * size, size))}
+        lengths = (size, attention.kdim, attention.vdim)
+        parts = zip(_SEPARATE, lengths, strict=True)
+        return {name: Layout.grouped((size, length)) for name, length in parts}
+
+    def inputs(
+        self, layer: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> Iterable[tuple[str, Tensor]]:
+        """Return query, key and value; one that is given twice only once for a fused weight."""
+        given = {**dict(zip(_INPUTS, args, strict=False)), **kwargs}
+        found = [x for name in _INPUTS if isinstance(x := given.get(name), Tensor)]
+        names = self.layouts(layer)
+        if "in_proj_weight" in names:
+            return [("in_proj_weight", x) for x in {id(x): x for x in found}.values()]
+        return list(zip(_SEPARATE, found, strict=True))
+
+    def rows(self, layer: nn.Module, name: str, x: Tensor) -> Tensor:
+        """Return an input ``[..., features]`` as ``[n, features]``."""
+        return x.reshape(-1, x.shape[-1])
+
+    def refuse_activation(self, layer: nn.Module, name: str, mode: str) -> str | None:
+        """Return None: projections are matrix products, which take any."""
+        return None
+
+    def replace(
+        self,
+        layer: nn.Module,
+        weights: Mapping[str, PackedTensor],
+        activations: Mapping[str, Activation],
+    ) -> QuantizedModule:
+        """Return `layer` itself, converted."""
+        MultiheadAttentionContainer().revert(layer)  # if its output projection came before it
+        return convert(layer, weights, activations, QuantizedMultiheadAttention)
