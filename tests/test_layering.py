@@ -21,7 +21,7 @@ RANKS = {
             "configurable",
             "numerics",
             "base",
-            "report operations schemes observers rounding selection",
+            "report operations recurrence schemes observers rounding selection",
             "kernels settings",
             "modules",
             "layers serializers",

@@ -12,6 +12,17 @@ from mono_quant.modules.conv import (
 from mono_quant.modules.embedding import QuantizedEmbedding, QuantizedEmbeddingBag
 from mono_quant.modules.layer import QuantizedLayer, SlowPathWarning, convert, tie
 from mono_quant.modules.linear import QuantizedLinear, QuantizedLinearLike
+from mono_quant.modules.recurrent import (
+    QuantizedGRU,
+    QuantizedLSTM,
+    QuantizedRecurrent,
+    QuantizedRNN,
+)
+from mono_quant.modules.recurrent_cell import (
+    QuantizedGRUCell,
+    QuantizedLSTMCell,
+    QuantizedRNNCell,
+)
 from mono_quant.modules.weight import QuantizedInput, QuantizedWeight
 
 __all__ = [
@@ -25,10 +36,17 @@ __all__ = [
     "QuantizedConvTranspose3d",
     "QuantizedEmbedding",
     "QuantizedEmbeddingBag",
+    "QuantizedGRU",
+    "QuantizedGRUCell",
     "QuantizedInput",
+    "QuantizedLSTM",
+    "QuantizedLSTMCell",
     "QuantizedLayer",
     "QuantizedLinear",
     "QuantizedLinearLike",
+    "QuantizedRNN",
+    "QuantizedRNNCell",
+    "QuantizedRecurrent",
     "QuantizedWeight",
     "SlowPathWarning",
     "convert",
