@@ -62,7 +62,9 @@ def buffered() -> nn.Module:
 
 
 def parametrized_lstm() -> nn.Module:
-    return parametrizations.weight_norm(nn.LSTM(4, 4), "weight_hh_l0")
+    layer = nn.LSTM(4, 4)
+    parametrizations.weight_norm(layer, "weight_hh_l0")
+    return layer
 
 
 REASONS: list[tuple[Make, Quantizer, str, str]] = [
