@@ -114,12 +114,12 @@ class QuantizedRecurrent(SeveralWeights, nn.RNNBase):
         return output, tuple(states)
 
     @property
-    def _flat_weights(self) -> list[Tensor]:  # type: ignore[override]  # a list there, made here
+    def _flat_weights(self) -> list[Tensor | None]:  # type: ignore[override]  # a list there
         """What `torch.nn.RNNBase` knows of its weights: of a quantized one, the dtype alone."""
         return [
             self._holder(name).get_buffer("_like")
             if name in self.quantized
-            else cast("Tensor", getattr(self, name))
+            else cast("Tensor | None", getattr(self, name, None))  # a replica is filled later
             for name in self._flat_weights_names
         ]
 
