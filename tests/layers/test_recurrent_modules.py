@@ -71,7 +71,6 @@ def test_no_float_weight_is_held_any_more(make: Make) -> None:
     biases = sum(4 * parameter.numel() for parameter in source.parameters())
     scales = sum(2 * packed.layout.stack[1] for packed in source.packed_weights().values())
     assert held == sum(sizes) + biases + scales
-
     known = [one for one in source._flat_weights if one is not None]
     assert all(one.dim() == 1 for one in known)
 
