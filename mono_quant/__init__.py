@@ -57,6 +57,8 @@ from mono_quant.layers import (
     EmbeddingQuantizer,
     LinearLikeQuantizer,
     LinearQuantizer,
+    RecurrentCellQuantizer,
+    RecurrentQuantizer,
 )
 from mono_quant.modules import QuantizedLayer, SlowPathWarning
 from mono_quant.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
@@ -140,6 +142,8 @@ __all__ = [
     "QuantizedModule",
     "Quantizer",
     "RangeEstimator",
+    "RecurrentCellQuantizer",
+    "RecurrentQuantizer",
     "Report",
     "RoundToNearest",
     "Rounding",

@@ -224,13 +224,12 @@ def calling(
 
 def dequantized(model: ModelT) -> ModelT:
     """Turn every quantized layer of a model back into a float one, in place; return the model."""
-    floats: dict[tuple[int, str], nn.Parameter] = {}
+    floats: dict[int, nn.Parameter] = {}
     for module in list(model.modules()):
         if not isinstance(module, QuantizedModule):
             continue
         keys = {
-            name: (id(packed.tensors["codes"]), name)
-            for name, packed in module.packed_weights().items()
+            name: id(packed.tensors["codes"]) for name, packed in module.packed_weights().items()
         }
         layer = module.dequantize()
         model = put(model, module, layer)

@@ -18,17 +18,25 @@ _TRANSPOSED = {
 }
 
 
-def widened(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return floating inputs; of half precision on a CPU in float32, where arithmetic is faster.
+def wide(x: Tensor) -> Tensor:
+    """Return a floating tensor; of half precision on a CPU in float32, where arithmetic is faster.
 
     Products of bfloat16 are several times slower than those of float32 on processors without the
     instructions, and torch 2.13 dies of an illegal one on some.
+
+    Raises:
+        TypeError: it holds no floats.
     """
     if not x.is_floating_point():
         raise TypeError(f"the input is {x.dtype}, where a floating dtype was expected")
     half = x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16)
-    wide = x.float() if half else x
-    return wide, bias.to(wide.dtype) if bias is not None else None
+    return x.float() if half else x
+
+
+def widened(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return an input that is wide enough to compute with, and the bias in its dtype."""
+    x = wide(x)
+    return x, bias.to(x.dtype) if bias is not None else None
 
 
 def _samples(x: Tensor, spatial: int) -> Tensor:

@@ -7,6 +7,7 @@ from mono_quant.layers.containers import MultiheadAttentionContainer, Transforme
 from mono_quant.layers.conv import ConvQuantizer, ConvTransposeQuantizer
 from mono_quant.layers.embedding import EmbeddingQuantizer
 from mono_quant.layers.linear import LinearLikeQuantizer, LinearQuantizer
+from mono_quant.layers.recurrent import RecurrentCellQuantizer, RecurrentQuantizer
 from mono_quant.layers.single import SingleWeightQuantizer
 
 BUILT_IN_LAYERS: tuple[LayerQuantizer, ...] = (
@@ -16,6 +17,8 @@ BUILT_IN_LAYERS: tuple[LayerQuantizer, ...] = (
     EmbeddingQuantizer(),
     AttentionQuantizer(),
     LinearLikeQuantizer("transformers.pytorch_utils.Conv1D", transposed=True),
+    RecurrentQuantizer(),
+    RecurrentCellQuantizer(),
     BareWeightQuantizer(),
 )
 """The kinds of layer that are known without being told, asked in this order."""
@@ -37,6 +40,8 @@ __all__ = [
     "LinearLikeQuantizer",
     "LinearQuantizer",
     "MultiheadAttentionContainer",
+    "RecurrentCellQuantizer",
+    "RecurrentQuantizer",
     "SingleWeightQuantizer",
     "TransformerEncoderContainer",
 ]

@@ -13,6 +13,17 @@ from mono_quant.modules.conv import (
 from mono_quant.modules.embedding import QuantizedEmbedding, QuantizedEmbeddingBag
 from mono_quant.modules.layer import QuantizedLayer, SlowPathWarning, convert, taken_name, tie
 from mono_quant.modules.linear import QuantizedLinear, QuantizedLinearLike
+from mono_quant.modules.recurrent import (
+    QuantizedGRU,
+    QuantizedLSTM,
+    QuantizedRecurrent,
+    QuantizedRNN,
+)
+from mono_quant.modules.recurrent_cell import (
+    QuantizedGRUCell,
+    QuantizedLSTMCell,
+    QuantizedRNNCell,
+)
 from mono_quant.modules.weight import QuantizedInput, QuantizedWeight
 
 __all__ = [
@@ -27,11 +38,18 @@ __all__ = [
     "QuantizedConvTranspose3d",
     "QuantizedEmbedding",
     "QuantizedEmbeddingBag",
+    "QuantizedGRU",
+    "QuantizedGRUCell",
     "QuantizedInput",
+    "QuantizedLSTM",
+    "QuantizedLSTMCell",
     "QuantizedLayer",
     "QuantizedLinear",
     "QuantizedLinearLike",
     "QuantizedMultiheadAttention",
+    "QuantizedRNN",
+    "QuantizedRNNCell",
+    "QuantizedRecurrent",
     "QuantizedWeight",
     "SlowPathWarning",
     "convert",

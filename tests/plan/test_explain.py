@@ -2,7 +2,7 @@
 
 import pytest
 from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 
 from mono_quant import (
     QuantizedModule,
@@ -61,6 +61,12 @@ def buffered() -> nn.Module:
     return layer
 
 
+def parametrized_lstm() -> nn.Module:
+    layer = nn.LSTM(4, 4)
+    parametrizations.weight_norm(layer, "weight_hh_l0")
+    return layer
+
+
 REASONS: list[tuple[Make, Quantizer, str, str]] = [
     (mlp, Quantizer().skip("2"), "2.weight", "skipped"),
     (mlp, Quantizer().only("2"), "0.weight", "not among only(...)"),
@@ -72,7 +78,19 @@ REASONS: list[tuple[Make, Quantizer, str, str]] = [
     ),
     (Raw, Quantizer(), "norm", "no quantizer knows a LayerNorm"),
     (Raw, Quantizer(), "(root)", "no quantizer knows a Raw"),
-    (lambda: nn.Sequential(nn.LSTM(4, 4)), Quantizer(), "0", "no quantizer knows a LSTM"),
+    (
+        lambda: nn.Sequential(nn.PReLU(4)),
+        Quantizer(),
+        "0",
+        "no quantizer knows a PReLU",
+    ),
+    (
+        lambda: nn.Sequential(parametrized_lstm()),
+        Quantizer(),
+        "0.weight_ih_l0",
+        "a weight of it is parametrized: make the weight an ordinary one with "
+        "torch.nn.utils.parametrize.remove_parametrizations",
+    ),
     (mlp, Quantizer(), "(2 biases)", "biases stay float"),
     (
         lambda: nn.Sequential(nn.Bilinear(4, 4, 4)),

@@ -1,0 +1,165 @@
+"""Quantized recurrent layers over sequences."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import PackedSequence
+
+from mono_quant.base import KernelSpec
+from mono_quant.kernels import select
+from mono_quant.modules.layer import QuantizedLayer
+from mono_quant.modules.sequence import Hidden, SequenceCall, unroll
+from mono_quant.operations import MatrixProduct
+from mono_quant.recurrence import Projection, Recurrence, States
+
+
+class SeveralWeights(QuantizedLayer):
+    """A layer of several weights, any of which may have stayed a float parameter."""
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        """Return a float copy of a quantized weight, with a warning; all else as it is."""
+        if name in self.__dict__.get("_modules", {}).get("quantized", ()):
+            return self.float_weight(name)
+        return super().__getattr__(name)
+
+    def product(self, name: str, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``x @ weight.T + bias`` for the weight of that name, ``[..., out]``.
+
+        Args:
+            name: of the weight.
+            x: ``[..., in]``, wide enough to compute with (see `mono_quant.operations.wide`).
+            bias: ``[out]``.
+        """
+        if name in self.quantized:
+            return self.run(MatrixProduct(), x, bias, name)
+        bias = bias.to(x.dtype) if bias is not None else None
+        return functional.linear(x, self.dense(name, x.dtype), bias)
+
+    def dense(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Return a weight or bias as floats: decoded, or the parameter itself."""
+        if name in self.quantized:
+            return self._holder(name).packed.dequantize(dtype)
+        return self.get_parameter(name).to(dtype)
+
+
+class QuantizedRecurrent(SeveralWeights, nn.RNNBase):
+    """What LSTM, GRU and RNN share.
+
+    Where no input is quantized, the layer runs torch's own kernel on weights that are decoded once
+    a call. Otherwise the input product of each layer is one product over the whole sequence, and a
+    `Recurrence` does its steps; then h is quantized anew at each step, a row for each sample.
+    """
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Hidden | None = None
+    ) -> tuple[Tensor | PackedSequence, Hidden]:
+        """Return the output of the last layer at each step, and the last states of all layers.
+
+        Shapes, packed sequences and errors are those of the float layer.
+        """
+        call = SequenceCall.read(self, input, hx)
+        run = self._unrolled if self.activations() else self._fused
+        return call.answer(self, *run(call))
+
+    def dequantize(self) -> nn.Module:
+        """Turn this object back into the float layer, its weights on the grid."""
+        layer = cast("nn.RNNBase", super().dequantize())
+        layer._init_flat_weights()
+        return layer
+
+    def forget_float_weights(self) -> Self:
+        """Drop the list in which `torch.nn.RNNBase` holds every float weight once more."""
+        del self.__dict__["_flat_weights"]
+        self._flat_weight_refs = []
+        return self
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: there are no float weights to lay out for cuDNN."""
+
+    def _unrolled(self, call: SequenceCall) -> tuple[Tensor, States]:
+        return unroll(self, call, self._direction)
+
+    def _direction(self, suffix: str, x: Tensor, recurrence: Recurrence) -> Tensor:
+        """Return the states after each step of one direction of one layer."""
+        biases = [self.get_parameter(f"bias_{kind}_{suffix}") for kind in _KINDS if self.bias]
+        bias_ih, bias_hh = biases or (None, None)
+        inputs = self.product(f"weight_ih_{suffix}", x, bias_ih)
+        name, activations = f"weight_hh_{suffix}", self.activations()
+        projection = None
+        if self.proj_size:
+            shorten = f"weight_hr_{suffix}"
+            projection = Projection(self.dense(shorten, x.dtype), activations.get(shorten))
+        operation = replace(recurrence, activation=activations.get(name), projection=projection)
+        if name not in self.quantized:
+            return operation.unroll(inputs, self.dense(name, x.dtype), bias_hh)
+        weight = self._holder(name).packed
+        spec = KernelSpec(operation, weight.scheme, weight.layout)
+        return select(spec)(spec, inputs, weight, bias_hh)
+
+    def _fused(self, call: SequenceCall) -> tuple[Tensor, States]:
+        """Return what torch's kernel makes of decoded weights."""
+        weights = [self.dense(name, call.input.dtype) for name in self._flat_weights_names]
+        fused = _FUSED[self.mode]
+        hidden = call.states if self.mode == "LSTM" else call.states[0]
+        options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
+        if call.packed is not None:
+            sizes = call.packed.batch_sizes
+            output, *states = fused(call.input, sizes, hidden, weights, *options)
+        else:
+            output, *states = fused(call.input, hidden, weights, *options, self.batch_first)
+        return output, tuple(states)
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:  # type: ignore[override]  # a list there
+        """What `torch.nn.RNNBase` knows of its weights: of a quantized one, the dtype alone."""
+        return [
+            self._holder(name).get_buffer("_like")
+            if name in self.quantized
+            else cast("Tensor | None", getattr(self, name, None))  # a replica is filled later
+            for name in self._flat_weights_names
+        ]
+
+    def _init_flat_weights(self) -> None:
+        """Do nothing after a move: the list is made when it is asked for."""
+
+    def _weights_have_changed(self) -> bool:
+        return False
+
+    def _replicate_for_data_parallel(self) -> Self:
+        replica = nn.Module._replicate_for_data_parallel(self)  # type: ignore[no-untyped-call]  # torch's
+        return cast("Self", replica)
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        # Not that of RNNBase, which makes a list of weights again.
+        nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]  # untyped in torch
+
+
+class QuantizedLSTM(QuantizedRecurrent, nn.LSTM):  # type: ignore[misc]  # one forward for all three
+    """`torch.nn.LSTM` with quantized weights."""
+
+    float_class = nn.LSTM
+
+
+class QuantizedGRU(QuantizedRecurrent, nn.GRU):  # type: ignore[misc]  # one forward for all three
+    """`torch.nn.GRU` with quantized weights."""
+
+    float_class = nn.GRU
+
+
+class QuantizedRNN(QuantizedRecurrent, nn.RNN):  # type: ignore[misc]  # one forward for all three
+    """`torch.nn.RNN` with quantized weights."""
+
+    float_class = nn.RNN
+
+
+_KINDS = ("ih", "hh")
+_FUSED: Mapping[str, Callable[..., tuple[Tensor, ...]]] = {
+    "LSTM": torch.lstm,
+    "GRU": torch.gru,
+    "RNN_TANH": torch.rnn_tanh,
+    "RNN_RELU": torch.rnn_relu,
+}

@@ -1,0 +1,78 @@
+"""Recurrent layers of published models: what each way of quantizing them costs."""
+
+from typing import ClassVar
+
+import attrs
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mono_quant import Layout, Quantizer, RecurrentQuantizer, sqnr_db
+from mono_quant.modules import QuantizedGRU, QuantizedLSTM
+from tests.models import g2p, resemblyzer
+from tests.models.assets import AssetUnavailable
+
+pytestmark = [pytest.mark.slow, pytest.mark.network]
+WEIGHTS = Quantizer().activations(None)
+DYNAMIC = Quantizer().activations("dynamic")
+
+
+@attrs.frozen
+class WithoutFirst(RecurrentQuantizer):
+    """Leaves the first input weight in float: spectrograms span many powers of ten."""
+
+    kind: ClassVar[str] = "recurrent-without-first"
+
+    def layouts(self, layer: nn.Module) -> dict[str, Layout]:
+        found = RecurrentQuantizer.layouts(self, layer)
+        return {name: layout for name, layout in found.items() if name != "weight_ih_l0"}
+
+
+def speech() -> tuple[resemblyzer.SpeakerEncoder, Tensor]:
+    try:
+        return resemblyzer.load(), resemblyzer.sample_inputs()[0]
+    except AssetUnavailable as reason:
+        pytest.skip(str(reason))
+
+
+def spelling() -> tuple[g2p.SpellingToSound, Tensor]:
+    try:
+        return g2p.load(), g2p.sample_inputs()[0]
+    except AssetUnavailable as reason:
+        pytest.skip(str(reason))
+
+
+def error_db(model: nn.Module, source: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        return sqnr_db(source(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "low", "high"),
+    [
+        (WEIGHTS, 8, 11),  # one row of 40 weights holds values from 0.1 to 61
+        (DYNAMIC, 4, 10),
+        (WEIGHTS.layer(WithoutFirst()), 24, 32),
+        (DYNAMIC.layer(WithoutFirst()), 23, 32),
+        (Quantizer().bits(16), 50, 90),
+    ],
+    ids=["weights", "dynamic", "weights but the first", "dynamic but the first", "half"],
+)
+def test_a_speaker_encoder_loses_what_its_first_weight_costs(
+    quantizer: Quantizer, low: float, high: float
+) -> None:
+    source, x = speech()
+    result = quantizer.apply(source)
+    assert isinstance(result.model.lstm, QuantizedLSTM)
+    assert low < error_db(result.model, source, x) < high
+
+
+@pytest.mark.parametrize("mode", [None, "dynamic", "static"])
+def test_a_spelling_model_says_the_same_phonemes(mode: str | None) -> None:
+    source, x = spelling()
+    quantizer = Quantizer().activations(mode)
+    result = (quantizer.fit(x) if mode == "static" else quantizer).apply(source)
+    assert isinstance(result.model.encoder, QuantizedGRU)
+    assert isinstance(result.model.decoder, QuantizedGRU)
+    assert error_db(result.model, source, x) > 33
+    assert torch.equal(result.model(x).argmax(-1), source(x).argmax(-1))
