@@ -22,7 +22,6 @@ from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.modules import BareModule
 from mono_quant.numerics.granularity import Granularity
 from mono_quant.numerics.values import QTensor
-from mono_quant.observers import create_observer
 from mono_quant.quantizer import Quantizer
 from mono_quant.result import QuantizationResult, Validation, validate
 from mono_quant.selection import Selector
@@ -111,8 +110,7 @@ def quantize(
     if group_size is not None:
         quantizer = quantizer.group_size(group_size)
     if observer is not None:
-        chosen = create_observer(observer) if isinstance(observer, str) else observer
-        quantizer = quantizer.observer(chosen)
+        quantizer = quantizer.observer(observer)
     if data is not None:
         quantizer = quantizer.fit(data, samples=samples, forward=forward)
     if isinstance(model, str | PathLike):

@@ -29,6 +29,7 @@ from mono_quant.numerics.granularity import (
     PerTensor,
     PerToken,
 )
+from mono_quant.observers import create_observer
 from mono_quant.plan import Plan, Request, resolve
 from mono_quant.result import QuantizationResult
 from mono_quant.selection import Selection, Selector, check_selector
@@ -111,15 +112,15 @@ class Quantizer:
 
     def observer(
         self,
-        observer: RangeEstimator | None = None,
+        observer: RangeEstimator | str | None = None,
         *,
-        weights: RangeEstimator | None = None,
-        activations: RangeEstimator | None = None,
+        weights: RangeEstimator | str | None = None,
+        activations: RangeEstimator | str | None = None,
     ) -> Self:
         """Say how ranges are found: one for all, or one for weights and one for activations.
 
-        One for all is for weights only where it is no `Observer`: activations are seen in pieces.
-        **Replaces** those that are given.
+        Each is an observer, or its name as `create_observer` knows it. One for all is for weights
+        only where it is no `Observer`: activations are seen in pieces. **Replaces** those given.
         """
         if (observer is None) == (weights is None and activations is None):
             raise ConfigurationError(
@@ -127,11 +128,13 @@ class Quantizer:
                 "observer(MinMax()) or observer(weights=MSE())"
             )
         settings = self._request.settings
-        watcher = activations or (observer if isinstance(observer, Observer) else None)
+        for_all, for_weights, watcher = map(_observer, (observer, weights, activations))
+        if isinstance(for_all, Observer):
+            watcher = for_all
         return self._settings(
             attrs.evolve(
                 settings,
-                observer=observer or weights or settings.observer,
+                observer=for_all or for_weights or settings.observer,
                 activation_observer=watcher or settings.activation_observer,
             )
         )
@@ -476,6 +479,10 @@ def _granularity(granularity: Granularity | str) -> Granularity:
             f"not {granularity!r}"
         )
     return found
+
+
+def _observer(observer: RangeEstimator | str | None) -> RangeEstimator | None:
+    return create_observer(observer) if isinstance(observer, str) else observer
 
 
 def _activation_granularity(granularity: Granularity | str) -> Granularity:

@@ -23,10 +23,15 @@ from mono_quant import (
     QParams,
     QuantizedModule,
     Quantizer,
+    RangeEstimator,
+    Scheme,
     Transform,
     TransformContext,
 )
 from mono_quant.base import WITHOUT_DATA
+from mono_quant.configurable import register
+from mono_quant.numerics.blocks import block_range
+from mono_quant.numerics.granularity import Shape
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -196,6 +201,17 @@ def layer_rows(quantizer: Quantizer, model: nn.Module) -> dict[str, LayerReport]
 def fates(quantizer: Quantizer, model: nn.Module) -> dict[str, str]:
     """Return what a plan says of each weight by the weight's name."""
     return {name: row.fate for name, row in layer_rows(quantizer, model).items() if row.shape}
+
+
+@register
+@attrs.frozen
+class Whole(RangeEstimator):
+    """Finds ranges, and only of tensors that it sees whole."""
+
+    kind: ClassVar[str] = "tests.whole"
+
+    def range_of(self, x: Tensor, scheme: Scheme, block_size: Shape) -> tuple[Tensor, Tensor]:
+        return block_range(x, block_size)
 
 
 @attrs.frozen

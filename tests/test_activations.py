@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 import mono_quant
 from mono_quant import (
-    MSE,
     Activations,
     CalibrationError,
     ConfigurationError,
@@ -21,7 +20,7 @@ from mono_quant import (
     Quantizer,
 )
 from mono_quant.configurable import Json
-from tests.helpers import TiedModel, fates, layer_rows, noise, same_bits
+from tests.helpers import TiedModel, Whole, fates, layer_rows, noise, same_bits
 
 DYNAMIC = "dynamic 8-bit asymmetric per-token inputs"
 STATIC = "static 8-bit asymmetric per-tensor inputs"
@@ -223,11 +222,11 @@ def test_the_observer_of_inputs_may_be_another_one_for_some(
 
 
 def test_a_reader_of_whole_tensors_cannot_watch_inputs() -> None:
-    message = r"MSE\(.*\) sees a tensor whole, and activations come in pieces: give an Observer"
+    message = r"Whole\(\) sees a tensor whole, and activations come in pieces: give an Observer"
     with pytest.raises(ConfigurationError, match=message):
-        Quantizer().observer(activations=MSE())
+        Quantizer().observer(activations=Whole())
     with pytest.raises(ConfigurationError, match=message):
-        Quantizer().override("0", activation_observer=MSE())
+        Quantizer().override("0", activation_observer=Whole())
 
 
 @pytest.mark.parametrize(

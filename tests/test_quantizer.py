@@ -42,6 +42,7 @@ CALLS: dict[str, Call] = {
     "scheme": lambda q: q.scheme(Affine(3)),
     "observer": lambda q: q.observer(MSE()),
     "activations": lambda q: q.activations("dynamic"),
+    "fold": lambda q: q.fold(),
     "rounding": lambda q: q.rounding(RoundToNearest()),
     "only": lambda q: q.only("0"),
     "skip": lambda q: q.skip("0"),

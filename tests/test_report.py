@@ -18,7 +18,9 @@ from mono_quant.plan.warnings import warnings_of
 from mono_quant.report import format_bytes, format_db, grade, table
 from tests.helpers import TiedModel, noise
 
-WEIGHT = LayerReport("0.weight", "Linear", (64, 64), 4096, 16384, 2304, "4-bit", sqnr_db=25.0)
+WEIGHT = LayerReport(
+    "0.weight", "Linear", (64, 64), 4096, 16384, 2304, "4-bit", sqnr_db=25.0, output_sqnr_db=21.5
+)
 HEAD = LayerReport("1.weight", "Linear", (64, 64), 4096, 16384, 4096, "8-bit", sqnr_db=40.0)
 KEPT = LayerReport("norm", "LayerNorm", (), 128, 512, 512, reason="no quantizer knows a LayerNorm")
 REPORT = Report(
@@ -300,11 +302,11 @@ def test_no_more_than_the_three_largest_that_stay_float_are_named() -> None:
 # --- renderings --------------------------------------------------------------------------------
 
 CELLS = [
-    ["0.weight", "Linear", "64x64", "16.38 kB", "2.30 kB", "4.50", "25.0 dB", "4-bit"],
-    ["norm", "LayerNorm", "", "512 B", "512 B", "32.00", "", KEPT.fate],
-    ["1.weight", "Linear", "64x64", "16.38 kB", "4.10 kB", "8.00", "40.0 dB", "8-bit"],
+    ["0.weight", "Linear", "64x64", "16.38 kB", "2.30 kB", "4.50", "25.0 dB", "21.5 dB", "4-bit"],
+    ["norm", "LayerNorm", "", "512 B", "512 B", "32.00", "", "", KEPT.fate],
+    ["1.weight", "Linear", "64x64", "16.38 kB", "4.10 kB", "8.00", "40.0 dB", "", "8-bit"],
 ]
-COLUMNS = ["name", "layer", "shape", "before", "after", "bits", "SQNR", "fate"]
+COLUMNS = ["name", "layer", "shape", "before", "after", "bits", "SQNR", "output", "fate"]
 LINES = [
     "33.37 kB -> 7.00 kB (4.77 times smaller)",
     "warning: critical: the worst & the first",

@@ -30,7 +30,7 @@ from mono_quant import (
 )
 from mono_quant.configurable import Config, Json
 from mono_quant.selection import Selector
-from tests.helpers import Doubled, TiedModel, fates, noise, three_layers
+from tests.helpers import Doubled, TiedModel, Whole, fates, noise, three_layers
 
 
 @attrs.frozen
@@ -174,7 +174,7 @@ def test_data_is_no_part_of_a_configuration() -> None:
             "expected a RangeEstimator",
         ),
         (
-            {"settings": {"activation_observer": {"kind": "mse"}}},
+            {"settings": {"activation_observer": {"kind": "tests.whole"}}},
             ConfigurationError,
             "sees a tensor whole, and activations come in pieces: give an Observer",
         ),
@@ -216,9 +216,7 @@ def test_observers_of_weights_and_of_activations_are_kept_apart() -> None:
     assert repr(made) == (
         "Quantizer().observer(weights=MSE(steps=80, smallest=0.4)).observer(activations=MinMax())"
     )
-    assert repr(Quantizer().observer(MSE(steps=9))) == (
-        "Quantizer().observer(weights=MSE(steps=9, smallest=0.4))"
-    ), "one that is no Observer is for weights only"
+    assert repr(Quantizer().observer(Whole())) == "Quantizer().observer(weights=Whole())"
     assert repr(Quantizer().observer(MinMax())) == (
         "Quantizer().observer(weights=MinMax()).observer(activations=MinMax())"
     )

@@ -34,14 +34,14 @@ class SeveralWeights(QuantizedLayer):
             x: ``[..., in]``, wide enough to compute with (see `mono_quant.operations.wide`).
             bias: ``[out]``.
         """
-        if name in self.quantized:
+        if name in self.quantized_weights:
             return self.run(MatrixProduct(), x, bias, name)
         bias = bias.to(x.dtype) if bias is not None else None
         return functional.linear(x, self.dense(name, x.dtype), bias)
 
     def dense(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return a weight or bias as floats: decoded, or the parameter itself."""
-        if name in self.quantized:
+        if name in self.quantized_weights:
             return self._holder(name).packed.dequantize(dtype)
         return self.get_parameter(name).to(dtype)
 
@@ -94,11 +94,11 @@ class QuantizedRecurrent(SeveralWeights, nn.RNNBase):
             shorten = f"weight_hr_{suffix}"
             projection = Projection(self.dense(shorten, x.dtype), activations.get(shorten))
         operation = replace(recurrence, activation=activations.get(name), projection=projection)
-        if name not in self.quantized:
+        if name not in self.quantized_weights:
             return operation.unroll(inputs, self.dense(name, x.dtype), bias_hh)
         weight = self._holder(name).packed
         spec = KernelSpec(operation, weight.scheme, weight.layout)
-        return select(spec)(spec, inputs, weight, bias_hh)
+        return select(spec, inputs.device, inputs.dtype)(spec, inputs, weight, bias_hh)
 
     def _fused(self, call: SequenceCall) -> tuple[Tensor, States]:
         """Return what torch's kernel makes of decoded weights."""
@@ -118,7 +118,7 @@ class QuantizedRecurrent(SeveralWeights, nn.RNNBase):
         """What `torch.nn.RNNBase` knows of its weights: of a quantized one, the dtype alone."""
         return [
             self._holder(name).get_buffer("_like")
-            if name in self.quantized
+            if name in self.quantized_weights
             else cast("Tensor | None", getattr(self, name, None))  # a replica is filled later
             for name in self._flat_weights_names
         ]

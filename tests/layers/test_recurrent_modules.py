@@ -175,14 +175,14 @@ def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
     one, two = result.model.one, result.model.two
     assert isinstance(one, QuantizedLSTM)
     assert isinstance(two, QuantizedLSTM)
-    assert one.quantized["weight_ih_l0"] is two.quantized["weight_ih_l0"]
-    assert two.quantized["weight_hh_l0"] is two.quantized["weight_hh_l0_reverse"]
-    assert one.quantized["weight_hh_l0"] is not two.quantized["weight_hh_l0"]
+    assert one.quantized_weights["weight_ih_l0"] is two.quantized_weights["weight_ih_l0"]
+    assert two.quantized_weights["weight_hh_l0"] is two.quantized_weights["weight_hh_l0_reverse"]
+    assert one.quantized_weights["weight_hh_l0"] is not two.quantized_weights["weight_hh_l0"]
     loaded = load_model(result.save(tmp_path / "model.safetensors"), Pair())
     again = loaded.one
     assert isinstance(again, QuantizedLSTM)
     assert isinstance(loaded.two, QuantizedLSTM)
-    assert again.quantized["weight_ih_l0"] is loaded.two.quantized["weight_ih_l0"]
+    assert again.quantized_weights["weight_ih_l0"] is loaded.two.quantized_weights["weight_ih_l0"]
     expected = result.model(x)
     assert same_bits(loaded(x), expected)
     floats = dequantize_model(loaded)

@@ -97,7 +97,7 @@ def test_the_result_is_unchanged_by_what_is_done_to_the_source() -> None:
 
 def test_float_parameters_share_storage_and_are_other_objects() -> None:
     source = Net().eval()
-    model = Quantizer().apply(source).model
+    model = Quantizer().fold(False).apply(source).model
     theirs = dict(source.named_parameters())
     found = dict(model.named_parameters())
     assert set(found) == {"conv.bias", "norm.weight", "norm.bias", "head.bias", "gain"}
@@ -109,7 +109,7 @@ def test_float_parameters_share_storage_and_are_other_objects() -> None:
 
 def test_buffers_are_copies() -> None:
     source = Net().eval()
-    model = Quantizer().apply(source).model
+    model = Quantizer().fold(False).apply(source).model
     for name, buffer in source.named_buffers():
         assert model.get_buffer(name).data_ptr() != buffer.data_ptr()
         assert same_bits(model.get_buffer(name), buffer)
@@ -129,7 +129,8 @@ def test_the_result_is_in_the_mode_of_the_source(training: bool) -> None:
 def test_in_place_keeps_the_identity_of_every_module(with_data: bool) -> None:
     model = Net().eval()
     modules = dict(model.named_modules())
-    quantizer = Quantizer().fit(torch.randn(2, 8, 5)) if with_data else Quantizer()
+    unfolded = Quantizer().fold(False)
+    quantizer = unfolded.fit(torch.randn(2, 8, 5)) if with_data else unfolded
     result = quantizer.apply_(model)
     assert result.model is model
     for name, module in modules.items():
@@ -157,7 +158,8 @@ def no_collector() -> Iterator[None]:
 @pytest.mark.parametrize("with_data", [False, True])
 def test_in_place_frees_the_float_weights(with_data: bool) -> None:
     model = Net().eval()
-    quantizer = Quantizer().fit(torch.randn(2, 8, 5)) if with_data else Quantizer()
+    unfolded = Quantizer().fold(False)
+    quantizer = unfolded.fit(torch.randn(2, 8, 5)) if with_data else unfolded
     weights = [weakref.ref(model.conv.weight), weakref.ref(model.head.weight)]
     kept = weakref.ref(model.norm.weight)
     result = quantizer.apply_(model)
