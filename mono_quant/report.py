@@ -30,6 +30,9 @@ class LayerReport:
         activation: how its inputs are quantized, or why they are not although they were to be.
         reason: why it stayed float, or was not quantized now.
         sqnr_db: of the weight, in dB; None where nothing was quantized.
+        estimated_db: SQNR of a product with the weight, in dB, for inputs drawn so that every
+            column counts alike; None where that says nothing.
+        outliers: root mean square of the largest column over that of the median one, or None.
         output_sqnr_db: of what its layer returns for the inputs that it has in the float model, in
             dB, weights and inputs quantized; None where that was not measured.
         note: what else is worth knowing.
@@ -47,6 +50,8 @@ class LayerReport:
     activation: str | None = None
     reason: str | None = None
     sqnr_db: float | None = None
+    estimated_db: float | None = None
+    outliers: float | None = None
     output_sqnr_db: float | None = None
     note: str | None = None
     aliases: tuple[str, ...] = ()
@@ -175,6 +180,8 @@ class Report:
                 "activation": layer.activation,
                 "reason": layer.reason,
                 "sqnr_db": _finite(layer.sqnr_db),
+                "estimated_db": _finite(layer.estimated_db),
+                "outliers": layer.outliers,
                 "output_sqnr_db": _finite(layer.output_sqnr_db),
                 "note": layer.note,
                 "aliases": list(layer.aliases),

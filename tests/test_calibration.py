@@ -302,7 +302,7 @@ def test_the_model_runs_in_eval_without_gradients_and_gets_its_mode_back(
     source = Noisy().train(training)
     source.drop.eval()
     state = copy.deepcopy(source.norm.state_dict())
-    quantizer = Quantizer().fit([ROWS, ROWS])
+    quantizer = Quantizer().fold(False).fit([ROWS, ROWS])
     result = (quantizer.apply_ if in_place else quantizer.apply)(source)
     for model in (source, result.model):
         assert model.training is training

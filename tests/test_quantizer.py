@@ -246,7 +246,7 @@ CONFLICTS: dict[str, Call] = {
     "an unknown granularity for some": lambda q: q.override("0", granularity="row"),
     "one bit for some": lambda q: q.override("0", bits=1),
     "no observer": lambda q: q.observer(),
-    "the name of an observer": lambda q: q.observer("mse"),  # type: ignore[arg-type]
+    "no name of an observer": lambda q: q.observer("ems"),
     "the class of an observer": lambda q: q.observer(MSE),  # type: ignore[arg-type]
     "the class of a rounding": lambda q: q.rounding(RoundToNearest),  # type: ignore[arg-type]
     "the class of a scheme": lambda q: q.scheme(Affine),  # type: ignore[arg-type]

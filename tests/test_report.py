@@ -250,16 +250,18 @@ def test_a_model_that_is_quantized_to_the_last_layer_is_warned_of() -> None:
     assert warning not in reported(Quantizer().skip("*"), large()).warnings
 
 
-def test_a_recurrent_layer_in_float_is_not_every_layer_quantized() -> None:
-    model = nn.ModuleList([nn.LSTM(64, 256), nn.Linear(256, 16), nn.LSTM(2, 2)])
+def test_an_unknown_layer_in_float_is_not_every_layer_quantized() -> None:
+    model = nn.ModuleList([nn.Bilinear(64, 8, 256), nn.Linear(256, 16), nn.Bilinear(2, 2, 2)])
     for quantizer in (Quantizer(), Quantizer().bits(4)):
         found = reported(quantizer, model).warnings
         assert not any("every layer" in line for line in found)
         assert any(line.startswith("0 stays float with") for line in found)
 
 
-def test_a_small_recurrent_layer_in_float_is_not_every_layer_quantized_either() -> None:
-    found = reported(Quantizer(), nn.ModuleList([nn.LSTM(2, 2), nn.Linear(512, 512)])).warnings
+def test_a_small_unknown_layer_in_float_is_not_every_layer_quantized_either() -> None:
+    found = reported(
+        Quantizer(), nn.ModuleList([nn.Bilinear(2, 2, 2), nn.Linear(512, 512)])
+    ).warnings
     assert not any("every layer" in line or "stays float" in line for line in found)
 
 

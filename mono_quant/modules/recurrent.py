@@ -22,7 +22,7 @@ class SeveralWeights(QuantizedLayer):
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
         """Return a float copy of a quantized weight, with a warning; all else as it is."""
-        if name in self.__dict__.get("_modules", {}).get("quantized", ()):
+        if name in self.__dict__.get("_modules", {}).get("quantized_weights", ()):
             return self.float_weight(name)
         return super().__getattr__(name)
 

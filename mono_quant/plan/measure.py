@@ -1,17 +1,19 @@
 """What data does for a plan: it is gathered from, measured on, and corrected by."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 
 import attrs
-from torch import nn
+from torch import Tensor, nn
 
 from mono_quant.base import Change, Container, Correction, Transform, TransformContext
 from mono_quant.calibration import (
     CalibrationData,
     Gathered,
     Wanted,
+    compare,
+    evaluating,
     gather,
     positional_arguments,
     tensors_in,
@@ -81,39 +83,46 @@ def gather_for(
         return gather(work, wanted, data, label and "calibrating")
 
 
-def layer_errors(
-    floats: nn.Module,
-    model: nn.Module,
-    todo: Sequence[WeightPlan],
-    data: CalibrationData,
-    label: str | None,
-) -> Mapping[str, SquaredError]:
-    """Return the error of what each quantized layer returns, on the inputs of the float one.
+@attrs.frozen(eq=False)
+class LayerErrors:
+    """The error of what each quantized layer returns, for the inputs of its float twin.
 
-    Layers that no data reached are absent.
+    Attributes:
+        floats: the float model.
+        model: the quantized one.
+        errors: by the layers' names, after `outputs` was gone through; layers that no data reached
+            are absent.
     """
-    errors: dict[str, SquaredError] = {}
 
-    def compare(
+    floats: nn.Module
+    model: nn.Module
+    errors: dict[str, SquaredError] = attrs.field(factory=dict)
+
+    def outputs(
+        self, paths: Iterable[str], data: CalibrationData, progress: str | None
+    ) -> Iterator[list[Tensor]]:
+        """Yield the outputs of the float model, measuring the layers of these names meanwhile."""
+        with ExitStack() as hooks:
+            for path in paths:
+                module = self.floats.get_submodule(path)
+                handle = module.register_forward_hook(partial(self._add, path), with_kwargs=True)
+                hooks.callback(handle.remove)
+            with evaluating(self.model):
+                yield from data.outputs(self.floats, progress)
+
+    def _add(
+        self,
         path: str,
         _: nn.Module,
         args: tuple[object, ...],
         kwargs: dict[str, object],
         output: object,
     ) -> None:
-        other = model.get_submodule(path)(*args, **kwargs)
+        other = self.model.get_submodule(path)(*args, **kwargs)
         for one, two in zip(tensors_in(output), tensors_in(other), strict=True):
             if one.is_floating_point():
-                errors[path] = errors.get(path, SquaredError()) + SquaredError.between(one, two)
-
-    with ExitStack() as hooks:
-        for path in dict.fromkeys(weight.path for weight in todo):
-            module = floats.get_submodule(path)
-            handle = module.register_forward_hook(partial(compare, path), with_kwargs=True)
-            hooks.callback(handle.remove)
-        for _ in data.outputs(floats, label and "measuring layers"):
-            pass
-    return errors
+                error = compare([[one]], [[two]])
+                self.errors[path] = self.errors.get(path, SquaredError()) + error
 
 
 def with_outputs(

@@ -1,5 +1,6 @@
 """What will be done to each layer of one model, decided and shown before a tensor is touched."""
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Generic
 
@@ -11,11 +12,12 @@ from mono_quant.calibration import CalibrationData, Outputs, compare, count_samp
 from mono_quant.checkpoint import ModelT, adapt_containers, calling, copy_structure
 from mono_quant.errors import InputError
 from mono_quant.layers import BUILT_IN_CONTAINERS
+from mono_quant.numerics.metrics import SquaredError
 from mono_quant.plan.accounting import account
 from mono_quant.plan.measure import (
+    LayerErrors,
     correct,
     gather_for,
-    layer_errors,
     left_out,
     transform,
     with_outputs,
@@ -73,8 +75,8 @@ class Plan(Generic[ModelT]):
         if in_place:
             self._check_in_place(todo)
             if data is not None:
-                for outputs in data.outputs(self._model, label and "float outputs"):
-                    kept.add(outputs)
+                for found in data.outputs(self._model, label and "float outputs"):
+                    kept.add(found)
         work = self._model if in_place else copy_structure(self._model)
         changes = transform(work, self._transforms(), data)
         floats = copy_structure(work) if data is not None and not in_place else None
@@ -82,14 +84,23 @@ class Plan(Generic[ModelT]):
         gathered = gather_for(work, todo, containers, data, label)
         work, rows = quantize_weights(work, todo, gathered, label)
         adapt_containers(work, containers)
-        if floats is not None and data is not None:
-            with calling(floats, containers, [weight.path for weight in todo]):
-                changes += correct(work, floats, request.corrections, data)
-                rows = with_outputs(rows, todo, layer_errors(floats, work, todo, data, label))
+        error, layers = SquaredError(), LayerErrors(floats or work, work)
+        if data is not None:
+            outputs = data.outputs(work, label and "measuring")
+            if floats is None:
+                error = compare(kept, outputs)
+            else:
+                paths = dict.fromkeys(weight.path for weight in todo)
+                with calling(floats, containers, paths):
+                    changes += correct(work, floats, request.corrections, data)
+                    reference = layers.outputs(paths, data, label and "measuring layers")
+                    if any(change.done for change in changes):  # then it is not the model given
+                        deque(reference, maxlen=0)
+                        reference = data.outputs(self._model)
+                    error = compare(reference, outputs)
+        rows = with_outputs(rows, todo, layers.errors)
         report = self._report(work, rows, changes)
         if data is not None:
-            reference = kept if in_place else data.outputs(self._model)
-            error = compare(reference, data.outputs(work, label and "measuring"))
             report = attrs.evolve(
                 report,
                 output_sqnr_db=error.sqnr_db,

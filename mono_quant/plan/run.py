@@ -13,15 +13,13 @@ from mono_quant.checkpoint import ModelT
 from mono_quant.errors import CalibrationError, InputError
 from mono_quant.modules import tie
 from mono_quant.numerics.blocks import all_finite, block_range
-from mono_quant.numerics.metrics import SquaredError, tensor_bytes
-from mono_quant.numerics.values import QParams, QTensor
+from mono_quant.numerics.metrics import tensor_bytes
+from mono_quant.numerics.values import QTensor
 from mono_quant.plan.request import WeightPlan
+from mono_quant.plan.weight_error import WeightError
 from mono_quant.report import LayerReport
 from mono_quant.settings import Recipe
 from mono_quant.transforms.edits import put
-
-_PART = 1 << 19
-"""Values that are dequantized at a time: about what a core's cache holds."""
 
 
 def quantize_weights(
@@ -98,7 +96,7 @@ def _round(
         raise InputError(f"{weight.key} cannot be quantized: {reason}") from reason
     scheme = recipe.grid.scheme
     packed = PackedTensor.pack(q, scheme, weight.layout, view.native.dtype)
-    error = _error(stack, q, scheme)
+    error = WeightError.of(stack, q, scheme)
     row = LayerReport(
         weight.key,
         weight.layer,
@@ -107,7 +105,9 @@ def _round(
         weight.float_bytes,
         packed.nbytes,
         scheme=scheme.describe(),
-        sqnr_db=error.sqnr_db,
+        sqnr_db=error.total.sqnr_db,
+        estimated_db=error.balanced_db,
+        outliers=error.outliers,
         note=_note(scheme, stack, q),
         aliases=weight.aliases,
     )
@@ -138,42 +138,6 @@ def _inputs(weight: WeightPlan, activation: Activation | None) -> tuple[str | No
     recipe = cast("Recipe", weight.recipe)  # only weights with a recipe come here
     why = "no data reached it" if recipe.activations.mode is not None else weight.float_inputs
     return (f"float inputs: {why}" if why is not None else None), 0
-
-
-def _error(stack: Tensor, q: QTensor, scheme: Scheme) -> SquaredError:
-    """Return the error of `q` against `stack`: some rows at a time where each has its own scales.
-
-    So that the dequantized weight never exists as a whole.
-    """
-    qparams, (matrices, rows, length) = q.qparams, stack.shape
-    shared = qparams.scale is not None and qparams.block_size[:2] != (1, 1)
-    if shared or qparams.extra:
-        return SquaredError.between(stack, scheme.dequantize(q))
-    at_once = max(1, _PART // max(1, matrices * length))
-
-    def some(tensor: Tensor, start: int) -> Tensor:
-        return tensor[:, start : start + at_once]
-
-    def few(tensor: Tensor | None, start: int) -> Tensor | None:
-        return some(tensor, start) if tensor is not None else None
-
-    return SquaredError.total(
-        SquaredError.between(
-            some(stack, start),
-            scheme.dequantize(
-                QTensor(
-                    some(q.codes, start),
-                    QParams(
-                        few(qparams.scale, start),
-                        few(qparams.zero_point, start),
-                        qparams.block_size,
-                    ),
-                    q.dtype,
-                )
-            ),
-        )
-        for start in range(0, rows, at_once)
-    )
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

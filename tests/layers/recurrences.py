@@ -73,7 +73,7 @@ def per_row(x: Tensor) -> Tensor:
     """Return a row on the asymmetric grid of 8 bits that covers it, by torch's own operator."""
     row = x.to(torch.float32)
     low, high = row.min().clamp(max=0), row.max().clamp(min=0)
-    scale = high / 255 - low / 255
+    scale = (high - low) / 255
     if scale == 0:
         return x
     return _quantized(x, scale, (-low / scale).round())

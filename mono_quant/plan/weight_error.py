@@ -1,0 +1,89 @@
+"""What rounding did to a weight, value by value and column by column."""
+
+import attrs
+import torch
+from torch import Tensor
+
+from mono_quant.base import Scheme
+from mono_quant.numerics.metrics import SquaredError
+from mono_quant.numerics.values import QParams, QTensor
+
+_PART = 1 << 19
+"""Values that are dequantized at a time: about what a core's cache holds."""
+
+_ENOUGH_ROWS = 16
+"""Fewer rows say nothing of what a column's inputs are like."""
+
+_FAINT = 1e-4
+"""Columns fainter than this share of the mean energy count as if they had it."""
+
+
+@attrs.frozen(eq=False)
+class WeightError:
+    """The error of a quantized stack ``[G, out, in]``.
+
+    Attributes:
+        total: over all values.
+        signal: sum of the squared values of each column, ``float64 [G, in]``.
+        noise: sum of the squared errors of each column.
+        rows: how many rows the stack has.
+    """
+
+    total: SquaredError
+    signal: Tensor
+    noise: Tensor
+    rows: int
+
+    @classmethod
+    def of(cls, stack: Tensor, q: QTensor, scheme: Scheme) -> "WeightError":
+        """Return the error of `q` against `stack`: some rows at a time where rows have own scales.
+
+        So that the dequantized weight never exists as a whole.
+        """
+        matrices, rows, length = stack.shape
+        shared = q.qparams.scale is not None and q.qparams.block_size[:2] != (1, 1)
+        whole = shared or bool(q.qparams.extra)
+        at_once = rows if whole else max(1, _PART // max(1, matrices * length))
+        signal = torch.zeros(matrices, length, dtype=torch.float64, device=stack.device)
+        noise, total = signal.clone(), SquaredError()
+        for start in range(0, rows, max(1, at_once)):
+            part = stack[:, start : start + at_once]
+            values = scheme.dequantize(q if whole else _rows(q, start, start + at_once))
+            total += SquaredError.between(part, values)
+            signal += part.to(torch.float64).square().sum(1)
+            noise += (part.to(torch.float64) - values).square_().sum(1)
+        return cls(total, signal, noise, rows)
+
+    @property
+    def balanced_db(self) -> float | None:
+        """SQNR of the product for inputs drawn so that every column counts alike, in dB.
+
+        A trained matrix has large weights where its inputs are small. A few such columns can hide
+        from `total` that all others were rounded away. Inputs are taken to be independent, of the
+        energy ``1 / mean(column ** 2)``. None for a stack that is no single matrix or has too few
+        rows to tell.
+        """
+        if self.signal.shape[0] != 1 or self.rows < _ENOUGH_ROWS or self.total.signal == 0:
+            return None
+        energy = self.signal / self.rows
+        inputs = 1 / energy.clamp(min=_FAINT * float(energy.mean()))
+        weighted = SquaredError(
+            float((self.signal * inputs).sum()), float((self.noise * inputs).sum()), 1
+        )
+        return weighted.sqnr_db
+
+    @property
+    def outliers(self) -> float | None:
+        """Root mean square of the largest column over that of the median one; None as above."""
+        if self.signal.shape[0] != 1 or self.rows < _ENOUGH_ROWS:
+            return None
+        median = float(self.signal.median())
+        return float(self.signal.max() / median) ** 0.5 if median > 0 else None
+
+
+def _rows(q: QTensor, start: int, stop: int) -> QTensor:
+    def some(tensor: Tensor | None) -> Tensor | None:
+        return tensor[:, start:stop] if tensor is not None else None
+
+    qparams = QParams(some(q.qparams.scale), some(q.qparams.zero_point), q.qparams.block_size)
+    return QTensor(q.codes[:, start:stop], qparams, q.dtype)
