@@ -18,7 +18,7 @@ from mono_quant.checkpoint import (
     to_checkpoint,
 )
 from mono_quant.configurable import Kinds
-from mono_quant.errors import ConfigurationError, InputError
+from mono_quant.errors import InputError
 from mono_quant.modules import BareModule
 from mono_quant.numerics.granularity import Granularity
 from mono_quant.numerics.values import QTensor
@@ -82,8 +82,7 @@ def quantize(
     Args:
         model: a module, a state dict, or the path of a float checkpoint (.safetensors, .pt, .pth).
         bits: 2 to 8, or 16 for a cast.
-        dynamic: quantize the inputs of layers as they come; needs 8 bits and no data, and is then
-            what happens anyway.
+        dynamic: quantize the inputs of layers as they come, at any width; data then only measures.
         data: batches to calibrate and measure on, as `Quantizer.fit` takes them.
         samples: how many samples of the data to use.
         forward: calls the model with a batch.
@@ -98,11 +97,9 @@ def quantize(
         InputError: the model or the data cannot be used.
         ConfigurationError: the settings contradict each other.
     """
-    if dynamic and bits != 8:
-        raise ConfigurationError(f"dynamic quantization has 8 bits, not {bits}")
-    if dynamic and data is not None:
-        raise ConfigurationError("dynamic quantization needs no data; static_quantize uses some")
     quantizer = Quantizer().bits(bits).skip(*skip).only(*only)
+    if dynamic:
+        quantizer = quantizer.activations("dynamic")
     if symmetric is not None:
         quantizer = quantizer.symmetric(symmetric)
     if granularity is not None:

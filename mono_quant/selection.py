@@ -66,15 +66,20 @@ class Selection:
             name for name, module in self.modules.items() if self._is_root(selector, name, module)
         ]
         if isinstance(selector, str):
-            roots += sorted(name for name in self.weights if matches_name(selector, name))
+            weights = (name for name in self.weights if matches_name(selector, name))
+            roots += sorted(name for name in weights if not _below(name, roots))
         if not roots:
             raise ConfigurationError(self._nothing(selector))
         return roots
 
     def names(self, selector: Selector) -> frozenset[str]:
-        """Return the names of the modules and weights that `selector` means, and all below."""
+        """Return the names of the modules that `selector` means and of all below them.
+
+        And of weights that it means by their own names, and not by that of a module around them.
+        """
         roots = self.roots(selector)
-        return frozenset(name for name in (*self.modules, *self.weights) if _below(name, roots))
+        below = (name for name in self.modules if _below(name, roots))
+        return frozenset(roots).union(below)
 
     def _is_root(self, selector: Selector, name: str, module: nn.Module) -> bool:
         if isinstance(selector, str):

@@ -5,6 +5,7 @@ weights are computed in float64 from codes, scales and zero points as a file hol
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import ClassVar, TypeVar
 
@@ -149,6 +150,14 @@ def assert_like_float(model: nn.Module, source: nn.Module, *inputs: Tensor) -> N
     with torch.no_grad():
         found, expected = model(*inputs), twin(*wide)
     assert_near(found, expected)
+
+
+def sqnr64(references: list[Tensor], others: list[Tensor]) -> float:
+    """Return the signal to noise ratio over all tensors in dB, computed in float64."""
+    signal = sum(float(x.double().square().sum()) for x in references)
+    pairs = zip(references, others, strict=True)
+    noise_power = sum(float((x.double() - y.double()).square().sum()) for x, y in pairs)
+    return 10 * math.log10(signal / noise_power)
 
 
 def same_tensors(one: nn.Module, other: nn.Module) -> bool:

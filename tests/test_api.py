@@ -52,7 +52,10 @@ SAME: dict[str, tuple[Callable[[nn.Module], QuantizationResult[nn.Module]], Quan
     "bits": (lambda model: quantize(model, 4), Quantizer().bits(4)),
     "bits by name": (lambda model: quantize(model, bits=3), Quantizer().bits(3)),
     "a cast": (lambda model: quantize(model, 16), Quantizer().bits(16)),
-    "dynamic": (lambda model: quantize(model, bits=8, dynamic=True), Quantizer().bits(8)),
+    "dynamic": (
+        lambda model: quantize(model, bits=8, dynamic=True),
+        Quantizer().bits(8).activations("dynamic"),
+    ),
     "symmetric": (
         lambda model: quantize(model, 4, symmetric=True),
         Quantizer().bits(4).symmetric(),
@@ -128,15 +131,16 @@ def test_how_inputs_are_quantized_is_said_in_the_report(
     assert report.notes == ()
 
 
-@pytest.mark.parametrize("bits", [4, 16])
-def test_dynamic_quantization_has_8_bits(bits: int) -> None:
-    with pytest.raises(ConfigurationError, match=f"dynamic quantization has 8 bits, not {bits}"):
-        quantize(net(), bits, dynamic=True)
+def test_dynamic_quantization_of_a_cast_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"bits\(16\) is a cast"):
+        quantize(net(), 16, dynamic=True)
 
 
-def test_dynamic_quantization_takes_no_data() -> None:
-    with pytest.raises(ConfigurationError, match="static_quantize uses some"):
-        quantize(net(), dynamic=True, data=DATA)
+def test_dynamic_quantization_has_any_width_and_is_measured_on_data() -> None:
+    report = quantize(net(), 4, dynamic=True, data=DATA, only=["*"]).report
+    (said,) = {row.activation for row in report.quantized}
+    assert said == "dynamic 8-bit asymmetric per-token inputs"
+    assert report.output_sqnr_db is not None
 
 
 @pytest.mark.parametrize("bits", [0, 1, 9, 15, 17, -4, True])

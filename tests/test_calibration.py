@@ -27,7 +27,7 @@ from mono_quant import (
 )
 from mono_quant.base import AnyStatistic
 from mono_quant.calibration import CalibrationData, Outputs, tensors_in
-from tests.helpers import WEIGHTS_ONLY, noise, same_bits, same_tensors
+from tests.helpers import WEIGHTS_ONLY, noise, same_bits, same_tensors, sqnr64
 
 
 class Net(nn.Module):
@@ -130,19 +130,12 @@ def measured(source: nn.Module, data: object, samples: int = 150) -> Quantizatio
     return Quantizer().bits(4).only("*").fit(data, samples=samples).apply(source)
 
 
-def sqnr64(references: list[Tensor], others: list[Tensor]) -> float:
-    """Return the signal to noise ratio over all tensors in dB, computed in float64."""
-    signal = sum(float(x.double().square().sum()) for x in references)
-    pairs = zip(references, others, strict=True)
-    noise_power = sum(float((x.double() - y.double()).square().sum()) for x, y in pairs)
-    return 10 * math.log10(signal / noise_power)
-
-
 @pytest.mark.parametrize(("data", "sizes"), KINDS.values(), ids=KINDS)
 def test_each_kind_of_data_is_gone_through_batch_by_batch(data: object, sizes: list[int]) -> None:
     source = Net().eval()
     result = measured(source, data)
-    assert source.seen == sizes
+    assert result.model.seen == sizes
+    assert not source.seen, "its twin runs, to measure layers"
     assert result.report.samples == 40
     assert result.report.output_sqnr_db is not None
 
@@ -192,7 +185,7 @@ def test_nothing_is_left_out_where_forward_takes_all() -> None:
 def test_a_cap_on_samples_stops_after_the_batch_that_reaches_it(samples: int, batches: int) -> None:
     source = Net().eval()
     result = measured(source, pieces(ROWS, 10), samples=samples)
-    assert source.seen == [10] * batches
+    assert result.model.seen == [10] * batches
     assert result.report.samples == 10 * batches
 
 

@@ -43,6 +43,7 @@ CALLS: dict[str, Call] = {
     "observer": lambda q: q.observer(MSE()),
     "activations": lambda q: q.activations("dynamic"),
     "fold": lambda q: q.fold(),
+    "on_damage": lambda q: q.on_damage("keep"),
     "rounding": lambda q: q.rounding(RoundToNearest()),
     "only": lambda q: q.only("0"),
     "skip": lambda q: q.skip("0"),

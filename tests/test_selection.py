@@ -160,5 +160,20 @@ def test_a_model_that_is_one_layer_has_the_empty_name() -> None:
     selection = Selection.of(layer)
     for selector in ("", "*", nn.Linear, layer):
         assert selection.roots(selector) == [""]
+    assert selection.roots("weight") == ["weight"], "its only weight has a name too"
     with pytest.raises(ConfigurationError, match="matches no layer"):
-        selection.roots("weight")
+        selection.roots("bias")
+
+
+def test_one_weight_of_a_layer_may_be_named() -> None:
+    model = nn.ModuleDict({"lstm": nn.LSTM(64, 64, num_layers=2), "out": nn.Linear(64, 64)})
+    quantizer = Quantizer().override("lstm.weight_ih_l0", bits=16).skip("*.weight_hh_l1")
+    rows = {row.name: row for row in quantizer.plan(model).outline.report.layers}
+    assert rows["lstm.weight_ih_l0"].scheme == "float16"
+    assert rows["lstm.weight_hh_l0"].scheme == "8-bit symmetric per-channel"
+    assert rows["lstm.weight_hh_l1"].reason == "skipped"
+    assert rows["out.weight"].scheme == "8-bit symmetric per-channel"
+    only = Quantizer().only("lstm.weight_ih_l1").plan(model).outline.report
+    assert [row.name for row in only.quantized] == ["lstm.weight_ih_l1"]
+    with pytest.raises(ConfigurationError, match="matches no layer"):
+        Quantizer().skip("lstm.bias_ih_l0").plan(model)

@@ -36,7 +36,14 @@ class QuantizeOptions(ModelOptions):
     only: list[str]
     skip: list[str]
     override: list[str]
-    dynamic: bool
+    activations: str | None
+    activation_bits: int | None
+    activation_symmetric: bool | None
+    activation_granularity: str | None
+    activation_observer: str | None
+    fold: bool | None
+    transform: list[str]
+    on_damage: str | None
     calibration: Path | None
     samples: int | None
     in_place: bool

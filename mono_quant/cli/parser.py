@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import (
     ArgumentParser,
+    BooleanOptionalAction,
     Namespace,
     RawDescriptionHelpFormatter,
     _ArgumentGroup,
@@ -104,6 +105,7 @@ def _add_quantize(known: _SubParsersAction[_Parser]) -> None:
     _add_forward(model)
     _add_calibration(model)
     _add_grid(command.add_argument_group("how weights are quantized"))
+    _add_inputs(command.add_argument_group("how inputs of layers are quantized, and changes"))
     _add_layers(command.add_argument_group("which layers"))
     output = command.add_argument_group("what comes out")
     output.add_argument(
@@ -134,11 +136,6 @@ def _add_quantize(known: _SubParsersAction[_Parser]) -> None:
 
 def _add_grid(grid: _ArgumentGroup) -> None:
     grid.add_argument("--bits", type=int, help="2 to 8, or 16 for a cast (default: 8)")
-    grid.add_argument(
-        "--dynamic",
-        action="store_true",
-        help="8 bits, without data: inputs of layers are quantized as they come",
-    )
     symmetry = grid.add_mutually_exclusive_group()
     symmetry.add_argument(
         "--symmetric", action="store_const", const=True, help="no zero point (default at 8 bits)"
@@ -160,6 +157,55 @@ def _add_grid(grid: _ArgumentGroup) -> None:
         "--observer", metavar="STRATEGY", help="how ranges are found: minmax, mse, auto, ..."
     )
     grid.add_argument("--rounding", metavar="STRATEGY", help="how grid points are chosen")
+
+
+def _add_inputs(inputs: _ArgumentGroup) -> None:
+    modes = inputs.add_mutually_exclusive_group()
+    modes.add_argument(
+        "--activations",
+        choices=("dynamic", "static", "float"),
+        help="how inputs of layers are quantized (default at 8 bits: static with --calibration, "
+        "dynamic without; otherwise float)",
+    )
+    modes.add_argument(
+        "--dynamic",
+        dest="activations",
+        action="store_const",
+        const="dynamic",
+        help="the same as --activations dynamic",
+    )
+    inputs.add_argument("--activation-bits", type=int, metavar="N", help="2 to 8 (default: 8)")
+    inputs.add_argument(
+        "--activation-symmetric",
+        action="store_const",
+        const=True,
+        help="no zero point for inputs (default: one)",
+    )
+    inputs.add_argument(
+        "--activation-granularity", metavar="KIND", help="what shares a scale: token or tensor"
+    )
+    inputs.add_argument(
+        "--activation-observer",
+        metavar="STRATEGY",
+        help="how ranges of static inputs are found (default: as --observer)",
+    )
+    inputs.add_argument(
+        "--fold",
+        action=BooleanOptionalAction,
+        help="fold batch normalizations first (default: where inputs are quantized)",
+    )
+    inputs.add_argument(
+        "--transform",
+        action="append",
+        default=[],
+        metavar="STRATEGY",
+        help="equalize_layers, bias_correction, ...; repeatable",
+    )
+    inputs.add_argument(
+        "--on-damage",
+        choices=("warn", "keep", "error"),
+        help="what happens where a layer is destroyed (default: warn)",
+    )
 
 
 def _add_layers(layers: _ArgumentGroup) -> None:

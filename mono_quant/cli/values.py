@@ -7,10 +7,18 @@ from typing import TypeVar
 
 from torch import nn
 
-from mono_quant.base import RangeEstimator, Rounding, Scheme
+from mono_quant.base import Correction, RangeEstimator, Rounding, Scheme, Transform
 from mono_quant.cli.inputs import imported
 from mono_quant.cli.options import QuantizeOptions
-from mono_quant.configurable import Config, Configurable, Json, Scalar, as_dtype, registered
+from mono_quant.configurable import (
+    Config,
+    Configurable,
+    Json,
+    Scalar,
+    as_dtype,
+    find_kind,
+    registered,
+)
 from mono_quant.errors import ConfigurationError, UnknownKindError
 from mono_quant.numerics.granularity import Granularity
 from mono_quant.observers import create_observer
@@ -29,6 +37,8 @@ _IN_OVERRIDE = (
     "scheme",
     "observer",
     "rounding",
+    "activations",
+    "activation_observer",
 )
 
 
@@ -39,8 +49,6 @@ def build_quantizer(options: QuantizeOptions) -> Quantizer:
         ConfigurationError: they contradict each other or cannot be read.
     """
     config = _read_config(options.config) if options.config is not None else {}
-    if options.dynamic:
-        _check_dynamic(config, options)
     quantizer = Quantizer.from_config(config)
     if options.bits is not None:
         quantizer = quantizer.bits(options.bits)
@@ -58,6 +66,7 @@ def build_quantizer(options: QuantizeOptions) -> Quantizer:
         quantizer = quantizer.observer(_observer(options.observer))
     if options.rounding is not None:
         quantizer = quantizer.rounding(_rounding(options.rounding))
+    quantizer = _inputs(quantizer, options)
     quantizer = quantizer.only(*map(_selector, options.only))
     quantizer = quantizer.skip(*map(_selector, options.skip))
     for text in options.override:
@@ -65,13 +74,43 @@ def build_quantizer(options: QuantizeOptions) -> Quantizer:
     return quantizer
 
 
-def _check_dynamic(config: Config, options: QuantizeOptions) -> None:
-    settings = config.get("settings")
-    bits = options.bits or (settings.get("bits", 8) if isinstance(settings, Mapping) else 8)
-    if bits != 8:
-        raise ConfigurationError(f"--dynamic has 8 bits, not {bits}")
-    if options.calibration is not None:
-        raise ConfigurationError("--dynamic needs no --calibration; leave one of the two out")
+def _inputs(quantizer: Quantizer, options: QuantizeOptions) -> Quantizer:
+    """Return the quantizer with what was said of the inputs of layers, and of changes."""
+    more = {
+        "--activation-bits": options.activation_bits,
+        "--activation-symmetric": options.activation_symmetric,
+        "--activation-granularity": options.activation_granularity,
+    }
+    said = [name for name, value in more.items() if value is not None]
+    if options.activations is not None:
+        quantizer = quantizer.activations(
+            None if options.activations == "float" else options.activations,
+            bits=options.activation_bits or 8,
+            symmetric=options.activation_symmetric or False,
+            granularity=options.activation_granularity,
+        )
+    elif said:
+        raise ConfigurationError(f"{said[0]} says how, and not when: add --activations MODE")
+    if options.activation_observer is not None:
+        quantizer = quantizer.observer(activations=_observer(options.activation_observer))
+    if options.fold is not None:
+        quantizer = quantizer.fold(options.fold)
+    for text in options.transform:
+        quantizer = quantizer.transform(_transform(text))
+    if options.on_damage is not None:
+        quantizer = quantizer.on_damage(options.on_damage)
+    return quantizer
+
+
+def _transform(text: str) -> Transform | Correction:
+    found = find_kind(_described(text).get("kind")) if _known(text) else Transform
+    if issubclass(found, Correction):
+        return _strategy(Correction.from_config, Correction, text)
+    return _strategy(Transform.from_config, Transform, text)
+
+
+def _known(text: str) -> bool:
+    return _described(text).get("kind") in registered()
 
 
 def _read_config(path: Path) -> Config:
@@ -166,6 +205,10 @@ def _override(quantizer: Quantizer, text: str) -> Quantizer:
         scheme=_strategy(Scheme.from_config, Scheme, named["scheme"]) if "scheme" in said else None,
         observer=_observer(named["observer"]) if "observer" in said else None,
         rounding=_rounding(named["rounding"]) if "rounding" in said else None,
+        activations=named.get("activations"),
+        activation_observer=_observer(named["activation_observer"])
+        if "activation_observer" in said
+        else None,
     )
 
 

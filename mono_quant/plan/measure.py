@@ -107,8 +107,7 @@ class LayerErrors:
                 module = self.floats.get_submodule(path)
                 handle = module.register_forward_hook(partial(self._add, path), with_kwargs=True)
                 hooks.callback(handle.remove)
-            with evaluating(self.model):
-                yield from data.outputs(self.floats, progress)
+            yield from data.outputs(self.floats, progress)
 
     def _add(
         self,
@@ -118,7 +117,9 @@ class LayerErrors:
         kwargs: dict[str, object],
         output: object,
     ) -> None:
-        other = self.model.get_submodule(path)(*args, **kwargs)
+        layer = self.model.get_submodule(path)
+        with evaluating(layer):  # the layer alone: somebody else may be running the model
+            other = layer(*args, **kwargs)
         for one, two in zip(tensors_in(output), tensors_in(other), strict=True):
             if one.is_floating_point():
                 error = compare([[one]], [[two]])

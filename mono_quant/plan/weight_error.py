@@ -14,7 +14,7 @@ _PART = 1 << 19
 _ENOUGH_ROWS = 16
 """Fewer rows say nothing of what a column's inputs are like."""
 
-_FAINT = 1e-4
+_FAINT = 1e-8
 """Columns fainter than this share of the mean energy count as if they had it."""
 
 

@@ -10,6 +10,8 @@ from torch import nn
 from mono_quant import (
     MSE,
     Affine,
+    BiasCorrection,
+    EqualizeLayers,
     FloatCast,
     MinMax,
     PerGroup,
@@ -62,6 +64,30 @@ AFFINE_JSON = '{"kind": "affine", "bits": 6, "granularity": {"kind": "per_group"
                 scale_dtype=torch.float32,
                 observer=MSE(),
             ),
+        ),
+        (["--dynamic"], Quantizer().activations("dynamic")),
+        (["--activations", "float"], Quantizer().activations(None)),
+        (
+            [
+                *("--activations", "dynamic", "--activation-bits", "6", "--activation-symmetric"),
+                *("--activation-granularity", "tensor", "--activation-observer", "minmax"),
+            ],
+            Quantizer()
+            .activations("dynamic", bits=6, symmetric=True, granularity="tensor")
+            .observer(activations=MinMax()),
+        ),
+        (["--fold"], Quantizer().fold()),
+        (["--no-fold"], Quantizer().fold(False)),
+        (
+            ["--transform", "bias_correction", "--transform", "equalize_layers:sweeps=3"],
+            Quantizer().transform(BiasCorrection(), EqualizeLayers(sweeps=3)),
+        ),
+        (["--on-damage", "keep"], Quantizer().on_damage("keep")),
+        (
+            ["--override", "a:activations=float", "--override", "b:activation_observer=minmax"],
+            Quantizer()
+            .override("a", activations="float")
+            .override("b", activation_observer=MinMax()),
         ),
         (
             ["--override", "a:scheme=float_cast,rounding=round_to_nearest"],
@@ -142,8 +168,11 @@ def test_an_imported_module_brings_its_kinds(folder: Path, monoquant: Monoquant)
         (["--override", "head:symmetric=maybe"], "symmetric is true or false"),
         (["--override", "head:group_size=32,granularity=tensor"], "not both"),
         (["--skip", "type:Liner"], "'type:Liner' names no module class"),
-        (["--dynamic", "--bits", "4"], "--dynamic has 8 bits, not 4"),
-        (["--dynamic", "--calibration", "x.pt"], "--dynamic needs no --calibration"),
+        (["--dynamic", "--bits", "16"], "bits(16) is a cast: its activations cannot be"),
+        (["--dynamic", "--activations", "static"], "not allowed with argument"),
+        (["--activation-bits", "4"], "--activation-bits says how, and not when: add --activations"),
+        (["--transform", "nothing"], "there is no Transform of kind 'nothing'"),
+        (["--on-damage", "cry"], "invalid choice: 'cry'"),
         (["--import", "no_such_module"], "cannot import 'no_such_module'"),
         (["--fast"], "unrecognized arguments: --fast"),
     ],
@@ -164,7 +193,8 @@ def test_options_that_cannot_be_are_refused_in_one_line(
         ("{", "is not JSON"),
         ("[1]", "holds no JSON object"),
         ('{"bits": 4}', "a quantizer has no bits"),
-        ('{"settings": {"bits": 4}}', "--dynamic has 8 bits, not 4"),
+        ('{"settings": {"bits": 16}}', "bits(16) is a cast: its activations cannot be"),
+        ('{"on_damage": "cry"}', "on_damage is one of warn, keep, error"),
     ],
 )
 def test_configurations_that_cannot_be_are_refused(

@@ -1,0 +1,208 @@
+"""Layers that quantizing destroys: found, explained, and kept away."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mono_quant import (
+    ConfigurationError,
+    DamageError,
+    InputError,
+    QuantizationResult,
+    Quantizer,
+    load_model,
+)
+from mono_quant.plan.weight_error import WeightError
+from mono_quant.schemes import Affine
+from tests.helpers import noise, sqnr64
+
+
+class Uneven(nn.Module):
+    """Reads loud inputs with faint weights and faint inputs with loud ones, as trained nets do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(64, 64)
+        self.head = nn.Linear(64, 64)
+        with torch.no_grad():
+            self.mix.weight[:, 0] *= 3000
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(torch.relu(self.mix(x)))
+        return found
+
+
+def uneven() -> tuple[Uneven, Tensor]:
+    torch.manual_seed(0)
+    x = noise(32, 64)
+    x[:, 0] *= 1e-5
+    return Uneven().eval(), x
+
+
+class Spiked(nn.Module):
+    """Has an input that is ruined by a range of one scale: a channel dwarfs the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(64, 64)
+        with torch.no_grad():
+            self.body.weight[:, 0] *= 1e-4
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.body(x)
+        return found
+
+
+def spiked() -> tuple[Spiked, Tensor]:
+    torch.manual_seed(0)
+    x = noise(32, 64)
+    x[:, 0] *= 3000
+    return Spiked().eval(), x
+
+
+def warning(result: QuantizationResult[Uneven] | QuantizationResult[Spiked], name: str) -> str:
+    (found,) = [line for line in result.report.warnings if f"{name} returns" in line]
+    return found
+
+
+def test_a_weight_that_destroys_its_layer_is_named_with_the_call_that_mends_it() -> None:
+    model, x = uneven()
+    result = Quantizer().activations("dynamic").fit([x]).apply(model)
+    row = next(row for row in result.report.quantized if row.name == "mix.weight")
+    assert row.sqnr_db is not None
+    assert row.sqnr_db > 40, "the weight's own figure does not see it"
+    assert row.output_sqnr_db is not None
+    assert row.output_sqnr_db < 10
+    line = warning(result, "mix")
+    assert line.startswith("critical: ")
+    assert "by mix.weight alone" in line
+    assert "override('mix.weight', bits=16)" in line
+    assert 'on_damage("keep")' in line
+    assert "head" not in line
+
+
+def test_the_output_of_a_layer_is_that_of_an_independent_computation() -> None:
+    model, x = uneven()
+    result = Quantizer().activations(None).fit([x]).apply(model)
+    with torch.no_grad():
+        expected = sqnr64([model.mix(x)], [result.model.mix(x)])
+    row = next(row for row in result.report.quantized if row.name == "mix.weight")
+    assert row.output_sqnr_db == pytest.approx(expected, abs=1e-3)
+
+
+def test_keep_keeps_that_weight_at_16_bits_and_says_so(tmp_path: Path) -> None:
+    model, x = uneven()
+    result = Quantizer().activations("dynamic").fit([x]).on_damage("keep").apply(model)
+    rows = {row.name: row for row in result.report.quantized}
+    assert rows["mix.weight"].scheme == "float16"
+    assert rows["mix.weight"].activation is None
+    assert "kept at 16 bits, since its layer would return" in rows["mix.weight"].fate
+    assert rows["head.weight"].scheme == "8-bit symmetric per-channel"
+    assert result.report.output_sqnr_db is not None
+    assert result.report.output_sqnr_db > 25
+    assert not any("returns" in line for line in result.report.warnings)
+    loaded = load_model(result.save(tmp_path / "model.safetensors"), Uneven())
+    assert torch.equal(loaded(x), result.model(x))
+
+
+def test_the_override_that_the_warning_names_does_the_same() -> None:
+    model, x = uneven()
+    base = Quantizer().activations("dynamic").fit([x])
+    kept = base.on_damage("keep").apply(model).model
+    said = base.override("mix.weight", bits=16).apply(model).model
+    assert torch.equal(kept(x), said(x))
+
+
+def test_inputs_that_destroy_a_layer_are_left_in_float() -> None:
+    model, x = spiked()
+    base = Quantizer().activations("static").fit([x])
+    line = warning(base.apply(model), "body")
+    assert "by the inputs of body.weight" in line
+    assert "override('body.weight', activations=\"float\")" in line
+    result = base.on_damage("keep").apply(model)
+    (row,) = result.report.quantized
+    assert row.scheme == "8-bit symmetric per-channel"
+    assert row.activation is None
+    assert "float inputs, since its layer would return" in row.fate
+
+
+def test_an_error_is_raised_if_it_was_asked_for() -> None:
+    model, x = uneven()
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(DamageError, match="mix returns"):
+        Quantizer().fit([x]).on_damage("error").apply(model)
+    assert all(map(torch.equal, model.parameters(), before))
+    sound = nn.Sequential(nn.Linear(64, 64)).eval()
+    assert Quantizer().fit([noise(8, 64)]).on_damage("error").apply(sound).report.quantized
+
+
+def test_in_place_keep_is_refused_before_anything_is_changed() -> None:
+    model, x = uneven()
+    with pytest.raises(InputError, match="use apply"):
+        Quantizer().fit([x]).on_damage("keep").apply_(model)
+    assert type(model.mix) is nn.Linear
+
+
+def test_an_unknown_action_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="'warn', 'keep', 'error', not 'cry'"):
+        Quantizer().on_damage("cry")
+
+
+def test_without_data_the_estimate_is_marked_as_one() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64))
+    with torch.no_grad():
+        model[0].get_parameter("weight")[:, 0] *= 3000
+    (line,) = [one for one in Quantizer().apply(model).report.warnings if "estimate" in one]
+    assert "0.weight would leave" in line
+    assert "no data" in line
+    kept = Quantizer().on_damage("keep").apply(model).report
+    assert [row.scheme for row in kept.quantized] == ["float16"]
+    assert "is estimated to return" in kept.quantized[0].fate
+
+
+def test_values_too_large_for_float16_are_kept_as_bfloat16() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    with torch.no_grad():
+        model[0].get_parameter("weight").mul_(1e3)[:, 0] *= 3000
+    kept = Quantizer().on_damage("keep").apply(model).report
+    assert [row.scheme for row in kept.quantized] == ["bfloat16"]
+
+
+def test_the_estimate_is_the_expected_sqnr_for_inputs_that_make_columns_count_alike() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(1, 64, 48) * torch.logspace(-1.5, 1.5, 48)
+    scheme = Affine(6)
+    low, high = weight.amin(2, keepdim=True), weight.amax(2, keepdim=True)
+    q = scheme.quantize(weight, scheme.calculate_qparams(low, high, block_size=(1, 1, 48)))
+    found = WeightError.of(weight, q, scheme).balanced_db
+    inputs = torch.randn(200_000, 48, dtype=torch.float64)
+    inputs /= weight[0].double().square().mean(0).sqrt()
+    exact = inputs @ weight[0].double().t()
+    rounded = inputs @ scheme.dequantize(q)[0].double().t()
+    assert found == pytest.approx(sqnr64([exact], [rounded]), abs=0.05)
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 8), (1, 4, 8), (1, 64, 0)])
+def test_what_is_no_matrix_of_enough_rows_has_no_estimate(shape: tuple[int, int, int]) -> None:
+    weight, scheme = torch.randn(shape), Affine(4)
+    ends = weight.new_zeros(*shape[:2], 1), weight.new_ones(*shape[:2], 1)
+    qparams = scheme.calculate_qparams(*ends, block_size=(1, 1, shape[2]))
+    error = WeightError.of(weight, scheme.quantize(weight, qparams), scheme)
+    assert error.balanced_db is None
+
+
+def test_columns_that_dwarf_the_others_are_warned_of() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64))
+    with torch.no_grad():
+        model[0].get_parameter("weight")[:, 5] *= 40
+    (row,) = Quantizer().apply(model).report.quantized
+    assert row.outliers == pytest.approx(40, rel=0.2)
+    lines = Quantizer().apply(model).report.warnings
+    (line,) = [line for line in lines if "columns" in line]
+    assert "override('0.weight', group_size=32)" in line
+    grouped = Quantizer().group_size(32).apply(model).report.warnings
+    assert not any("columns" in line for line in grouped)
