@@ -5,7 +5,17 @@ import importlib
 
 from tests.benchmarks.measure import machine
 
-NAMES = ("accuracy", "models", "memory", "imports", "quantize_speed", "observers", "peers")
+NAMES = (
+    "accuracy",
+    "models",
+    "memory",
+    "imports",
+    "quantize_speed",
+    "observers",
+    "peers",
+    "activations_vision",
+    "activations_peers",
+)
 
 
 def main() -> None:
