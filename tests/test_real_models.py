@@ -1,4 +1,4 @@
-"""Real pretrained models: figures of an independent implementation, and what stays float."""
+"""Real pretrained models: figures of an independent implementation, and what activations cost."""
 
 import statistics
 from collections.abc import Iterator
@@ -9,21 +9,25 @@ import pytest
 import torch
 from torch import nn
 
-from mono_quant import QuantizationResult
+from mono_quant import BiasCorrection, QuantizationResult, Quantizer
 from mono_quant.demo import DemoUnavailable, MiniLM, lee_documents
 from mono_quant.demo.minilm import batches
 from tests.benchmarks.accuracy import INT4, OTHERS, Setting
+from tests.benchmarks.activations_text import cosines
+from tests.benchmarks.activations_vision import calibration_images, logits, network, score
 from tests.benchmarks.measure import sqnr
 from tests.benchmarks.minilm import (
     Figures,
+    embeddings,
     figures_of,
     filed,
     in_blocks,
     linears,
     original,
     payload,
+    reference,
 )
-from tests.benchmarks.models import WIDTHS, left_float, quantized, real_model
+from tests.benchmarks.models import WIDTHS, quantized, real_model
 from tests.models import AssetUnavailable
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
@@ -31,12 +35,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.network]
 TOLERANCE_DB = 0.15
 FILE_TOLERANCE = 0.02
 INT8 = next(setting for setting in OTHERS if setting.bits == 8 and setting.symmetric)
+CALIBRATED = 32
 RECURRENT = {
-    "resemblyzer": ("lstm", "LSTM"),
-    "g2p": ("encoder", "GRU"),
-    "silero_vad": ("memory", "LSTMCell"),
-    "textgenrnn": ("first", "LSTM"),
+    "resemblyzer": {"lstm": "LSTM"},
+    "g2p": {"encoder": "GRU", "decoder": "GRU"},
+    "silero_vad": {"memory": "LSTMCell"},
+    "textgenrnn": {"first": "LSTM", "second": "LSTM"},
 }
+RECURRENT_KINDS = {kind for layers in RECURRENT.values() for kind in layers.values()}
 
 
 @contextmanager
@@ -125,15 +131,49 @@ def test_a_quantized_model_runs_and_is_valid(name: str, bits: int) -> None:
 
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("name", RECURRENT)
-def test_recurrent_layers_stay_float_for_a_reason_that_is_given(name: str, bits: int) -> None:
-    path, kind = RECURRENT[name]
+def test_recurrent_layers_are_quantized(name: str, bits: int) -> None:
     report = model_at(name, bits).report
-    (row,) = [row for row in report.kept if row.name == path]
-    assert row.layer == kind
-    assert row.reason == f"no quantizer knows a {kind}"
-    assert row.bytes == row.float_bytes
-    assert left_float(model_at(name, bits))[row.reason] > 0.5
-    assert any(text.startswith(f"{path} stays float with ") for text in report.warnings)
+    found = {row.name.rpartition(".")[0]: row.layer for row in report.quantized}
+    assert RECURRENT[name].items() <= found.items()
+    assert not {row.layer for row in report.kept if row.shape} & RECURRENT_KINDS
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_at_8_bits_no_weight_stays_float(name: str) -> None:
+    assert not [row.name for row in model_at(name, 8).report.kept if row.shape]
+
+
+def test_a_file_of_smollm2_comes_back() -> None:
+    with assets():
+        loader = real_model("smollm2")
+        result = Quantizer().activations("dynamic").apply(loader.load())
+        assert result.validate(loader.sample_inputs()).status == "valid"
+
+
+def test_dynamic_tokens_of_minilm_beat_what_torchao_measures() -> None:
+    with assets():
+        model = in_blocks(Quantizer().activations("dynamic")).apply(original()).model
+        outputs = embeddings(model)
+    assert sqnr([reference()], [outputs]) >= 22.3
+    assert float(cosines(outputs).mean()) >= 0.997
+
+
+def test_dynamic_g2p_is_within_a_point_of_float() -> None:
+    with assets():
+        loader = real_model("g2p")
+        model = loader.load()
+        before = loader.evaluate(model)
+        after = loader.evaluate(Quantizer().activations("dynamic").apply(model).model)
+    for name, value in before.items():
+        assert after[name] == pytest.approx(value, abs=0.01), name
+
+
+def test_static_efficientnet_is_near_float_with_biases_corrected() -> None:
+    with assets():
+        images = torch.split(calibration_images()[:CALIBRATED], CALIBRATED // 2)
+        quantizer = Quantizer().activations("static").asymmetric().transform(BiasCorrection())
+        result = quantizer.fit(list(images)).apply(network())
+        assert score(logits(result.model)).sqnr >= 18
 
 
 def test_every_convolution_of_efficientnet_is_quantized_at_8_bits() -> None:
