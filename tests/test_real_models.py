@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.network]
 TOLERANCE_DB = 0.15
 FILE_TOLERANCE = 0.02
 INT8 = next(setting for setting in OTHERS if setting.bits == 8 and setting.symmetric)
-CALIBRATED = 32
+CALIBRATED = 16
 RECURRENT = {
     "resemblyzer": {"lstm": "LSTM"},
     "g2p": {"encoder": "GRU", "decoder": "GRU"},

@@ -209,6 +209,6 @@ PEERS = (
             _ORT,
             _onnxruntime(method, per_channel=True),
         )
-        for method in ("MinMax", "Percentile", "Entropy")
+        for method in ("MinMax", "Percentile")
     ),
 )

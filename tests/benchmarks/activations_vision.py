@@ -60,6 +60,7 @@ OBSERVERS: tuple[RangeEstimator, ...] = (
     Entropy(),
     Auto(),
 )
+CORRECTED = (MinMax(), Percentile(99.999), MSE(), Auto())
 STATIC = Quantizer().activations("static")
 
 
@@ -165,15 +166,15 @@ def main() -> None:
     print_table(("setting, inputs by MinMax", *figures), _settings())
     print("Asymmetric weights and BiasCorrection, which runs the data once for each layer:\n")
     print_table(("observer of inputs", *figures), _corrected())
-    print("Memory of `apply` beyond what is resident with the model and 64 images loaded:\n")
-    print_table(("images a batch", "what", "VmHWM, MB", "RssAnon, MB"), _memory())
+    print("Peak memory beyond what is resident once the model and all images are loaded:\n")
+    print_table(("what", "images", "a batch", "VmHWM, MB", "RssAnon, MB"), _memory())
     print(f"Calibrating beside the plain forward passes; medians of {REPEATS}, by turns.\n")
     print_table(("observer", "of the plain forward"), _overhead())
 
 
-def child(what: str, batch: str) -> None:
+def child(what: str, images: str, batch: str) -> None:
     """Print what one call takes, as JSON."""
-    batches = list(torch.split(calibration_images(), int(batch)))
+    batches = list(torch.split(calibration_images()[: int(images)], int(batch)))
     model = network()
     quantizer = STATIC.asymmetric().fit(batches)
     if what == "BiasCorrection":
@@ -182,8 +183,8 @@ def child(what: str, batch: str) -> None:
     resident, private = memory("VmRSS"), memory("RssAnon")
     if what == "plain forward":
         with torch.no_grad():
-            for images in batches:
-                model(images)
+            for one in batches:
+                model(one)
     else:
         quantizer.apply(model, progress=False)
     print(json.dumps({"peak": memory("VmHWM") - resident, "private": private}))
@@ -197,7 +198,7 @@ def _observers() -> Iterator[tuple[str, ...]]:
 
 
 def _corrected() -> Iterator[tuple[str, ...]]:
-    for observer in OBSERVERS:
+    for observer in CORRECTED:
         watched = STATIC.asymmetric().observer(activations=observer)
         yield (repr(observer), *score_of(watched.transform(BiasCorrection())).cells)
 
@@ -209,13 +210,18 @@ def _settings() -> Iterator[tuple[str, ...]]:
 
 def _memory() -> Iterator[tuple[str, ...]]:
     if not Path("/proc/self/status").exists():
-        yield ("", "skipped: this system has no /proc/self/status", "", "")
+        yield ("skipped: this system has no /proc/self/status", "", "", "", "")
         return
-    for batch in (SMALL_BATCH, BATCH):
-        for what in ("plain forward", "MinMax", "BiasCorrection"):
-            found, private = fresh("activations_vision", what, batch)
-            alone = private - found["private"]
-            yield (str(batch), what, f"{found['peak'] / MB:.0f}", f"{alone / MB:.0f}")
+    for what, images, batch in (
+        ("plain forward", 64, BATCH),
+        ("apply", 64, BATCH),
+        ("apply", 64, SMALL_BATCH),
+        ("BiasCorrection", 8, SMALL_BATCH),
+    ):
+        found, private = fresh("activations_vision", what, images, batch)
+        alone = private - found["private"]
+        peaks = f"{found['peak'] / MB:.0f}", f"{alone / MB:.0f}"
+        yield (what, str(images), str(batch), *peaks)
 
 
 def _overhead() -> Iterator[tuple[str, ...]]:
