@@ -274,6 +274,11 @@ class Outputs:
         torch.save(outputs, path)
         self._kept.append(path)
 
+    def add_all(self, outputs: Iterable[list[Tensor]]) -> None:
+        """Keep the outputs of every batch."""
+        for one in outputs:
+            self.add(one)
+
     def __iter__(self) -> Iterator[list[Tensor]]:
         """Yield what was kept, batch by batch."""
         for item in self._kept:

@@ -6,6 +6,7 @@
     ├── ConfigurationError (ValueError)      settings that contradict each other or cannot work
     ├── InputError (ValueError)              a model, tensor or batch that cannot be used
     ├── CalibrationError (RuntimeError)      the data could not be run through the model
+    ├── DamageError (RuntimeError)           quantizing destroyed a layer, and that was refused
     ├── UnsupportedLayerError (TypeError)    a layer that has no quantized form here
     └── CheckpointError (ValueError)         a file that cannot be written or read
         ├── FormatVersionError               written by a newer version
@@ -27,6 +28,10 @@ class ConfigurationError(MonoQuantError, ValueError):
 
 class InputError(MonoQuantError, ValueError):
     """A model, tensor or batch cannot be used as given."""
+
+
+class DamageError(MonoQuantError, RuntimeError):
+    """Quantizing destroyed what a layer computes, and that was to be an error."""
 
 
 class CalibrationError(MonoQuantError, RuntimeError):

@@ -270,6 +270,24 @@ class Quantizer:
         """
         return self._asking(attrs.evolve(self._request, fold=fold))
 
+    def on_damage(self, action: str) -> Self:
+        """Say what happens where quantizing destroys what a layer computes. **Replaces**.
+
+        A layer is destroyed if what it returns for its float inputs is below 20 dB SQNR (10 dB for
+        weights of fewer than 8 bits), measured on the data of `fit`; without data a weight is
+        judged by an estimate, below 10 dB (see the report).
+
+        Args:
+            action: "warn" (the default) names the layer, what does it and the call that mends it;
+                "keep" keeps the weights that do it at 16 bits, or leaves their inputs in float, and
+                the report says so; "error" raises a `DamageError`.
+        """
+        if action not in _ACTIONS:
+            raise ConfigurationError(
+                f"on_damage is {', '.join(map(repr, _ACTIONS))}, not {action!r}"
+            )
+        return self._asking(attrs.evolve(self._request, on_damage=action))
+
     def transform(self, *transforms: Transform | Correction) -> Self:
         """Change the working copy: first the float model, then the quantized one. **Adds**.
 
@@ -376,7 +394,7 @@ class Quantizer:
             ConfigurationError: it holds something unknown.
             UnknownKindError: it names an unknown kind.
         """
-        known = {"settings", "overrides", "only", "skip", "fold", *_STRATEGIES}
+        known = {"settings", "overrides", "only", "skip", "fold", "on_damage", *_STRATEGIES}
         if unknown := set(config) - known:
             raise ConfigurationError(f"a quantizer has no {', '.join(sorted(unknown))}")
         overrides = []
@@ -389,6 +407,9 @@ class Quantizer:
         fold = config.get("fold")
         if not isinstance(fold, bool | None):
             raise ConfigurationError(f"fold is true, false or null, not {fold!r}")
+        action = config.get("on_damage", "warn")
+        if action not in _ACTIONS:
+            raise ConfigurationError(f"on_damage is one of {', '.join(_ACTIONS)}, not {action!r}")
         return cls(
             Request(
                 settings=Settings.from_config(_object(config.get("settings", {})), kinds),
@@ -409,6 +430,7 @@ class Quantizer:
                     for one in _objects(config.get("corrections"))
                 ),
                 fold=fold,
+                on_damage=str(action),
             )
         )
 
@@ -425,6 +447,8 @@ class Quantizer:
             calls.append(f"override({_show(selector)}, {said})")
         calls += [f"layer({layer!r})" for layer in (*request.layers, *request.containers)]
         calls += [f"fold({request.fold})"] if request.fold is not None else []
+        if request.on_damage != "warn":
+            calls.append(f"on_damage({request.on_damage!r})")
         changing = (*request.transforms, *request.corrections)
         calls += [f"transform({transform!r})" for transform in changing]
         if request.data is not None:
@@ -462,9 +486,11 @@ class Quantizer:
             "transforms": [transform.to_config() for transform in request.transforms],
             "corrections": [correction.to_config() for correction in request.corrections],
             "fold": request.fold,
+            "on_damage": request.on_damage,
         }
 
 
+_ACTIONS = ("warn", "keep", "error")
 _OBSERVERS = {"observer": "weights", "activation_observer": "activations"}
 _STRATEGIES = ("layers", "containers", "transforms", "corrections")
 

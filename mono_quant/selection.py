@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 
 import attrs
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from mono_quant.errors import ConfigurationError, InputError
 
@@ -39,21 +40,24 @@ def matches_name(pattern: str, name: str) -> bool:
 
 @attrs.frozen(eq=False)
 class Selection:
-    """The modules of one model by name, asked which of them a selector means.
+    """The modules and weights of one model by name, asked which of them a selector means.
 
     A name means the module of that name and all below it; so do a type and a module. ``*`` crosses
-    dots.
+    dots. A name may also be that of one weight of a layer.
     """
 
     modules: Mapping[str, nn.Module]
+    weights: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, model: nn.Module) -> "Selection":
         """Return the selection for a model, with every name of a module that has several."""
-        return cls(dict(model.named_modules(remove_duplicate=False)))
+        parameters = model.named_parameters(remove_duplicate=False)
+        weights = frozenset(name for name, one in parameters if _is_weight(one))
+        return cls(dict(model.named_modules(remove_duplicate=False)), weights)
 
     def roots(self, selector: Selector) -> list[str]:
-        """Return the names of the modules that `selector` itself means, in the model's order.
+        """Return the names of what `selector` itself means, modules in the model's order first.
 
         Raises:
             ConfigurationError: it means none, which is a slip of the pen.
@@ -61,14 +65,16 @@ class Selection:
         roots = [
             name for name, module in self.modules.items() if self._is_root(selector, name, module)
         ]
+        if isinstance(selector, str):
+            roots += sorted(name for name in self.weights if matches_name(selector, name))
         if not roots:
             raise ConfigurationError(self._nothing(selector))
         return roots
 
     def names(self, selector: Selector) -> frozenset[str]:
-        """Return the names of the modules that `selector` means, and of all below them."""
+        """Return the names of the modules and weights that `selector` means, and all below."""
         roots = self.roots(selector)
-        return frozenset(name for name in self.modules if _below(name, roots))
+        return frozenset(name for name in (*self.modules, *self.weights) if _below(name, roots))
 
     def _is_root(self, selector: Selector, name: str, module: nn.Module) -> bool:
         if isinstance(selector, str):
@@ -91,6 +97,11 @@ class Selection:
             return f"{selector!r} matches no layer of the model{hint}"
         shown = selector.__name__ if isinstance(selector, type) else repr(selector)
         return f"{shown} matches no layer of the model"
+
+
+def _is_weight(parameter: nn.Parameter) -> bool:
+    lazy: bool = is_lazy(parameter)
+    return not lazy and parameter.dim() > 1
 
 
 def _below(name: str, roots: Iterable[str]) -> bool:

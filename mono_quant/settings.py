@@ -202,6 +202,8 @@ class Settings:
         """
         if self.scheme is not None or self.bits == 16:
             base = attrs.evolve(base, bits=None, symmetric=None, granularity=None, scale_dtype=None)
+        if self.bits == 16:
+            base = attrs.evolve(base, activations=None)
         parts = (self.bits, self.symmetric, self.granularity, self.scale_dtype)
         if any(part is not None for part in parts):
             base = attrs.evolve(base, scheme=None)

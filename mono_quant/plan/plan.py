@@ -1,7 +1,7 @@
 """What will be done to each layer of one model, decided and shown before a tensor is touched."""
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Generic
 
 import attrs
@@ -10,10 +10,11 @@ from torch import nn
 from mono_quant.base import Change, QuantizedModule, Transform
 from mono_quant.calibration import CalibrationData, Outputs, compare, count_samples
 from mono_quant.checkpoint import ModelT, adapt_containers, calling, copy_structure
-from mono_quant.errors import InputError
+from mono_quant.errors import DamageError, InputError
 from mono_quant.layers import BUILT_IN_CONTAINERS
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.plan.accounting import account
+from mono_quant.plan.damage import Damage, amended, diagnosed, estimated
 from mono_quant.plan.measure import (
     LayerErrors,
     correct,
@@ -75,8 +76,7 @@ class Plan(Generic[ModelT]):
         if in_place:
             self._check_in_place(todo)
             if data is not None:
-                for found in data.outputs(self._model, label and "float outputs"):
-                    kept.add(found)
+                kept.add_all(data.outputs(self._model, label and "float outputs"))
         work = self._model if in_place else copy_structure(self._model)
         changes = transform(work, self._transforms(), data)
         floats = copy_structure(work) if data is not None and not in_place else None
@@ -84,21 +84,24 @@ class Plan(Generic[ModelT]):
         gathered = gather_for(work, todo, containers, data, label)
         work, rows = quantize_weights(work, todo, gathered, label)
         adapt_containers(work, containers)
-        error, layers = SquaredError(), LayerErrors(floats or work, work)
+        damages, error = estimated(rows.values()), SquaredError()
         if data is not None:
-            outputs = data.outputs(work, label and "measuring")
             if floats is None:
-                error = compare(kept, outputs)
+                error = compare(kept, data.outputs(work, label and "measuring"))
             else:
                 paths = dict.fromkeys(weight.path for weight in todo)
                 with calling(floats, containers, paths):
                     changes += correct(work, floats, request.corrections, data)
+                    layers = LayerErrors(floats, work)
                     reference = layers.outputs(paths, data, label and "measuring layers")
                     if any(change.done for change in changes):  # then it is not the model given
                         deque(reference, maxlen=0)
                         reference = data.outputs(self._model)
-                    error = compare(reference, outputs)
-        rows = with_outputs(rows, todo, layers.errors)
+                    error = compare(reference, data.outputs(work, label and "measuring"))
+                    damages = diagnosed(floats, work, todo, layers.errors, data)
+                rows = with_outputs(rows, todo, layers.errors)
+        if damages and request.on_damage != "warn":
+            return self._amended(damages).run(progress=progress)
         report = self._report(work, rows, changes)
         if data is not None:
             report = attrs.evolve(
@@ -107,9 +110,23 @@ class Plan(Generic[ModelT]):
                 samples=sum(count_samples(batch) for batch in data.batches()),
                 notes=(*report.notes, *left_out(work, data)),
             )
-        report = attrs.evolve(report, warnings=warnings_of(report))
+        report = attrs.evolve(report, warnings=warnings_of(report, damages))
         example = CalibrationData([data.first()], 1, data.forward) if data is not None else None
         return QuantizationResult(work, report, self.outline, example, request.layers)
+
+    def _amended(self, damages: Sequence[Damage]) -> "Plan[ModelT]":
+        """Return the plan that keeps what does damage; what is left after it is warned of.
+
+        Raises:
+            DamageError: that was asked for.
+        """
+        if self._request.on_damage == "error":
+            raise DamageError("; ".join(map(str, damages)))
+        return attrs.evolve(
+            self,
+            weights=amended(self.weights, damages, self._model),
+            request=attrs.evolve(self._request, on_damage="warn"),
+        )
 
     def _transforms(self) -> tuple[Transform, ...]:
         """Return what is done to the float model: folding first, where it is asked for or due."""
@@ -144,6 +161,11 @@ class Plan(Generic[ModelT]):
 
     def _check_in_place(self, todo: Iterable[WeightPlan]) -> None:
         """Refuse what would only be refused halfway, with a part of the model changed."""
+        if self._request.on_damage == "keep":
+            raise InputError(
+                'on_damage("keep") begins again from the float model, which apply_ does not keep; '
+                "use apply"
+            )
         if self._request.corrections:
             raise InputError(
                 f"{self._request.corrections[0]!r} holds the result against the float model, which "

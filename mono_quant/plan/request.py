@@ -23,6 +23,8 @@ class Request:
         transforms: what is done to the working copy first, in this order.
         corrections: what is done to the quantized model, in this order.
         fold: whether batch normalizations are folded first; None: where inputs are quantized.
+        on_damage: "warn" of destroyed layers, "keep" what does the damage at 16 bits or its inputs
+            in float, or take it for an "error".
         data: batches to measure and calibrate on.
     """
 
@@ -35,6 +37,7 @@ class Request:
     transforms: tuple[Transform, ...] = ()
     corrections: tuple[Correction, ...] = ()
     fold: bool | None = None
+    on_damage: str = "warn"
     data: CalibrationData | None = None
 
 
@@ -56,6 +59,7 @@ class WeightPlan:
         reason: why it stays float, or None.
         by_default: whether that is a default, which the user's word on a tied weight would lift.
         recipe: how it is quantized, if it is.
+        kept: why it is kept at 16 bits, or its inputs in float, or None.
         float_inputs: why its inputs stay float although they were to be quantized, or None.
         tied_to: the weight that it shares its values with, if that comes first.
         aliases: names of the later weights that share its values.
@@ -74,6 +78,7 @@ class WeightPlan:
     reason: str | None = None
     by_default: bool = False
     recipe: Recipe | None = None
+    kept: str | None = None
     float_inputs: str | None = None
     tied_to: "WeightPlan | None" = None
     aliases: tuple[str, ...] = ()

@@ -120,11 +120,14 @@ def _weights(model: nn.Module, request: Request) -> list[WeightPlan]:
             continue
         if maker.takes_children:
             claimed.add(path)
-        settings, asked = selected.settings(names[id(module)], request.settings)
-        reason = selected.reason(names[id(module)]) or refused.get(id(module))
+        refusal = refused.get(id(module))
         if "forward" in vars(module):
-            reason = reason or "its forward was replaced on the object, and would not be asked"
+            refusal = refusal or "its forward was replaced on the object, and would not be asked"
         for name, layout in maker.layouts(module).items():
+            called = names[id(module)]
+            called |= {f"{one}.{name}" if one else name for one in called}
+            settings, asked = selected.settings(called, request.settings)
+            reason = selected.reason(called) or refusal
             sources = _sources(module, path, name)
             tensors = [model.get_parameter(source) for source in sources]
             dtypes = {tensor.dtype for tensor in tensors if not tensor.is_floating_point()}

@@ -108,7 +108,7 @@ def _round(
         sqnr_db=error.total.sqnr_db,
         estimated_db=error.balanced_db,
         outliers=error.outliers,
-        note=_note(scheme, stack, q),
+        note="; ".join(part for part in (weight.kept, _note(scheme, stack, q)) if part) or None,
         aliases=weight.aliases,
     )
     return packed, row

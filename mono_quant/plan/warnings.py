@@ -1,20 +1,25 @@
 """What ought to be looked at before a quantized model is used."""
 
 import math
+from collections.abc import Sequence
 
+from mono_quant.plan.damage import Damage
 from mono_quant.report import CRITICAL_DB, WARNING_DB, LayerReport, Report, format_bytes, format_db
 
 _NOTABLE_SHARE = 0.05
 _SHOWN = 3
+_OUTLIER = 20.0
 
 
-def warnings_of(report: Report) -> tuple[str, ...]:
+def warnings_of(report: Report, damages: Sequence[Damage] = ()) -> tuple[str, ...]:
     """Return warnings on a finished report, the worst first."""
     found: list[str] = []
     if report.output_sqnr_db is not None:
         found += _graded("the output", report.output_sqnr_db)
+    found += map(str, damages)
     found += _low_layers(report)
-    found += [f"{row.name}: {row.note}" for row in report.quantized if row.note]
+    found += _outliers(report)
+    found += _notes(report)
     if head := _low_head(report):
         found.append(head)
     found += _left_float(report)
@@ -46,6 +51,30 @@ def _low_layers(report: Report) -> list[str]:
     if len(low) > _SHOWN:
         lines.append(f"{len(low) - _SHOWN} more weights are below {WARNING_DB:.0f} dB")
     return lines
+
+
+def _notes(report: Report) -> list[str]:
+    """Return each thing that rows note, once, with the first weight that it is said of."""
+    names: dict[str, list[str]] = {}
+    for row in report.quantized:
+        for part in row.note.split("; ") if row.note else ():
+            names.setdefault(part, []).append(row.name)
+    return [
+        f"{first}: {part}" if not more else f"{first} and {len(more)} more: {part}"
+        for part, (first, *more) in names.items()
+    ]
+
+
+def _outliers(report: Report) -> list[str]:
+    """Return the weights with columns that dwarf the others, where they share scales with those."""
+    lines = []
+    for row in report.quantized:
+        if (row.outliers or 0) >= _OUTLIER and "per-group" not in (row.scheme or ""):
+            lines.append(
+                f"{row.name} has columns {row.outliers:.0f} times the median one; scales for "
+                f"groups keep them apart: override({row.name!r}, group_size=32)"
+            )
+    return lines[:_SHOWN]
 
 
 def _low_head(report: Report) -> str | None:
