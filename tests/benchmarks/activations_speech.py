@@ -6,13 +6,11 @@ The speaker encoder is the hard one: the first input weight of its LSTM has a me
 
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import ClassVar
 
-import attrs
 import torch
 from torch import Tensor, nn
 
-from mono_quant import Layout, Quantizer, RecurrentQuantizer
+from mono_quant import Quantizer
 from tests.benchmarks.dynamic_peers import TORCH, dynamic, engine
 from tests.benchmarks.measure import print_table, sqnr
 from tests.benchmarks.models import RealModel, real_model
@@ -23,24 +21,14 @@ KINDS = (nn.Linear, nn.LSTM, nn.GRU, nn.LSTMCell, nn.Conv1d)
 DYNAMIC = Quantizer().activations("dynamic")
 
 
-@attrs.frozen
-class WithoutFirst(RecurrentQuantizer):
-    """Leaves the first input weight in float."""
-
-    kind: ClassVar[str] = "recurrent-without-first"
-
-    def layouts(self, layer: nn.Module) -> dict[str, Layout]:
-        """Return the layouts of all weights but that one."""
-        found = RecurrentQuantizer.layouts(self, layer)
-        return {name: layout for name, layout in found.items() if name != "weight_ih_l0"}
-
-
+FIRST = "lstm.weight_ih_l0"
 SPEAKER: Mapping[str, Quantizer] = {
     "dynamic": DYNAMIC,
     "dynamic, asymmetric weights": DYNAMIC.asymmetric(),
     "weights alone": Quantizer().activations(None),
-    "dynamic, first input weight in float": DYNAMIC.layer(WithoutFirst()),
-    "dynamic, the same, asymmetric weights": DYNAMIC.asymmetric().layer(WithoutFirst()),
+    'dynamic, on_damage("keep")': DYNAMIC.on_damage("keep"),
+    f'dynamic, override("{FIRST}", bits=16)': DYNAMIC.override(FIRST, bits=16),
+    "dynamic, the same, asymmetric weights": DYNAMIC.asymmetric().override(FIRST, bits=16),
     "FP16": Quantizer().bits(16),
 }
 
