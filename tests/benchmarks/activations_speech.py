@@ -22,15 +22,23 @@ DYNAMIC = Quantizer().activations("dynamic")
 
 
 FIRST = "lstm.weight_ih_l0"
-SPEAKER: Mapping[str, Quantizer] = {
-    "dynamic": DYNAMIC,
-    "dynamic, asymmetric weights": DYNAMIC.asymmetric(),
-    "weights alone": Quantizer().activations(None),
-    'dynamic, on_damage("keep")': DYNAMIC.on_damage("keep"),
-    f'dynamic, override("{FIRST}", bits=16)': DYNAMIC.override(FIRST, bits=16),
-    "dynamic, the same, asymmetric weights": DYNAMIC.asymmetric().override(FIRST, bits=16),
-    "FP16": Quantizer().bits(16),
-}
+
+
+def speaker_settings() -> Mapping[str, Quantizer]:
+    """Return what is tried on the speaker encoder; what is fitted sees synthetic voices."""
+    named = f'override("{FIRST}", bits=16)'
+    return {
+        "dynamic": DYNAMIC,
+        "dynamic, asymmetric weights": DYNAMIC.asymmetric(),
+        "weights alone": Quantizer().activations(None),
+        'dynamic, on_damage("keep")': DYNAMIC.on_damage("keep"),
+        'dynamic, on_damage("keep"), fitted': DYNAMIC.on_damage("keep").fit(
+            [resemblyzer.sample_inputs()]
+        ),
+        f"dynamic, {named}": DYNAMIC.override(FIRST, bits=16),
+        f"dynamic, {named}, asymmetric weights": DYNAMIC.asymmetric().override(FIRST, bits=16),
+        "FP16": Quantizer().bits(16),
+    }
 
 
 def chosen(name: str, module: nn.Module) -> bool:
@@ -75,7 +83,7 @@ def encodings(model: nn.Module) -> Tensor:
 
 def _speaker() -> Iterator[tuple[str, ...]]:
     yield ("float", "", "", *_rates(speaker()))
-    for found in dynamic(speaker(), chosen, SPEAKER, TORCH):
+    for found in dynamic(speaker(), chosen, speaker_settings(), TORCH):
         if found.model is None:
             yield (found.package, found.setting, found.reason, "", "")
             continue
