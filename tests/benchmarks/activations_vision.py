@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from mono_quant import (
@@ -123,10 +123,10 @@ def score(outputs: Tensor) -> Score:
     return Score(sqnr([reference()], [outputs]), same.double().mean().item())
 
 
-def score_of(quantizer: Quantizer, model: nn.Module | None = None) -> Score:
-    """Return how near the model comes by a quantizer, calibrated on the other images."""
-    fitted = quantizer.fit(list(torch.split(calibration_images(), BATCH)))
-    return score(logits(fitted.apply(model or network(), progress=False).model))
+def score_of(quantizer: Quantizer, images: int = 64, batch: int = BATCH) -> Score:
+    """Return how near the model comes by a quantizer, calibrated on the first of the images."""
+    fitted = quantizer.fit(list(torch.split(calibration_images()[:images], batch)))
+    return score(logits(fitted.apply(network(), progress=False).model))
 
 
 SETTINGS: Mapping[str, Callable[[], Score]] = {
@@ -138,6 +138,9 @@ SETTINGS: Mapping[str, Callable[[], Score]] = {
         Quantizer().asymmetric().activations(None).fold().transform(BiasCorrection())
     ),
     "W8A8, symmetric, BiasCorrection": lambda: score_of(STATIC.transform(BiasCorrection())),
+    "W8A8, asymmetric, BiasCorrection, on 16 whole images": lambda: score_of(
+        STATIC.asymmetric().transform(BiasCorrection()), images=16, batch=8
+    ),
     "W8A8, asymmetric, EqualizeLayers": lambda: score_of(
         STATIC.asymmetric().transform(EqualizeLayers())
     ),
