@@ -21,7 +21,11 @@ from tests.benchmarks.activations_vision import (
     score,
 )
 from tests.benchmarks.measure import print_table
-from tests.models.efficientnet_lite0 import SamePaddingConv2d
+from tests.models.efficientnet_lite0 import (
+    EfficientNetLite0,
+    InvertedResidual,
+    SamePaddingConv2d,
+)
 
 _OPSET = 17
 
@@ -50,10 +54,26 @@ def main() -> None:
     print_table(columns, _rows())
 
 
-def plain(model: nn.Module) -> nn.Module:
-    """Return a copy whose convolutions are torch's own, padded by modules of their own.
+class Residual(nn.Module):
+    """Layers one after the other, with a shortcut around them or without."""
 
-    Tracers of other packages know no subclass. The padding is that of 224 x 224 images.
+    def __init__(self, layers: nn.Sequential, *, shortcut: bool) -> None:
+        """Take the layers."""
+        super().__init__()
+        self.layers = layers
+        self.shortcut = shortcut
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return what the layers make of feature maps."""
+        found: Tensor = self.layers(images)
+        return images + found if self.shortcut else found
+
+
+def plain(model: EfficientNetLite0) -> nn.Module:
+    """Return the same network of torch's own modules, each called once.
+
+    Tracers of other packages know no subclass of a convolution and take two calls of one ReLU6 for
+    one step. The padding is that of 224 x 224 images.
     """
     copied = deepcopy(model)
     paddings: dict[str, tuple[int, ...]] = {}
@@ -90,9 +110,31 @@ def plain(model: nn.Module) -> nn.Module:
         left, right, top, bottom = paddings[name]
         pad = nn.ZeroPad2d((left, right, top, bottom))
         copied.set_submodule(name, nn.Sequential(pad, conv))
+    network = nn.Sequential(
+        *_activated(copied.stem, copied.stem_norm),
+        *(_block(block) for block in copied.blocks),
+        *_activated(copied.head, copied.head_norm),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        copied.classifier,
+    ).eval()
     with torch.no_grad():
-        torch.testing.assert_close(copied(calibration_images()[:1]), expected)
-    return copied.eval()
+        torch.testing.assert_close(network(calibration_images()[:1]), expected)
+    return network
+
+
+def _activated(convolution: nn.Module, norm: nn.Module) -> tuple[nn.Module, ...]:
+    return convolution, norm, nn.ReLU6()
+
+
+def _block(block: nn.Module) -> Residual:
+    assert isinstance(block, InvertedResidual)
+    layers: list[nn.Module] = []
+    if block.expand is not None and block.expand_norm is not None:
+        layers += _activated(block.expand, block.expand_norm)
+    layers += _activated(block.depthwise, block.depthwise_norm)
+    layers += (block.project, block.project_norm)
+    return Residual(nn.Sequential(*layers), shortcut=block.has_shortcut)
 
 
 def _rows() -> Iterator[tuple[str, ...]]:
@@ -139,7 +181,7 @@ def _fx(observer: str | None) -> Callable[[nn.Module], Run]:
 def _pt2e(model: nn.Module) -> Run:
     pt2e: Any = importlib.import_module("torchao.quantization.pt2e.quantize_pt2e")
     x86: Any = importlib.import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
-    dynamic = {"images": {0: torch.export.Dim.AUTO}}
+    dynamic = ({0: torch.export.Dim.AUTO},)
     example = (calibration_images()[:2],)
     captured = torch.export.export(model, example, dynamic_shapes=dynamic).module()
     quantizer = x86.X86InductorQuantizer()
