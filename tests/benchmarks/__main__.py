@@ -5,7 +5,19 @@ import importlib
 
 from tests.benchmarks.measure import machine
 
-NAMES = ("accuracy", "models", "memory", "imports", "quantize_speed", "observers", "peers")
+NAMES = (
+    "accuracy",
+    "models",
+    "memory",
+    "imports",
+    "quantize_speed",
+    "observers",
+    "peers",
+    "activations_vision",
+    "activations_peers",
+    "activations_text",
+    "activations_speech",
+)
 
 
 def main() -> None:
@@ -19,7 +31,7 @@ def main() -> None:
     for name in arguments.names or NAMES:
         module = importlib.import_module(f"tests.benchmarks.{name}")
         if arguments.list:
-            print(f"{name:16}{(module.__doc__ or '').splitlines()[0]}")
+            print(f"{name:20}{(module.__doc__ or '').splitlines()[0]}")
             continue
         print(f"\n## {name}\n\n{machine()}\n", flush=True)
         module.main()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from mono_quant import MSE, Quantizer
+from mono_quant.demo import lee_documents, pearson_with_humans
 from tests.benchmarks.measure import MB, print_table
 from tests.benchmarks.minilm import (
     Figures,
@@ -87,7 +88,9 @@ def main() -> None:
 
 
 def _accuracy(files: list[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
-    """Yield a row for each setting, and add one on its file."""
+    """Yield a row for float and for each setting, and add one on a setting's file."""
+    documents = reference()[: len(lee_documents())]
+    yield ("float32", "32", "", "", f"{pearson_with_humans(documents):.4f}")
     for setting in SETTINGS:
         result = in_blocks(setting.quantizer).apply(original())
         found, known = figures_of(result), setting.expected
