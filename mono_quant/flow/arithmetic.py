@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
 
 from mono_quant.base import Activation
+from mono_quant.errors import InputError
 from mono_quant.schemes import Affine
 
 Given = ParamSpec("Given")
@@ -77,7 +78,12 @@ def quantize(x: Tensor, scale: float, zero_point: int, top: int) -> Tensor:
     """Return the uint8 codes of `x`, as `Affine.quantize` computes them, bit for bit.
 
     NaN has no code; what becomes of it is not defined.
+
+    Raises:
+        InputError: `x` asks for a gradient, which codes do not carry.
     """
+    if x.requires_grad and torch.is_grad_enabled():
+        raise InputError("a graph of codes has no gradients: call it under torch.no_grad()")
     # The reciprocal in float32, as there; a Python number holds it exactly.
     reciprocal = (1.0 / torch.tensor(scale, dtype=torch.float32)).item()
     values = torch.mul(x.to(torch.float32), reciprocal).add_(zero_point).round_()

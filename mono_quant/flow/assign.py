@@ -51,18 +51,17 @@ def assign(
     Raises:
         InputError: a step changes a tensor in place that is read again later.
     """
-    steps = {node: _step(node, modules) for node in traced.nodes}
-    for node, step in tuple(steps.items()):
-        if step.kind == "idle":
+    for node in list(traced.graph.nodes):
+        if (step := _step(node, modules)).kind == "idle":
             node.replace_all_uses_with(step.inputs[0])
-            node.graph.erase_node(node)
-    steps = {node: _step(node, modules) for node in traced.nodes if not node._erased}
+            traced.graph.erase_node(node)
+    steps = {node: _step(node, modules) for node in traced.graph.nodes}
     place = {node: index for index, node in enumerate(steps)}
     grids: dict[fx.Node, Grid] = {}
     reasons: dict[fx.Node, str] = {}
     for node in reversed(steps):
         if steps[node] is not _PRODUCT:
-            _check_in_place(node, modules, place)
+            _check_in_place(node, modules, steps, place)
         wanted: set[Grid | None] = set()
         for user in node.users:
             if user in traced.asserted or (node in steps[user].inputs and _is_free(steps[user])):
@@ -125,17 +124,25 @@ def _sums(
 
 
 def _check_in_place(
-    node: fx.Node, modules: Mapping[str, nn.Module], place: Mapping[fx.Node, int]
+    node: fx.Node,
+    modules: Mapping[str, nn.Module],
+    steps: Mapping[fx.Node, Step],
+    place: Mapping[fx.Node, int],
 ) -> None:
     if not node.all_input_nodes or not mutates(node, modules):
         return
     changed = node.all_input_nodes[0]
-    if later := [user for user in changed.users if place[user] > place[node]]:
-        raise InputError(
-            f"{name_of(node)} changes the output of {name_of(changed)} in place, which "
-            f"{name_of(later[0])} reads afterwards; in a graph of codes it would not see the "
-            "change: use the form that returns a new tensor"
-        )
+    while True:
+        readers = (user for user in changed.users if steps[user].kind != "ask")
+        if later := [user for user in readers if place[user] > place[node]]:
+            raise InputError(
+                f"{name_of(node)} changes the output of {name_of(changed)} in place, which "
+                f"{name_of(later[0])} reads afterwards; in a graph of codes it would not see the "
+                "change: use the form that returns a new tensor"
+            )
+        if steps[changed].kind != "move":
+            return
+        changed = steps[changed].inputs[0]  # of which it may be a view
 
 
 def name_of(node: fx.Node) -> str:

@@ -52,7 +52,7 @@ class Builder:
             if not unused and node not in self.traced.asserted and node not in late:
                 self.values[node] = self._write(node)
         self.graph.lint()
-        return fx.GraphModule(self.held, self.graph, name).eval()
+        return fx.GraphModule(self.held, self.graph, name).eval().requires_grad_(False)
 
     def _write(self, node: fx.Node) -> fx.Node:
         if PRODUCT in node.meta:

@@ -63,8 +63,8 @@ def integer_flow(model: nn.Module, *, reference: bool = False) -> Flow:
             an oracle, and no faster.
 
     Returns:
-        the graph in eval mode, whose state dict has the names of the model's; quantized layers in
-        it are of another class, so it cannot be saved as a checkpoint. Save the model instead.
+        the graph in eval mode and without gradients. Its state dict has the names of the model's;
+        its quantized layers are of another class, so it is no checkpoint: save the model instead.
 
     Raises:
         InputError: no layer has static inputs; the model is not float32; its code cannot be traced,

@@ -70,7 +70,8 @@ class IntegerLayer(nn.Module):
             added: codes to be added to the result before it is put on its grid.
             added_grid: scale, zero point and largest code of `added`.
         """
-        if self.in_float is not None or codes.device.type != "cpu" or torch.compiler.is_compiling():
+        plain = codes.device.type != "cpu" or codes.numel() == 0 or torch.compiler.is_compiling()
+        if self.in_float is not None or plain:
             return self._finish(self._in_float(codes), added, added_grid)
         output = self.output.numbers if self.output is not None else None
         if isinstance(self.operation, Convolution):

@@ -34,12 +34,12 @@ class Traced:
     """What a model's code computes.
 
     Attributes:
-        nodes: in the order of execution; a node with an operation in its `meta`, under `PRODUCT`,
-            is the product of the layer that its target names, without padding and the like.
+        graph: in floats; a node with an operation in its `meta`, under `PRODUCT`, is the product of
+            the layer that its target names, without padding and the like.
         asserted: nodes that only check arguments that were left at their defaults.
     """
 
-    nodes: tuple[fx.Node, ...]
+    graph: fx.Graph
     asserted: frozenset[fx.Node]
 
 
@@ -68,14 +68,13 @@ def trace_products(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Tr
         for node in graph.nodes:
             if node.op == "get_attr":  # a constant of the trace is taken away by `as_it_was`
                 node.meta[VALUE] = operator.attrgetter(str(node.target))(model)
-    nodes = tuple(graph.nodes)
     given = {name for name in inspect.signature(model.forward).parameters if name not in defaults}
     asserted: set[fx.Node] = set()
-    for node in nodes:
+    for node in graph.nodes:
         extra = node.op == "placeholder" and str(node.target).lstrip("*") not in given
         if extra or not asserted.isdisjoint(node.all_input_nodes):
             asserted.add(node)
-    return Traced(nodes, frozenset(asserted))
+    return Traced(graph, frozenset(asserted))
 
 
 class _Tracer(fx.Tracer):

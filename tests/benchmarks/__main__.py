@@ -5,7 +5,10 @@ import importlib
 
 from tests.benchmarks.measure import machine
 
-NAMES = ("accuracy", "models", "memory", "imports", "quantize_speed", "observers", "peers")
+NAMES = (
+    *("accuracy", "models", "memory", "imports", "quantize_speed", "observers", "peers"),
+    "flow",
+)
 
 
 def main() -> None:

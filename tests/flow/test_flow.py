@@ -164,6 +164,36 @@ def test_an_operator_keeps_to_a_grid_of_fewer_bits() -> None:
     assert (int(codes.min()), int(codes.max())) == (0, 15)
 
 
+def test_an_average_takes_codes_that_a_layer_reads_too() -> None:
+    class Averaging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.one(x)
+            return x.mean((2, 3)), self.two(x)
+
+    kept, x = static(Averaging(), 2, 3, 12, 12)
+    graph = integer_flow(kept, reference=True).model
+    with torch.no_grad():
+        (mean, rest), (expected, same) = graph(x), kept(x)
+    assert torch.equal(rest, same)
+    torch.testing.assert_close(mean, expected, rtol=0, atol=0.5 * layers(graph)[1].inputs.scale)
+
+
+def test_an_empty_batch_gives_an_empty_one() -> None:
+    kept, x = static(Joined(), 2, 3, 17, 22)
+    graph = integer_flow(kept).model
+    assert graph(x[:0]).shape == (0, *graph(x).shape[1:])
+
+
+def test_an_input_that_asks_for_a_gradient_is_refused() -> None:
+    kept, x = static(Joined(), 2, 3, 17, 22)
+    with pytest.raises(InputError, match=r"call it under torch.no_grad\(\)"):
+        integer_flow(kept).model(x.requires_grad_())
+
+
 def test_an_image_without_a_batch_is_taken() -> None:
     kept, x = static(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)), 2, 3, 9, 9)
     graph = integer_flow(kept).model
