@@ -46,65 +46,63 @@ class Blocks:
         rows = flat(x, length)
         if spec.activation is not None:
             rows = spec.activation.fake_quantize(rows)
-        decoder = _Decoder.of(weight, count, length)
+        decoder = _Decoder.of(weight, length)
         rows = decoder.ordered(rows)
+        sums = rows.view(len(rows), decoder.runs, length // decoder.runs).sum(-1)
         size = _BLOCK if rows.shape[0] < _BATCH else _LARGE_BLOCK
         buffer = rows.new_empty(min(count, max(1, size // length)), length)
         out = rows.new_empty(rows.shape[0], count)
         for start in range(0, count, len(buffer)):
             stop = min(start + len(buffer), count)
-            block = buffer[: stop - start]
-            decoder.fill(block, start, stop)
-            torch.mm(rows, block.t(), out=out[:, start:stop])
-        return shaped(decoder.scaled(out), bias, x)
+            decoder.product(rows, sums, buffer[: stop - start], start, out[:, start:stop])
+        return shaped(out, bias, x)
 
 
 @attrs.frozen(eq=False)
 class _Decoder:
-    """Reads rows of one weight.
+    """Reads rows of one weight as runs of columns, each with a scale and a zero point.
+
+    A run is a group, or half of one: nibbles come out of their bytes the even columns first, then
+    the odd ones, the latter 16 times as large, which their scales make good.
 
     Attributes:
         codes: as stored, ``[out, bytes]``.
         scheme: the grid.
         length: values of a row.
-        scale: ``float32 [out or 1, groups]``; None for a cast.
-        zeros: stored codes that mean zero, shaped so.
+        split: whether a decoded row has its even columns first.
+        scale: ``float32 [out or 1, runs]``; None for a cast.
+        zeros: decoded codes that mean zero, shaped so.
     """
 
     codes: Tensor
     scheme: Affine | FloatCast
     length: int
-    scale: Tensor | None
-    zeros: Tensor | None
+    split: bool = False
+    scale: Tensor | None = None
+    zeros: Tensor | None = None
 
     @classmethod
-    def of(cls, weight: PackedTensor, count: int, length: int) -> "_Decoder":
+    def of(cls, weight: PackedTensor, length: int) -> "_Decoder":
         scheme, tensors = weight.scheme, weight.tensors
-        assert isinstance(scheme, Affine | FloatCast)  # `Blocks.supports` saw to it
-        if "scale" not in tensors:
-            return cls(tensors["codes"][0], scheme, length, None, None)
+        codes = tensors["codes"][0]
+        if isinstance(scheme, FloatCast):
+            return cls(codes, scheme, length)
+        assert isinstance(scheme, Affine)  # `Blocks.supports` saw to it
         scale = tensors["scale"][0].to(torch.float32)
-        zeros = torch.tensor(float(-scheme.code_min))
-        if "zero_point" in tensors and isinstance(scheme, Affine):
+        if "zero_point" in tensors:
             unpacked = unpack_bits(tensors["zero_point"], scheme.bits, scale.numel())
-            zeros = unpacked.to(torch.float32)
-        return cls(
-            tensors["codes"][0],
-            scheme,
-            length,
-            scale,
-            zeros.expand(scale.numel()).reshape(scale.shape),
-        )
+            zeros = unpacked.to(torch.float32).reshape(scale.shape)
+        else:
+            zeros = torch.full_like(scale, -scheme.code_min)
+        split = scheme.bits == 4 and length // scale.shape[1] % 2 == 0
+        if split:
+            scale, zeros = torch.cat([scale, scale / 16], 1), torch.cat([zeros, zeros * 16], 1)
+        return cls(codes, scheme, length, split, scale, zeros)
 
     @property
-    def split(self) -> bool:
-        """Whether a decoded row has its even columns first, then the odd ones.
-
-        Nibbles of 4 bits come out of their bytes so. Each group must hold as many of both.
-        """
-        if self.scale is None or self.scheme.code_bits != 4:
-            return False
-        return (self.length // self.scale.shape[1]) % 2 == 0
+    def runs(self) -> int:
+        """How many runs a row has."""
+        return 1 if self.scale is None else self.scale.shape[1]
 
     def ordered(self, rows: Tensor) -> Tensor:
         """Return ``rows [M, in]`` with their columns in the order of decoded ones."""
@@ -112,32 +110,40 @@ class _Decoder:
             return rows
         return rows.reshape(-1, self.length // 2, 2).transpose(1, 2).reshape(-1, self.length)
 
-    def fill(self, block: Tensor, start: int, stop: int) -> None:
-        """Write rows from `start` to `stop` into ``block [n, in]``; see `scaled`."""
-        stored = self.codes[start:stop]
-        if self.scale is None or self.zeros is None:
-            block.copy_(stored)
-            return
-        groups = self.scale.shape[1]
-        halves = 1
-        if self.split:
-            halves = 2
-            half = self.length // 2
-            block[:, :half].copy_(stored & 15)
-            block[:, half:].copy_(stored >> 4)
-        else:
-            block.copy_(unpack_bits(stored, self.scheme.code_bits or 8, self.length))
-        parts = block.view(len(block), halves, groups, -1)
-        place = slice(None) if len(self.scale) == 1 else slice(start, stop)
-        parts.sub_(self.zeros[place, None, :, None])
-        if groups > 1:
-            parts.mul_(self.scale[place, None, :, None])
+    def product(self, rows: Tensor, sums: Tensor, block: Tensor, start: int, out: Tensor) -> None:
+        """Write the product with some rows of the weight.
 
-    def scaled(self, product: Tensor) -> Tensor:
-        """Return ``product [M, out]`` times the scales that `fill` left out: one for a row."""
-        if self.scale is None or self.scale.shape[1] > 1:
-            return product
-        return product.mul_(self.scale.reshape(-1))
+        Args:
+            rows: `ordered` inputs, ``[M, in]``.
+            sums: of each run of theirs, ``[M, runs]``.
+            block: room for those rows decoded, ``[n, in]``.
+            start: the first of them.
+            out: ``[M, n]``.
+        """
+        self._fill(block, start)
+        if self.scale is None or self.zeros is None:
+            torch.mm(rows, block.t(), out=out)
+            return
+        place = slice(None) if len(self.scale) == 1 else slice(start, start + len(block))
+        scale, zeros = self.scale[place], self.zeros[place]
+        if self.runs == 1:
+            torch.mm(rows, block.sub_(zeros).t(), out=out)
+            out.mul_(scale.t())
+            return
+        block.view(len(block), self.runs, -1).mul_(scale[..., None])
+        torch.mm(rows, block.t(), out=out)
+        out.addmm_(sums, (scale * zeros).t(), alpha=-1)  # a pass less than to subtract zeros first
+
+    def _fill(self, block: Tensor, start: int) -> None:
+        stored = self.codes[start : start + len(block)]
+        if self.split:
+            half = self.length // 2
+            block[:, :half].copy_(stored & 0x0F)
+            block[:, half:].copy_(stored & 0xF0)  # a shift of bytes is slow, and scales do it
+        elif isinstance(self.scheme, Affine):
+            block.copy_(unpack_bits(stored, self.scheme.bits, self.length))
+        else:
+            block.copy_(stored)
 
 
 BLOCKS = Blocks()

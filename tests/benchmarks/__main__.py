@@ -5,7 +5,16 @@ import importlib
 
 from tests.benchmarks.measure import machine
 
-NAMES = ("accuracy", "models", "memory", "imports", "quantize_speed", "observers", "peers")
+NAMES = (
+    "accuracy",
+    "models",
+    "memory",
+    "imports",
+    "quantize_speed",
+    "observers",
+    "kernels",
+    "peers",
+)
 
 
 def main() -> None:
