@@ -24,8 +24,8 @@ class Integer:
     weight needs no second layout, and what is repacked at each call is the smaller input. With
     quantized inputs, their codes are those of `Activation.fake_quantize` and the sums are exact;
     float rounding enters with the scales alone. Float inputs are written as three signed digits to
-    base 256, 23 bits below the power of two above the largest value of their row: about what
-    float32 keeps of a sum.
+    base 256, the last one 22 bits below the power of two above the largest value of their row:
+    about what float32 keeps of a sum.
 
     Rows with NaN or infinity, and sums that overflow, are left to `Blocks`.
     """

@@ -52,6 +52,8 @@ def _rows() -> Iterator[tuple[str, ...]]:
         layer = fitted.apply(source, progress=False).model
         assert isinstance(layer, QuantizedLayer)
         layers = [copy.deepcopy(layer) for _ in range(_copies(layer.buffers()))]
+        for one in layers:  # what is found out once for each weight
+            _run("integer", iter([one]), torch.ones(1, SIZE))
         ratios: dict[str, list[str]] = {}
         for batch in BATCHES:
             x = torch.randn(batch, SIZE)
