@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -27,6 +28,14 @@ def _bfloat16_product_works() -> bool:
 # Some virtual machines announce AMX and kill the process that uses it.
 if hasattr(os, "fork") and "ONEDNN_MAX_CPU_ISA" not in os.environ and not _bfloat16_product_works():
     os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX10_1_512"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what kernels find out of this machine away from the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

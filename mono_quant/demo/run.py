@@ -151,8 +151,8 @@ class DemoReport:
         ]
         if slower:
             yield (
-                f"slower than float here: {', '.join(slower)}. Weights are decoded at each call by "
-                "the reference kernel, until faster kernels are built: smaller, not faster"
+                f"slower than float here: {', '.join(slower)}. Weights are decoded at each call "
+                "where no faster kernel knows them: smaller, not faster"
             )
 
     def __str__(self) -> str:

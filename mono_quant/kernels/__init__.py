@@ -1,19 +1,106 @@
-"""Machine code for quantized products, and the choice among it."""
+"""Machine code for quantized products, and the choice among it.
+
+Kernels differ in how they round, within what float32 arithmetic allows, so which one runs is part
+of what makes results repeatable: `use` fixes it.
+"""
+
+import os
+from types import TracebackType
+from typing import Self
 
 import torch
+from torch import Tensor
 
 from mono_quant.base import Kernel, KernelSpec
+from mono_quant.errors import ConfigurationError
+from mono_quant.kernels.blocks import BLOCKS, Blocks
+from mono_quant.kernels.integer import INTEGER, Integer
+from mono_quant.kernels.ops import followed
 from mono_quant.kernels.reference import Reference
+from mono_quant.kernels.timing import fastest
 
 REFERENCE: Kernel = Reference()
 
-KERNELS: tuple[Kernel, ...] = (REFERENCE,)
-"""Asked in this order; the last one can do everything."""
+KERNELS: tuple[Kernel, ...] = (INTEGER, BLOCKS, REFERENCE)
+"""All that may be chosen; the last one can do everything."""
+
+VARIABLE = "MONO_QUANT_KERNEL"
+"""Environment variable that holds the name of a kernel, where `use` did not say one."""
+
+_MACHINE_CODE = (INTEGER, BLOCKS)  # neither differentiable nor traceable
 
 
-def select(spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> Kernel:
-    """Return the first kernel that can do `spec` for inputs of `dtype` on `device`."""
-    return next(kernel for kernel in KERNELS if kernel.supports(spec, device, dtype) is None)
+class use:
+    """Let one kernel compute everything that it supports, and the reference the rest.
+
+    From the call on, everywhere in the process; as a context manager, until its end.
+
+        kernels.use("reference")  # for good
+        with kernels.use("integer"):
+            model(x)
+
+    Args:
+        name: of a kernel in `KERNELS`; None for the fastest, which is the default.
+
+    Raises:
+        ConfigurationError: there is no such kernel.
+    """
+
+    current: str | None = None
+    """The name in force, or None."""
+
+    def __init__(self, name: str | None) -> None:
+        self._before = use.current
+        use.current = _checked(name)
+
+    def __enter__(self) -> Self:
+        """Do nothing: the kernel is in use already."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Use what was used before."""
+        use.current = self._before
 
 
-__all__ = ["KERNELS", "REFERENCE", "Reference", "select"]
+def select(
+    spec: KernelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int = 1,
+    *others: Tensor | None,
+) -> Kernel:
+    """Return the fastest kernel for `spec`, measured on this machine, or the one `use` names.
+
+    Args:
+        spec: what is to be done.
+        device: of the inputs.
+        dtype: of the inputs.
+        rows: how many inputs the weight meets at once.
+        others: what the kernel is to be called with. The reference is returned where someone
+            follows these: where a gradient is asked for, and under `torch.compile`,
+            `torch.export` and `torch.func`.
+    """
+    if torch.compiler.is_compiling():
+        return REFERENCE
+    kernels = [kernel for kernel in KERNELS if kernel is not REFERENCE]
+    if followed(*others):
+        kernels = [kernel for kernel in kernels if kernel not in _MACHINE_CODE]
+    elif (name := use.current or _checked(os.environ.get(VARIABLE) or None)) is not None:
+        kernels = [kernel for kernel in kernels if kernel.name == name]
+    able = [kernel for kernel in kernels if kernel.supports(spec, device, dtype) is None]
+    return fastest(able, spec, dtype, rows) if able else REFERENCE
+
+
+def _checked(name: str | None) -> str | None:
+    known = sorted({kernel.name for kernel in KERNELS})
+    if name is not None and name not in known:
+        raise ConfigurationError(f"there is no kernel {name!r}, only {', '.join(known)}")
+    return name
+
+
+__all__ = ["KERNELS", "REFERENCE", "VARIABLE", "Blocks", "Integer", "Reference", "select", "use"]

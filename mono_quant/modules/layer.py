@@ -75,7 +75,9 @@ class QuantizedLayer(QuantizedModule):
         """Return `operation` on `x` and the weight of that name, by the kernel chosen for it."""
         weight = self._holder(name).packed
         spec = KernelSpec(operation, weight.scheme, weight.layout, self.activations().get(name))
-        return select(spec, x.device, x.dtype)(spec, x, weight, bias)
+        rows = x.numel() // max(1, x.shape[-1]) if x.dim() else 1
+        kernel = select(spec, x.device, x.dtype, rows, x, bias)
+        return kernel(spec, x, weight, bias)
 
     def float_weight(self, name: str = "weight") -> Tensor:
         """Return a float copy of a weight, for code that reads it by attribute; warns."""

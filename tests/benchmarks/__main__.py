@@ -18,6 +18,7 @@ NAMES = (
     "activations_text",
     "activations_speech",
     "flow",
+    "kernels",
 )
 
 

@@ -1,0 +1,149 @@
+"""Float products with a weight that is decoded a few rows at a time."""
+
+import attrs
+import torch
+from torch import Tensor
+
+from mono_quant.base import KernelSpec, PackedTensor
+from mono_quant.kernels.codes import flat, refuse, shaped
+from mono_quant.numerics.granularity import PerChannel, PerGroup, PerTensor
+from mono_quant.numerics.packing import unpack_bits
+from mono_quant.schemes import Affine, FloatCast
+
+_BLOCK = 1 << 18  # float32 values of a block: 1 MB, which stays in a core's cache
+_BATCH = 32  # from as many rows of input on, larger blocks serve the product better
+_LARGE_BLOCK = 1 << 20
+
+
+@attrs.frozen
+class Blocks:
+    """Decodes some rows of a weight into a buffer, multiplies, and goes on with the next ones.
+
+    There is never a float copy of the whole weight. Values are those of the reference; only the
+    order in which a product is summed, and a scale being applied behind the sum, differ.
+    """
+
+    name: str = attrs.field(default="blocks", init=False)
+
+    def supports(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Return why it cannot: affine grids and casts on a CPU are what it can."""
+        if reason := refuse(spec, device, dtype):
+            return reason
+        scheme = spec.scheme
+        if type(scheme) is FloatCast:
+            return None
+        if type(scheme) is not Affine:
+            return f"the weight is {scheme.describe()}"
+        if type(scheme.granularity) not in (PerTensor, PerChannel, PerGroup):
+            return f"the weight's scales are {scheme.granularity.describe()}"
+        return None
+
+    def __call__(
+        self, spec: KernelSpec, x: Tensor, weight: PackedTensor, bias: Tensor | None
+    ) -> Tensor:
+        """Return ``x @ weight.T + bias``, ``[..., out]`` in the dtype of `x`."""
+        _, count, length = spec.layout.stack
+        rows = flat(x, length)
+        if spec.activation is not None:
+            rows = spec.activation.fake_quantize(rows)
+        decoder = _Decoder.of(weight, length)
+        rows = decoder.ordered(rows)
+        sums = rows.view(len(rows), decoder.runs, length // decoder.runs).sum(-1)
+        size = _BLOCK if rows.shape[0] < _BATCH else _LARGE_BLOCK
+        buffer = rows.new_empty(min(count, max(1, size // length)), length)
+        out = rows.new_empty(rows.shape[0], count)
+        for start in range(0, count, len(buffer)):
+            stop = min(start + len(buffer), count)
+            decoder.product(rows, sums, buffer[: stop - start], start, out[:, start:stop])
+        return shaped(out, bias, x)
+
+
+@attrs.frozen(eq=False)
+class _Decoder:
+    """Reads rows of one weight as runs of columns, each with a scale and a zero point.
+
+    A run is a group, or half of one: nibbles come out of their bytes the even columns first, then
+    the odd ones, the latter 16 times as large, which their scales make good.
+
+    Attributes:
+        codes: as stored, ``[out, bytes]``.
+        scheme: the grid.
+        length: values of a row.
+        split: whether a decoded row has its even columns first.
+        scale: ``float32 [out or 1, runs]``; None for a cast.
+        zeros: decoded codes that mean zero, shaped so.
+    """
+
+    codes: Tensor
+    scheme: Affine | FloatCast
+    length: int
+    split: bool = False
+    scale: Tensor | None = None
+    zeros: Tensor | None = None
+
+    @classmethod
+    def of(cls, weight: PackedTensor, length: int) -> "_Decoder":
+        scheme, tensors = weight.scheme, weight.tensors
+        codes = tensors["codes"][0]
+        if isinstance(scheme, FloatCast):
+            return cls(codes, scheme, length)
+        assert isinstance(scheme, Affine)  # `Blocks.supports` saw to it
+        scale = tensors["scale"][0].to(torch.float32)
+        if "zero_point" in tensors:
+            unpacked = unpack_bits(tensors["zero_point"], scheme.bits, scale.numel())
+            zeros = unpacked.to(torch.float32).reshape(scale.shape)
+        else:
+            zeros = torch.full_like(scale, -scheme.code_min)
+        split = scheme.bits == 4 and length // scale.shape[1] % 2 == 0
+        if split:
+            scale, zeros = torch.cat([scale, scale / 16], 1), torch.cat([zeros, zeros * 16], 1)
+        return cls(codes, scheme, length, split, scale, zeros)
+
+    @property
+    def runs(self) -> int:
+        """How many runs a row has."""
+        return 1 if self.scale is None else self.scale.shape[1]
+
+    def ordered(self, rows: Tensor) -> Tensor:
+        """Return ``rows [M, in]`` with their columns in the order of decoded ones."""
+        if not self.split:
+            return rows
+        return rows.reshape(-1, self.length // 2, 2).transpose(1, 2).reshape(-1, self.length)
+
+    def product(self, rows: Tensor, sums: Tensor, block: Tensor, start: int, out: Tensor) -> None:
+        """Write the product with some rows of the weight.
+
+        Args:
+            rows: `ordered` inputs, ``[M, in]``.
+            sums: of each run of theirs, ``[M, runs]``.
+            block: room for those rows decoded, ``[n, in]``.
+            start: the first of them.
+            out: ``[M, n]``.
+        """
+        self._fill(block, start)
+        if self.scale is None or self.zeros is None:
+            torch.mm(rows, block.t(), out=out)
+            return
+        place = slice(None) if len(self.scale) == 1 else slice(start, start + len(block))
+        scale, zeros = self.scale[place], self.zeros[place]
+        if self.runs == 1:
+            torch.mm(rows, block.sub_(zeros).t(), out=out)
+            out.mul_(scale.t())
+            return
+        block.view(len(block), self.runs, -1).mul_(scale[..., None])
+        torch.mm(rows, block.t(), out=out)
+        out.addmm_(sums, (scale * zeros).t(), alpha=-1)  # a pass less than to subtract zeros first
+
+    def _fill(self, block: Tensor, start: int) -> None:
+        stored = self.codes[start : start + len(block)]
+        if self.split:
+            half = self.length // 2
+            block[:, :half].copy_(stored & 0x0F)
+            block[:, half:].copy_(stored & 0xF0)  # a shift of bytes is slow, and scales do it
+        elif isinstance(self.scheme, Affine):
+            block.copy_(unpack_bits(stored, self.scheme.bits, self.length))
+        else:
+            block.copy_(stored)
+
+
+BLOCKS = Blocks()

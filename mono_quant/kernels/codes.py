@@ -1,0 +1,75 @@
+"""What fast kernels read off a weight: which ones they know, and exact sums of its codes."""
+
+from collections.abc import MutableMapping
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from mono_quant.base import KernelSpec
+from mono_quant.kernels.ops import int_mm
+from mono_quant.operations import MatrixProduct
+
+_SUMS: MutableMapping[Tensor, tuple[int, Tensor]] = WeakIdKeyDictionary()
+"""By tensor of codes: how often it was written to, and its sums, a thousandth of its size."""
+
+SMALLEST = 1 << 16
+"""Weights of fewer values are left to the reference: the calls cost more than the arithmetic."""
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refuse(spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why no fast kernel can do `spec` for inputs of `dtype` on `device`, or None."""
+    if type(spec.operation) is not MatrixProduct:
+        return f"it is a {type(spec.operation).__name__}, not a matrix product"
+    if device.type != "cpu":
+        return f"inputs are on {device.type}, not on a CPU"
+    if dtype not in _DTYPES:
+        return f"inputs are {dtype}"
+    groups, rows, length = spec.layout.stack
+    if groups != 1:
+        return f"the weight is a stack of {groups} matrices"
+    if rows * length < SMALLEST:
+        return f"{rows} x {length} values are too few to gain from it"
+    return None
+
+
+def flat(x: Tensor, length: int) -> Tensor:
+    """Return ``x [..., length]`` as rows ``[M, length]`` in float32.
+
+    Raises:
+        RuntimeError: the last dimension is not `length`, as in `torch.nn.functional.linear`.
+    """
+    if x.dim() == 0 or x.shape[-1] != length:
+        raise RuntimeError(
+            f"an input {list(x.shape)} does not meet a weight whose rows are {length}"
+        )
+    return x.reshape(-1, length).to(torch.float32)
+
+
+def shaped(rows: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """Return ``rows [M, out]`` with the bias added, in the leading shape and dtype of `x`."""
+    if bias is not None:
+        rows = rows.add_(bias.to(rows.dtype))
+    return rows.reshape(*x.shape[:-1], rows.shape[-1]).to(x.dtype)
+
+
+def row_sums(codes: Tensor) -> Tensor:
+    """Return the sum of each row of ``uint8 [out, in]`` codes as ``int32 [out]``.
+
+    Remembered for as long as the tensor lives and is not written to, since finding the sums costs
+    as much as a product. Writing through ``.data`` hides from that, here as in torch's autograd.
+    """
+    if codes.is_inference():  # it does not count how often it is written to
+        return _sums(codes)
+    known = _SUMS.get(codes)
+    if known is None or known[0] != codes._version:
+        known = (codes._version, _sums(codes))
+        _SUMS[codes] = known
+    return known[1]
+
+
+def _sums(codes: Tensor) -> Tensor:
+    matrix = codes.reshape(codes.shape[-2:])
+    return int_mm(matrix, torch.ones(1, matrix.shape[1], dtype=torch.int8).t()).reshape(-1)

@@ -1,0 +1,86 @@
+"""Which kernel is fastest here for a weight of this shape and so many rows of inputs."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mono_quant.base import Kernel, KernelSpec, PackedTensor
+from mono_quant.kernels.store import STORE
+from mono_quant.numerics.packing import packed_length
+from mono_quant.schemes import Affine
+
+LARGEST_BATCH = 512
+"""Batches beyond this are served as this one is."""
+
+_ENOUGH_S = 0.05  # of timing each kernel
+_REPEATS = 7
+
+
+def bucket(rows: int) -> int:
+    """Return the least power of two from `rows` on, up to `LARGEST_BATCH`."""
+    return min(LARGEST_BATCH, 1 << max(0, rows - 1).bit_length())
+
+
+def fastest(kernels: Sequence[Kernel], spec: KernelSpec, dtype: torch.dtype, rows: int) -> Kernel:
+    """Return the fastest of `kernels`, each of which supports `spec`.
+
+    Measured on made-up codes the first time, remembered for this process and this machine: the
+    answer is the same for all weights of a shape, so two models of one process agree to the bit.
+
+    Args:
+        kernels: with names of their own; at least one.
+        spec: a `Affine` or cast weight that is one matrix.
+        dtype: of the inputs.
+        rows: how many inputs the weight meets at once.
+    """
+    if len(kernels) == 1:
+        return kernels[0]
+    batch = bucket(rows)
+    names = "/".join(kernel.name for kernel in kernels)
+    key = f"{names}: {_shape(spec)}, {dtype}, {batch} rows, {torch.get_num_threads()} threads"
+    found = STORE.get(key)
+    named = {kernel.name: kernel for kernel in kernels}
+    if found not in named:
+        x = torch.ones(batch, spec.layout.stack[2], dtype=dtype)
+        weight = _made_up(spec)
+        with torch.no_grad():
+            found = min(named, key=lambda name: _seconds(named[name], spec, x, weight))
+        STORE.set(key, found)
+    return named[found]
+
+
+def _shape(spec: KernelSpec) -> str:
+    inputs = "float" if spec.activation is None else spec.activation.describe()
+    scheme = spec.scheme
+    scales = f", {scheme.scale_dtype}" if isinstance(scheme, Affine) else ""
+    return f"{list(spec.layout.stack)} {scheme.describe()}{scales}, {inputs} inputs"
+
+
+def _made_up(spec: KernelSpec) -> PackedTensor:
+    """Return a weight of the shape and scheme of `spec`, of codes that mean nothing."""
+    _, count, length = stack = spec.layout.stack
+    scheme = spec.scheme
+    if not isinstance(scheme, Affine):
+        codes = torch.zeros(stack, dtype=getattr(scheme, "dtype", torch.float16))
+        return PackedTensor({"codes": codes}, scheme, spec.layout, torch.float32)
+    block = scheme.granularity.block_size(stack)
+    scales = (1, count // block[1], length // block[2])
+    codes = torch.full((1, count, packed_length(length, scheme.bits)), 129, dtype=torch.uint8)
+    tensors = {"codes": codes, "scale": torch.ones(scales, dtype=scheme.scale_dtype)}
+    if not scheme.symmetric:
+        places = packed_length(torch.Size(scales).numel(), scheme.bits)
+        tensors["zero_point"] = torch.zeros(places, dtype=torch.uint8)
+    return PackedTensor(tensors, scheme, spec.layout, torch.float32)
+
+
+def _seconds(kernel: Kernel, spec: KernelSpec, x: Tensor, weight: PackedTensor) -> float:
+    kernel(spec, x, weight, None)  # what only the first call does is not counted
+    best, spent, repeats = float("inf"), 0.0, 0
+    while repeats < _REPEATS and spent < _ENOUGH_S:
+        start = time.perf_counter()
+        kernel(spec, x, weight, None)
+        taken = time.perf_counter() - start
+        best, spent, repeats = min(best, taken), spent + taken, repeats + 1
+    return best

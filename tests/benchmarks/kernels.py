@@ -1,0 +1,99 @@
+"""Speed of each kernel over the float layer, by setting and batch, with cold weights."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import cycle
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mono_quant import QuantizedLayer, Quantizer, kernels
+from mono_quant.base import KernelSpec
+from mono_quant.kernels import store
+from mono_quant.operations import MatrixProduct
+from tests.benchmarks.measure import median_seconds, print_table
+
+SIZE = 4096
+BATCHES = (1, 8, 64, 512)
+REPEATS = {1: 15, 8: 15, 64: 9, 512: 5}
+_COLD = 256e6  # bytes of weights that take turns, so that each comes from memory
+_MOST = 12
+
+SETTINGS = {
+    "INT8, dynamic asymmetric inputs": Quantizer(),
+    "INT8, dynamic symmetric inputs": Quantizer().activations("dynamic", symmetric=True),
+    "INT8, static inputs": Quantizer().activations("static"),
+    "INT8, float inputs": Quantizer().activations(None),
+    "INT4 g64, float inputs": Quantizer().bits(4),
+    "INT3 g64, float inputs": Quantizer().bits(3),
+    "FP16": Quantizer().bits(16),
+}
+"""What is measured; all of it is stored as files have it, without a second layout."""
+
+
+def main() -> None:
+    """Print how many times faster than float each kernel is."""
+    print(f"Linear of {SIZE} x {SIZE}, ratio over the float32 layer by processor time: medians of")
+    print("interleaved runs, weights from memory. 'chosen' is what a first call here picks.")
+    print(f"Findings on this machine: {store.machine()}\n")
+    columns = ("setting", "kernel", *(f"M={batch}" for batch in BATCHES))
+    with torch.no_grad():
+        print_table(columns, _rows())
+
+
+def _rows() -> Iterator[tuple[str, ...]]:
+    source = nn.Linear(SIZE, SIZE)
+    weight = source.weight.detach()
+    floats = [weight.clone() for _ in range(_copies([weight]))]
+    for title, quantizer in SETTINGS.items():
+        fitted = quantizer.fit(torch.randn(64, SIZE)) if "static" in title else quantizer
+        layer = fitted.apply(source, progress=False).model
+        assert isinstance(layer, QuantizedLayer)
+        layers = [copy.deepcopy(layer) for _ in range(_copies(layer.buffers()))]
+        for one in layers:  # what is found out once for each weight
+            _run("integer", iter([one]), torch.ones(1, SIZE))
+        ratios: dict[str, list[str]] = {}
+        for batch in BATCHES:
+            x = torch.randn(batch, SIZE)
+            names = [
+                one.name for one in kernels.KERNELS if _selected(layer, batch, one.name) == one.name
+            ]
+            turns = [cycle(layers) for _ in names]
+            calls: list[Callable[[], object]] = [
+                partial(_run, name, turn, x) for name, turn in zip(names, turns, strict=True)
+            ]
+            calls.append(partial(_float, cycle(floats), x, source.bias))
+            for call in calls:
+                call()
+            *taken, base = median_seconds(calls, REPEATS[batch])
+            chosen = _selected(layer, batch)
+            for name, seconds in zip(names, taken, strict=True):
+                mark = " chosen" if name == chosen else ""
+                ratios.setdefault(name, []).append(f"{base / seconds:.2f}{mark}")
+        for name, cells in ratios.items():
+            yield (title, name, *cells)
+
+
+def _selected(layer: QuantizedLayer, batch: int, name: str | None = None) -> str:
+    """Return the name of the kernel that computes a layer when the one of that name is in use."""
+    weight = layer.packed_weights()["weight"]
+    activation = layer.activations().get("weight")
+    spec = KernelSpec(MatrixProduct(), weight.scheme, weight.layout, activation)
+    with kernels.use(name):
+        return kernels.select(spec, torch.device("cpu"), torch.float32, batch).name
+
+
+def _copies(tensors: Iterable[Tensor]) -> int:
+    """Return how many copies of a layer fill the memory that is read in turn."""
+    return max(2, min(_MOST, round(_COLD / sum(tensor.nbytes for tensor in tensors))))
+
+
+def _run(name: str, layers: Iterator[nn.Module], x: Tensor) -> None:
+    with kernels.use(name):
+        next(layers)(x)
+
+
+def _float(weights: Iterator[Tensor], x: Tensor, bias: Tensor) -> None:
+    functional.linear(x, next(weights), bias)
