@@ -39,11 +39,13 @@ class CalibrationData:
         source: what was given.
         samples: go on until this many samples were seen; the batch that reaches it is still used.
         forward: calls the model with a batch; None for the rules of `call`.
+        bare_tuple: whether one tuple was given, which is a batch and could be meant for several.
     """
 
     source: Iterable[object]
     samples: int = DEFAULT_SAMPLES
     forward: Forward | None = None
+    bare_tuple: bool = False
 
     @classmethod
     def bind(
@@ -59,8 +61,10 @@ class CalibrationData:
         """
         if type(samples) is not int or samples < 1:
             raise InputError(f"samples is 1 or more, not {samples}")
-        if isinstance(data, Tensor | Mapping) or (isinstance(data, tuple) and data):
+        if isinstance(data, Tensor | Mapping):
             return cls([data], samples, forward)
+        if isinstance(data, tuple) and data:
+            return cls([data], samples, forward, bare_tuple=True)
         if isinstance(data, Dataset):
             loader: DataLoader[object] = DataLoader(data, batch_size=DATASET_BATCH)
             return cls(loader, samples, forward)
@@ -179,6 +183,21 @@ def positional_arguments(model: nn.Module) -> int | None:
         return None
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(parameter.kind in positional for parameter in parameters)
+
+
+def check_tuple(model: nn.Module, data: CalibrationData) -> None:
+    """Refuse a tuple that may be one batch with labels or several batches.
+
+    Raises:
+        InputError: it has more items than the model's forward takes.
+    """
+    taken = positional_arguments(model)
+    batch = data.first() if data.bare_tuple and data.forward is None else ()
+    if taken is not None and isinstance(batch, tuple) and len(batch) > taken:
+        raise InputError(
+            f"fit was given a tuple of {len(batch)} items, and the model's forward takes {taken}: "
+            "write fit([(inputs, labels)]) for one batch, or fit(list(batches)) for several"
+        )
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:

@@ -174,6 +174,16 @@ def test_what_forward_has_no_parameter_for_is_left_out_with_a_note() -> None:
     assert "taken for labels" in note
 
 
+def test_a_tuple_that_may_be_several_batches_is_refused() -> None:
+    several = torch.split(ROWS, 10)  # a tuple
+    with pytest.raises(
+        InputError, match=r"tuple of 4 items.*forward takes 1.*fit\(list\(batches\)\)"
+    ):
+        Quantizer().fit(several).plan(Net().eval())
+    assert Quantizer().fit(list(several)).apply(Net().eval()).report.samples == 40
+    assert Quantizer().fit((ROWS, ROWS)).apply(Pair().eval()).report.samples == 40
+
+
 def test_nothing_is_left_out_where_forward_takes_all() -> None:
     result = measured(Pair().eval(), [(ROWS, ROWS)])
     assert not [note for note in result.report.notes if "left out" in note]

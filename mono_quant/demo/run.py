@@ -28,7 +28,7 @@ from mono_quant.result import QuantizationResult
 from mono_quant.serializers import write_state_dict
 
 _VARIANTS: Mapping[str, Quantizer] = {
-    "INT8": Quantizer().bits(8),
+    "INT8": Quantizer().bits(8).activations("dynamic"),
     "INT4": Quantizer()
     .bits(4)
     .group_size(64)

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from mono_quant.base import Container, QuantizedModule
+from mono_quant.calibration import check_tuple
 from mono_quant.checkpoint import ModelT, check_supported
 from mono_quant.configurable import Config, dtype_name
 from mono_quant.errors import CalibrationError, ConfigurationError
@@ -36,6 +37,8 @@ def resolve(model: ModelT, request: Request, config: Config) -> Plan[ModelT]:
             things.
     """
     check_supported(model)
+    if request.data is not None:
+        check_tuple(model, request.data)
     weights = _join_ties(model, _weights(model, request))
     report = attrs.evolve(account(model, weights), notes=tuple(_notes(weights)))
     todo = [weight for weight in weights if weight.recipe is not None]

@@ -34,7 +34,7 @@ _PHONEMES = [
 ]
 _WORD_END = _LETTERS.index("</s>")
 _START = _PHONEMES.index("<s>")
-_END = _PHONEMES.index("</s>")
+END = _PHONEMES.index("</s>")
 _WIDTH = 256
 _MAX_PHONEMES = 20
 _LENGTHS = range(3, 13)
@@ -119,7 +119,7 @@ def evaluate(model: nn.Module) -> dict[str, float]:
         spelled = [word for word in words if len(word) == length]
         likeliest: Tensor = model(letter_ids(spelled)).argmax(dim=-1)
         for word, row in zip(spelled, likeliest.tolist(), strict=True):
-            said = [_PHONEMES[index] for index in row[: row.index(_END) if _END in row else None]]
+            said = [_PHONEMES[index] for index in row[: row.index(END) if END in row else None]]
             distances = [(_edit_distance(known, said), len(known)) for known in words[word]]
             distance, known_length = min(distances)
             errors += distance
