@@ -185,18 +185,26 @@ def positional_arguments(model: nn.Module) -> int | None:
     return sum(parameter.kind in positional for parameter in parameters)
 
 
+def left_over(model: nn.Module, data: CalibrationData) -> int:
+    """Return how many items of the first batch the model's forward has no parameter for."""
+    taken = positional_arguments(model)
+    if taken is None or data.forward is not None:
+        return 0
+    batch = data.first()
+    return max(0, len(batch) - taken) if isinstance(batch, tuple | list) else 0
+
+
 def check_tuple(model: nn.Module, data: CalibrationData) -> None:
     """Refuse a tuple that may be one batch with labels or several batches.
 
     Raises:
         InputError: it has more items than the model's forward takes.
     """
-    taken = positional_arguments(model)
-    batch = data.first() if data.bare_tuple and data.forward is None else ()
-    if taken is not None and isinstance(batch, tuple) and len(batch) > taken:
+    if data.bare_tuple and left_over(model, data):
         raise InputError(
-            f"fit was given a tuple of {len(batch)} items, and the model's forward takes {taken}: "
-            "write fit([(inputs, labels)]) for one batch, or fit(list(batches)) for several"
+            f"fit was given a tuple of {len(cast('tuple[object, ...]', data.first()))} items, and "
+            f"the model's forward takes {positional_arguments(model)}: write "
+            "fit([(inputs, labels)]) for one batch, or fit(list(batches)) for several"
         )
 
 
@@ -313,6 +321,14 @@ def compare(references: Iterable[list[Tensor]], others: Iterable[list[Tensor]]) 
         pairs = [_without_equal_infinities(x, y) for x, y in zip(reference, other, strict=True)]
         total = SquaredError.total([total, *(SquaredError.between(x, y) for x, y in pairs)])
     return total
+
+
+def output_error(reference: object, other: object) -> SquaredError:
+    """Return the error of what a layer returned against what it should, over its float tensors."""
+    floats = (
+        [x for x in tensors_in(output) if x.is_floating_point()] for output in (reference, other)
+    )
+    return compare(*([one] for one in floats))
 
 
 def _without_equal_infinities(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

@@ -97,9 +97,9 @@ def select(
 
 
 def _checked(name: str | None) -> str | None:
-    known = sorted({kernel.name for kernel in KERNELS})
-    if name is not None and name not in known:
-        raise ConfigurationError(f"there is no kernel {name!r}, only {', '.join(known)}")
+    if name is not None and all(kernel.name != name for kernel in KERNELS):
+        known = ", ".join(sorted({kernel.name for kernel in KERNELS}))
+        raise ConfigurationError(f"there is no kernel {name!r}, only {known}")
     return name
 
 

@@ -7,15 +7,11 @@ import attrs
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from mono_quant.base import Activation, LayerQuantizer, PackedTensor, QuantizedModule, Scheme
+from mono_quant.base import Activation, PackedTensor, QuantizedModule, Scheme
 from mono_quant.configurable import register
 from mono_quant.layers.containers import MultiheadAttentionContainer
-from mono_quant.modules import (
-    CallingMultiheadAttention,
-    QuantizedMultiheadAttention,
-    convert,
-    taken_name,
-)
+from mono_quant.layers.converting import ConvertingQuantizer
+from mono_quant.modules import CallingMultiheadAttention, QuantizedMultiheadAttention
 from mono_quant.numerics.values import Layout
 
 _INPUTS = ("query", "key", "value")
@@ -24,18 +20,15 @@ _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 @register
 @attrs.frozen
-class AttentionQuantizer(LayerQuantizer):
+class AttentionQuantizer(ConvertingQuantizer):
     """`torch.nn.MultiheadAttention`: ``in_proj_weight``, or its three parts where they are apart.
 
     The output projection is a Linear of its own and left to the quantizer of those.
     """
 
     kind: ClassVar[str] = "attention"
+    float_classes: ClassVar = {nn.MultiheadAttention: QuantizedMultiheadAttention}
     takes_children: ClassVar[bool] = False
-
-    def matches(self, layer: nn.Module) -> bool:
-        """Return whether `layer` is an attention, or a subclass, and still float."""
-        return isinstance(layer, nn.MultiheadAttention) and not isinstance(layer, QuantizedModule)
 
     def refuse(self, layer: nn.Module, scheme: Scheme) -> str | None:
         """Return that a subclass has a forward of its own or a weight is computed, or None."""
@@ -44,7 +37,7 @@ class AttentionQuantizer(LayerQuantizer):
             CallingMultiheadAttention.forward,
         ):
             return f"{type(layer).__name__} is a MultiheadAttention with a forward of its own"
-        if reason := taken_name(layer):
+        if reason := ConvertingQuantizer.refuse(self, layer, scheme):
             return reason
         if is_parametrized(layer):
             return "it is parametrized: apply torch.nn.utils.parametrize.remove_parametrizations"
@@ -89,4 +82,4 @@ class AttentionQuantizer(LayerQuantizer):
     ) -> QuantizedModule:
         """Return `layer` itself, converted."""
         MultiheadAttentionContainer().revert(layer)  # if its output projection came before it
-        return convert(layer, weights, activations, QuantizedMultiheadAttention)
+        return ConvertingQuantizer.replace(self, layer, weights, activations)

@@ -1,13 +1,12 @@
 """Convolutions, plain and transposed, of 1 to 3 dimensions."""
 
-from collections.abc import Iterable, Mapping
 from typing import ClassVar, cast
 
 import attrs
-from torch import Tensor, nn
+from torch import nn
 
 from mono_quant.configurable import register
-from mono_quant.layers.single import SingleWeightQuantizer, first_tensor, weight_shape
+from mono_quant.layers.single import ProductQuantizer, weight_shape
 from mono_quant.modules import (
     QuantizedConv1d,
     QuantizedConv2d,
@@ -21,7 +20,7 @@ from mono_quant.numerics.values import Layout
 
 @register
 @attrs.frozen
-class ConvQuantizer(SingleWeightQuantizer):
+class ConvQuantizer(ProductQuantizer):
     """`torch.nn.Conv1d`, `Conv2d`, `Conv3d`, grouped and depthwise too.
 
     A row is what one output channel sees: ``in_channels / groups * kernel`` values. Subclasses keep
@@ -41,20 +40,10 @@ class ConvQuantizer(SingleWeightQuantizer):
         shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
         return Layout.grouped(weight_shape(layer, shape), conv.groups)
 
-    def inputs(
-        self, layer: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> Iterable[tuple[str, Tensor]]:
-        """Return the input: what padding adds to it lies on any grid."""
-        return first_tensor(args, kwargs)
-
-    def refuse_activation(self, layer: nn.Module, name: str, mode: str) -> str | None:
-        """Return None: a convolution takes any."""
-        return None
-
 
 @register
 @attrs.frozen
-class ConvTransposeQuantizer(SingleWeightQuantizer):
+class ConvTransposeQuantizer(ProductQuantizer):
     """`torch.nn.ConvTranspose1d`, `ConvTranspose2d`, `ConvTranspose3d`, grouped too.
 
     A row holds every value that reaches one output channel.
@@ -72,13 +61,3 @@ class ConvTransposeQuantizer(SingleWeightQuantizer):
         conv = cast("nn.modules.conv._ConvNd", layer)  # `matches` has seen to it
         shape = (conv.in_channels, conv.out_channels // conv.groups, *conv.kernel_size)
         return Layout.transposed(weight_shape(layer, shape), conv.groups)
-
-    def inputs(
-        self, layer: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> Iterable[tuple[str, Tensor]]:
-        """Return the input."""
-        return first_tensor(args, kwargs)
-
-    def refuse_activation(self, layer: nn.Module, name: str, mode: str) -> str | None:
-        """Return None: a transposed convolution takes any."""
-        return None

@@ -1,6 +1,5 @@
 """Matrix products: nn.Linear and layers that compute the same."""
 
-from collections.abc import Iterable, Mapping
 from typing import ClassVar, cast
 
 import attrs
@@ -8,14 +7,23 @@ from torch import Tensor, nn
 
 from mono_quant.base import QuantizedModule, Scheme
 from mono_quant.configurable import register
-from mono_quant.layers.single import SingleWeightQuantizer, first_tensor, weight_shape
-from mono_quant.modules import QuantizedLayer, QuantizedLinear, QuantizedLinearLike
+from mono_quant.layers.single import ProductQuantizer, weight_shape
+from mono_quant.modules import QuantizedLinear, QuantizedLinearLike
 from mono_quant.numerics.values import Layout
+
+
+@attrs.frozen
+class _MatrixQuantizer(ProductQuantizer):
+    """A layer that multiplies the rows of its input by a matrix."""
+
+    def rows(self, layer: nn.Module, name: str, x: Tensor) -> Tensor:
+        """Return the input ``[..., in]`` as ``[n, in]``."""
+        return x.reshape(-1, x.shape[-1])
 
 
 @register
 @attrs.frozen
-class LinearQuantizer(SingleWeightQuantizer):
+class LinearQuantizer(_MatrixQuantizer):
     """`torch.nn.Linear` and subclasses that keep its forward.
 
     Attributes:
@@ -35,31 +43,17 @@ class LinearQuantizer(SingleWeightQuantizer):
                 f"{type(layer).__name__} is a Linear with a forward of its own; if it may be "
                 "quantized all the same, say layer(LinearQuantizer(own_forward=True))"
             )
-        return SingleWeightQuantizer.refuse(self, layer, scheme)
+        return _MatrixQuantizer.refuse(self, layer, scheme)
 
     def layout(self, layer: nn.Module) -> Layout:
         """Return ``[1, out_features, in_features]``."""
         linear = cast("nn.Linear", layer)  # `matches` has seen to it
         return Layout.grouped(weight_shape(layer, (linear.out_features, linear.in_features)))
 
-    def inputs(
-        self, layer: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> Iterable[tuple[str, Tensor]]:
-        """Return the input."""
-        return first_tensor(args, kwargs)
-
-    def rows(self, layer: nn.Module, name: str, x: Tensor) -> Tensor:
-        """Return the input ``[..., in]`` as ``[n, in]``."""
-        return x.reshape(-1, x.shape[-1])
-
-    def refuse_activation(self, layer: nn.Module, name: str, mode: str) -> str | None:
-        """Return None: a matrix product takes any."""
-        return None
-
 
 @register
 @attrs.frozen
-class LinearLikeQuantizer(SingleWeightQuantizer):
+class LinearLikeQuantizer(_MatrixQuantizer):
     """A third party's layer that computes ``x @ weight.T + bias``, known by its class's name.
 
     The class is never imported: a layer matches when its class, or a parent of it, has this name.
@@ -88,27 +82,10 @@ class LinearLikeQuantizer(SingleWeightQuantizer):
         weight = layer._parameters.get("weight")
         if weight is None or weight.dim() != 2:
             return f"{self.class_name} has no two-dimensional parameter named weight"
-        return SingleWeightQuantizer.refuse(self, layer, scheme)
+        return _MatrixQuantizer.refuse(self, layer, scheme)
 
     def layout(self, layer: nn.Module) -> Layout:
         """Return ``[1, out, in]``."""
         shape = tuple(cast("Tensor", layer.weight).shape)
         matrix = len(shape) == 2  # else it is refused
         return Layout.transposed(shape) if self.transposed and matrix else Layout.grouped(shape)
-
-    def inputs(
-        self, layer: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> Iterable[tuple[str, Tensor]]:
-        """Return the input."""
-        return first_tensor(args, kwargs)
-
-    def rows(self, layer: nn.Module, name: str, x: Tensor) -> Tensor:
-        """Return the input ``[..., in]`` as ``[n, in]``."""
-        return x.reshape(-1, x.shape[-1])
-
-    def refuse_activation(self, layer: nn.Module, name: str, mode: str) -> str | None:
-        """Return None: a matrix product takes any."""
-        return None
-
-    def _quantized_class(self, layer: nn.Module) -> type[QuantizedLayer]:
-        return QuantizedLinearLike

@@ -13,18 +13,17 @@ from torch.nn import functional
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
-from mono_quant.base import Activation, LayerQuantizer, PackedTensor, QuantizedModule, Scheme
+from mono_quant.base import Activation, PackedTensor, QuantizedModule, Scheme
 from mono_quant.configurable import register
+from mono_quant.layers.converting import ConvertingQuantizer
 from mono_quant.modules import (
     QuantizedGRU,
     QuantizedGRUCell,
-    QuantizedLayer,
     QuantizedLSTM,
     QuantizedLSTMCell,
     QuantizedRecurrent,
     QuantizedRNN,
     QuantizedRNNCell,
-    convert,
 )
 from mono_quant.modules.recurrent_cell import mode_of, read_cell
 from mono_quant.modules.sequence import Hidden, SequenceCall, unroll
@@ -35,19 +34,13 @@ Inputs = Iterable[tuple[str, Tensor]]
 
 
 @attrs.frozen
-class _SeveralWeightsQuantizer(LayerQuantizer):
+class _SeveralWeightsQuantizer(ConvertingQuantizer):
     """What the quantizers of recurrent layers and cells share."""
-
-    float_classes: ClassVar[Mapping[type[nn.Module], type[QuantizedLayer]]]
-
-    def matches(self, layer: nn.Module) -> bool:
-        """Return whether `layer` is of a known class or a subclass, and still float."""
-        return isinstance(layer, tuple(self.float_classes)) and not isinstance(
-            layer, QuantizedModule
-        )
 
     def refuse(self, layer: nn.Module, scheme: Scheme) -> str | None:
         """Return that a subclass computes something else, or why a weight cannot be taken over."""
+        if reason := ConvertingQuantizer.refuse(self, layer, scheme):
+            return reason
         float_class, _ = self._classes(layer)
         if is_parametrized(layer):
             return (
@@ -71,18 +64,6 @@ class _SeveralWeightsQuantizer(LayerQuantizer):
     def rows(self, layer: nn.Module, name: str, x: Tensor) -> Tensor:
         """Return rows ``[n, in]``, as which all inputs come."""
         return x
-
-    def replace(
-        self,
-        layer: nn.Module,
-        weights: Mapping[str, PackedTensor],
-        activations: Mapping[str, Activation],
-    ) -> QuantizedModule:
-        """Return `layer` itself, converted."""
-        return convert(layer, weights, activations, self._classes(layer)[1])
-
-    def _classes(self, layer: nn.Module) -> tuple[type[nn.Module], type[QuantizedLayer]]:
-        return next(pair for pair in self.float_classes.items() if isinstance(layer, pair[0]))
 
 
 @register
@@ -132,7 +113,7 @@ class RecurrentQuantizer(_SeveralWeightsQuantizer):
         activations: Mapping[str, Activation],
     ) -> QuantizedModule:
         """Return `layer` itself, converted."""
-        converted = _SeveralWeightsQuantizer.replace(self, layer, weights, activations)
+        converted = ConvertingQuantizer.replace(self, layer, weights, activations)
         return cast("QuantizedRecurrent", converted).forget_float_weights()
 
 

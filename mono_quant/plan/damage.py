@@ -9,18 +9,15 @@ import torch
 from torch import nn
 
 from mono_quant.base import Grid, QuantizedModule
-from mono_quant.calibration import CalibrationData, compare, tensors_in
+from mono_quant.calibration import CalibrationData, output_error
 from mono_quant.checkpoint import copy_structure
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.observers import MinMax
-from mono_quant.plan.request import WeightPlan
+from mono_quant.plan.request import LOW_BITS, WeightPlan
 from mono_quant.report import CRITICAL_DB, WARNING_DB, LayerReport, format_db
 from mono_quant.rounding import RoundToNearest
 from mono_quant.schemes import FloatCast
 from mono_quant.settings import Activations, Recipe
-
-LOW_BITS = 8
-_HALF_MAX = 65504.0
 
 
 @attrs.frozen
@@ -172,7 +169,8 @@ def _cast(model: nn.Module, weight: WeightPlan) -> Recipe:
         (float(model.get_parameter(name).detach().abs().max()) for name in weight.sources),
         default=0.0,
     )
-    scheme = FloatCast() if largest <= _HALF_MAX else FloatCast(torch.bfloat16)
+    fits = largest <= torch.finfo(torch.float16).max
+    scheme = FloatCast() if fits else FloatCast(torch.bfloat16)
     return Recipe(Grid(scheme, MinMax()), RoundToNearest())
 
 
@@ -193,10 +191,7 @@ class _Trial:
         output: object,
     ) -> None:
         """Run the layer on what the float one was called with."""
-        other = self._layer(*args, **kwargs)
-        for one, two in zip(tensors_in(output), tensors_in(other), strict=True):
-            if one.is_floating_point():
-                self.error += compare([[one]], [[two]])
+        self.error += output_error(output, self._layer(*args, **kwargs))
 
 
 def _trials(floats: nn.Module, model: nn.Module, weight: WeightPlan) -> Iterator[_Trial]:

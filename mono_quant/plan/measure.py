@@ -1,6 +1,6 @@
 """What data does for a plan: it is gathered from, measured on, and corrected by."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -12,11 +12,11 @@ from mono_quant.calibration import (
     CalibrationData,
     Gathered,
     Wanted,
-    compare,
     evaluating,
     gather,
+    left_over,
+    output_error,
     positional_arguments,
-    tensors_in,
 )
 from mono_quant.checkpoint import calling
 from mono_quant.numerics.metrics import SquaredError
@@ -30,13 +30,7 @@ def transform(
 ) -> tuple[Change, ...]:
     """Apply transforms to a float model and return what they did, noted in the model too."""
     context = TransformContext(data.outputs if data is not None else None)
-    changes: list[Change] = []
-    for one in transforms:
-        found = one.apply(model, context)
-        for change in found:
-            mark(model, change.edits)
-        changes += found
-    return tuple(changes)
+    return _noted(model, (one.apply(model, context) for one in transforms))
 
 
 def correct(
@@ -46,9 +40,13 @@ def correct(
     data: CalibrationData,
 ) -> tuple[Change, ...]:
     """Apply corrections to a quantized model and return what they did, noted in the model too."""
+    return _noted(model, (one.apply(model, floats, data.inner_outputs) for one in corrections))
+
+
+def _noted(model: nn.Module, done: Iterable[Sequence[Change]]) -> tuple[Change, ...]:
+    """Return all changes, each noted in the model before the next is made."""
     changes: list[Change] = []
-    for one in corrections:
-        found = one.apply(model, floats, data.inner_outputs)
+    for found in done:
         for change in found:
             mark(model, change.edits)
         changes += found
@@ -120,10 +118,9 @@ class LayerErrors:
         layer = self.model.get_submodule(path)
         with evaluating(layer):  # the layer alone: somebody else may be running the model
             other = layer(*args, **kwargs)
-        for one, two in zip(tensors_in(output), tensors_in(other), strict=True):
-            if one.is_floating_point():
-                error = compare([[one]], [[two]])
-                self.errors[path] = self.errors.get(path, SquaredError()) + error
+        error = output_error(output, other)
+        if error.count:
+            self.errors[path] = self.errors.get(path, SquaredError()) + error
 
 
 def with_outputs(
@@ -143,14 +140,10 @@ def with_outputs(
 
 def left_out(model: nn.Module, data: CalibrationData) -> list[str]:
     """Return what of each batch was not handed to the model."""
-    batch = data.first()
-    taken = positional_arguments(model)
-    if data.forward is not None or not isinstance(batch, tuple | list) or taken is None:
-        return []
-    extra = len(batch) - taken
-    if extra <= 0:
+    extra, taken = left_over(model, data), positional_arguments(model)
+    if not extra or taken is None:
         return []
     return [
-        f"the last {extra} of {len(batch)} items of each batch were left out, since forward takes "
-        f"{taken}: taken for labels"
+        f"the last {extra} of {taken + extra} items of each batch were left out, since forward "
+        f"takes {taken}: taken for labels"
     ]

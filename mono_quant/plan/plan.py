@@ -101,7 +101,7 @@ class Plan(Generic[ModelT]):
                     damages = diagnosed(floats, work, todo, layers.errors, data)
                 rows = with_outputs(rows, todo, layers.errors)
         if damages and request.on_damage != "warn":
-            return self._amended(damages).run(progress=progress)
+            return self._amended(damages, data).run(progress=progress)
         report = self._report(work, rows, changes)
         if data is not None:
             report = attrs.evolve(
@@ -114,7 +114,7 @@ class Plan(Generic[ModelT]):
         example = CalibrationData([data.first()], 1, data.forward) if data is not None else None
         return QuantizationResult(work, report, self.outline, example, request.layers)
 
-    def _amended(self, damages: Sequence[Damage]) -> "Plan[ModelT]":
+    def _amended(self, damages: Sequence[Damage], data: CalibrationData | None) -> "Plan[ModelT]":
         """Return the plan that keeps what does damage; what is left after it is warned of.
 
         Raises:
@@ -125,7 +125,7 @@ class Plan(Generic[ModelT]):
         return attrs.evolve(
             self,
             weights=amended(self.weights, damages, self._model),
-            request=attrs.evolve(self._request, on_damage="warn"),
+            request=attrs.evolve(self._request, on_damage="warn", data=data),
         )
 
     def _transforms(self) -> tuple[Transform, ...]:

@@ -8,6 +8,9 @@ from mono_quant.numerics.values import Layout
 from mono_quant.selection import Selector
 from mono_quant.settings import Recipe, Settings
 
+LOW_BITS = 8
+"""Widths below this are low: small layers and embeddings stay float by default."""
+
 
 @attrs.frozen(eq=False)
 class Request:

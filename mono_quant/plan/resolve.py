@@ -15,15 +15,13 @@ from mono_quant.layers import BUILT_IN_CONTAINERS, BUILT_IN_LAYERS
 from mono_quant.numerics.metrics import memory_of, tensor_bytes
 from mono_quant.plan.accounting import account, inside
 from mono_quant.plan.plan import Plan
-from mono_quant.plan.request import Request, WeightPlan
+from mono_quant.plan.request import LOW_BITS, Request, WeightPlan
 from mono_quant.result import Outline
 from mono_quant.selection import Selection
 from mono_quant.settings import Activations, Settings
 
 SMALL = 512
 """Layers with fewer parameters stay float below 8 bits unless they are asked for."""
-LOW_BITS = 8
-"""Widths below this leave small layers and embeddings in float by default."""
 WORK_BYTES = 12
 """Bytes of working memory that each value of the layer at hand takes while it is quantized."""
 

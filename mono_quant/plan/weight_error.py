@@ -23,36 +23,44 @@ class WeightError:
     """The error of a quantized stack ``[G, out, in]``.
 
     Attributes:
-        total: over all values.
         signal: sum of the squared values of each column, ``float64 [G, in]``.
         noise: sum of the squared errors of each column.
         rows: how many rows the stack has.
     """
 
-    total: SquaredError
     signal: Tensor
     noise: Tensor
     rows: int
 
     @classmethod
     def of(cls, stack: Tensor, q: QTensor, scheme: Scheme) -> "WeightError":
-        """Return the error of `q` against `stack`: some rows at a time where rows have own scales.
+        """Return the error of `q` against `stack`, some rows at a time.
 
-        So that the dequantized weight never exists as a whole.
+        Where rows have scales of their own, the dequantized weight never exists as a whole. Squared
+        and added up in float64: float32 has no squares of values near 1e-22 or 1e20.
         """
         matrices, rows, length = stack.shape
         shared = q.qparams.scale is not None and q.qparams.block_size[:2] != (1, 1)
-        whole = shared or bool(q.qparams.extra)
-        at_once = rows if whole else max(1, _PART // max(1, matrices * length))
+        whole = scheme.dequantize(q) if shared or q.qparams.extra else None
         signal = torch.zeros(matrices, length, dtype=torch.float64, device=stack.device)
-        noise, total = signal.clone(), SquaredError()
-        for start in range(0, rows, max(1, at_once)):
-            part = stack[:, start : start + at_once]
-            values = scheme.dequantize(q if whole else _rows(q, start, start + at_once))
-            total += SquaredError.between(part, values)
-            signal += part.to(torch.float64).square().sum(1)
-            noise += (part.to(torch.float64) - values).square_().sum(1)
-        return cls(total, signal, noise, rows)
+        noise = signal.clone()
+        at_once = max(1, _PART // max(1, matrices * length))
+        for start in range(0, rows, at_once):
+            stop = start + at_once
+            exact = stack[:, start:stop].to(torch.float64)
+            if whole is not None:
+                values = whole[:, start:stop]
+            else:
+                values = scheme.dequantize(_rows(q, start, stop))
+            signal += exact.square().sum(1)
+            noise += (exact - values).square_().sum(1)
+        return cls(signal, noise, rows)
+
+    @property
+    def total(self) -> SquaredError:
+        """The error over all values."""
+        count = self.signal.numel() * self.rows
+        return SquaredError(float(self.signal.sum()), float(self.noise.sum()), count)
 
     @property
     def balanced_db(self) -> float | None:
@@ -63,7 +71,7 @@ class WeightError:
         energy ``1 / mean(column ** 2)``. None for a stack that is no single matrix or has too few
         rows to tell.
         """
-        if self.signal.shape[0] != 1 or self.rows < _ENOUGH_ROWS or self.total.signal == 0:
+        if self.signal.shape[0] != 1 or self.rows < _ENOUGH_ROWS or not bool(self.signal.any()):
             return None
         energy = self.signal / self.rows
         inputs = 1 / energy.clamp(min=_FAINT * float(energy.mean()))
