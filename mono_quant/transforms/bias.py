@@ -27,8 +27,8 @@ class BiasCorrection(Correction):
     back what is left of the errors before it. That takes one run of the data for each layer, up to
     that layer.
 
-    Layers that run more than once, that share their bias or that are neither a Linear nor a
-    convolution are left alone. A layer without bias is given one.
+    Layers that do not run exactly once for each batch, that share their bias or that are neither a
+    Linear nor a convolution are left alone. A layer without bias is given one.
 
     Source: Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias
     Correction", section 4.2 and appendix D, https://arxiv.org/abs/1906.04721.
@@ -41,7 +41,7 @@ class BiasCorrection(Correction):
     ) -> tuple[Change, ...]:
         """Correct what can be corrected; return a change for each quantized layer that ran."""
         paths = [path for path, one in model.named_modules() if isinstance(one, QuantizedModule)]
-        calls, means = _means(floats, paths, outputs)
+        batches, calls, means = _means(floats, paths, outputs)
         shared = Counter(
             id(bias) for one in model.modules() if (bias := one._parameters.get("bias")) is not None
         )
@@ -52,8 +52,10 @@ class BiasCorrection(Correction):
             reason = None
             if kind_of(layer) is None:
                 reason = "it is neither a Linear nor a convolution"
-            elif calls[path] > _batches(calls):
+            elif calls[path] > batches:
                 reason = "it runs more than once"
+            elif calls[path] < batches:
+                reason = "it does not run for each batch"
             elif bias is not None and shared[id(bias)] > 1:
                 reason = "it shares its bias"
             if reason is not None:
@@ -93,8 +95,8 @@ class _Mean:
 
 def _means(
     floats: nn.Module, paths: Sequence[str], outputs: InnerOutputs
-) -> tuple[Mapping[str, int], Mapping[str, _Mean]]:
-    """Return how often each layer runs, in the order of their first run, and its mean output."""
+) -> tuple[int, Mapping[str, int], Mapping[str, _Mean]]:
+    """Return the number of batches, how often each layer runs, first come first, and its mean."""
     calls: dict[str, int] = {}
     means: dict[str, _Mean] = {path: _Mean() for path in paths}
 
@@ -107,13 +109,8 @@ def _means(
         for path in paths:
             handle = floats.get_submodule(path).register_forward_hook(partial(see, path))
             hooks.callback(handle.remove)
-        for _ in outputs(floats, floats):
-            pass
-    return calls, means
-
-
-def _batches(calls: Mapping[str, int]) -> int:
-    return min(calls.values(), default=0)
+        batches = sum(1 for _ in outputs(floats, floats))
+    return batches, calls, means
 
 
 def _positions(layer: nn.Module) -> int:

@@ -98,6 +98,33 @@ def test_a_layer_that_runs_twice_and_one_that_shares_its_bias_are_left_alone() -
     assert "left alone: the bias of 'again' is not corrected" in str(result.report)
 
 
+def test_what_does_not_run_once_for_each_batch_is_left_alone() -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.twice = nn.Linear(64, 64)
+            self.positive = nn.Linear(64, 64)
+            self.negative = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.twice(self.twice(x))
+            found: Tensor = self.positive(x) if bool(x.sum() > 0) else self.negative(x)
+            return found
+
+    source = Routed().eval()
+    batches = [noise(8, 64) + shift for shift in (-20, 20, 40)]
+    report = CORRECTED.fit(batches).apply(source).report
+    texts = {change.path: change.text.rpartition(": ")[2] for change in report.changes}
+    assert texts == {
+        "twice": "it runs more than once",
+        "positive": "it does not run for each batch",
+        "negative": "it does not run for each batch",
+    }
+    twice = nn.Sequential(layer := nn.Linear(64, 64), nn.ReLU(), layer)
+    (change,) = CORRECTED.fit([noise(8, 64)]).apply(twice).report.changes
+    assert change.text.endswith("it runs more than once"), "and no other layer to compare with"
+
+
 def test_without_data_it_is_refused() -> None:
     with pytest.raises(CalibrationError, match=r"BiasCorrection.*needs data"):
         CORRECTED.plan(depthwise())
