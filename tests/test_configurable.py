@@ -328,7 +328,11 @@ class Unwritable(Configurable):
     value: object
 
 
-@pytest.mark.parametrize("value", [object(), torch.zeros(1), {1, 2}, len, b"bytes", 1j], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [object(), torch.zeros(1), {1, 2}, len, b"bytes", 1j],
+    ids=lambda value: type(value).__name__,
+)
 def test_what_is_no_json_is_refused(value: object) -> None:
     with pytest.raises(ConfigurationError, match="cannot be written to a configuration"):
         Unwritable(value).to_config()

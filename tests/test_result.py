@@ -432,7 +432,9 @@ def test_a_state_dict_is_read_from_safetensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [{"epoch": 3}, {}, [1], noise(3), {"model": 3}, {"weights": STATE}], ids=str
+    "content",
+    [{"epoch": 3}, {}, [1], noise(3), {"model": 3}, {"weights": STATE}],
+    ids=["number", "empty", "list", "tensor", "no mapping", "other name"],
 )
 def test_a_file_without_a_state_dict_is_refused_with_the_names_that_were_looked_for(
     content: object, tmp_path: Path

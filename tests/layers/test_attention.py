@@ -160,7 +160,9 @@ PADDINGS: dict[str, Tensor | None] = {
 
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning")
-@pytest.mark.parametrize("make", [ATTENTIONS["plain"], ATTENTIONS["everything"]], ids=str)
+@pytest.mark.parametrize(
+    "make", [ATTENTIONS["plain"], ATTENTIONS["everything"]], ids=["plain", "everything"]
+)
 @pytest.mark.parametrize("mask", ATTENTION_MASKS.values(), ids=ATTENTION_MASKS)
 @pytest.mark.parametrize("padding", PADDINGS.values(), ids=PADDINGS)
 @either
@@ -195,7 +197,9 @@ def test_masks_of_a_single_sequence_have_no_batch(need_weights: bool) -> None:
         )
 
 
-@pytest.mark.parametrize("make", [ATTENTIONS["plain"], ATTENTIONS["bias_kv and zero"]], ids=str)
+@pytest.mark.parametrize(
+    "make", [ATTENTIONS["plain"], ATTENTIONS["bias_kv and zero"]], ids=["plain", "bias_kv and zero"]
+)
 @pytest.mark.parametrize("padding", [None, torch.arange(LENGTH) >= torch.tensor([[5], [4], [2]])])
 @either
 def test_the_causal_hint_is_taken_as_torch_takes_it(
@@ -214,7 +218,9 @@ def test_the_causal_hint_is_taken_as_torch_takes_it(
 
 
 @pytest.mark.parametrize("batched", [True, False])
-@pytest.mark.parametrize("make", [ATTENTIONS["plain"], ATTENTIONS["everything"]], ids=str)
+@pytest.mark.parametrize(
+    "make", [ATTENTIONS["plain"], ATTENTIONS["everything"]], ids=["plain", "everything"]
+)
 def test_the_weights_of_each_head_are_returned_when_they_are_asked_for(
     make: Make, batched: bool
 ) -> None:
@@ -243,7 +249,9 @@ def test_dropout_in_training_is_torchs(need_weights: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("make", [ATTENTIONS["plain"], ATTENTIONS["everything"]], ids=str)
+@pytest.mark.parametrize(
+    "make", [ATTENTIONS["plain"], ATTENTIONS["everything"]], ids=["plain", "everything"]
+)
 def test_half_precision_is_computed_wide_and_returned_in_half(
     make: Make, dtype: torch.dtype
 ) -> None:
