@@ -15,28 +15,30 @@ from pathlib import Path
 from tests.benchmarks.measure import print_table
 
 REPEATS = 15
-_TORCH = """
-import json, sys, time
-start = time.perf_counter()
-import torch
-print(json.dumps({"s": time.perf_counter() - start, "modules": []}))
-"""
-_BEYOND = """
-import json, sys, time
-import torch
+_PROGRAM = """
+import gc, json, sys, time
+{before}
+collected, began = [], []
+def note(phase, info):
+    if info["generation"] == 2:
+        (began if phase == "start" else collected).append(time.perf_counter())
+gc.callbacks.append(note)
 known, start = set(sys.modules), time.perf_counter()
-import mono_quant
+import {imported}
 taken = time.perf_counter() - start
-print(json.dumps({"s": taken, "modules": sorted(set(sys.modules) - known)}))
+full = sum(collected) - sum(began)
+print(json.dumps([taken, full, sorted(set(sys.modules) - known)]))
 """
-_BESIDE = """
-import json, sys, time
-import torch
-known, start = set(sys.modules), time.perf_counter()
-import attrs, safetensors, safetensors.torch, tqdm
-taken = time.perf_counter() - start
-print(json.dumps({"s": taken, "modules": sorted(set(sys.modules) - known)}))
-"""
+_TORCH = _PROGRAM.format(before="", imported="torch")
+_BEYOND = _PROGRAM.format(before="import torch", imported="mono_quant")
+_BESIDE = _PROGRAM.format(
+    before="import torch", imported="attrs, safetensors, safetensors.torch, tqdm"
+)
+_NAMES = {
+    _TORCH: "torch",
+    _BEYOND: "mono_quant, once torch is there",
+    _BESIDE: "of that attrs, safetensors, tqdm",
+}
 
 
 def main() -> None:
@@ -46,34 +48,30 @@ def main() -> None:
 
 
 def _measure(bytecode: Path) -> None:
-    times: dict[str, list[float]] = {_TORCH: [], _BEYOND: [], _BESIDE: []}
+    times: dict[str, list[tuple[float, float]]] = {program: [] for program in _NAMES}
     added: dict[str, list[str]] = {}
     for program in times:
         _run(program, bytecode)  # compiles
     for _ in range(REPEATS):
         for program, taken in times.items():
-            seconds, added[program] = _run(program, bytecode)
-            taken.append(seconds)
-    torch, ours, beside = (statistics.median(times[which]) for which in (_TORCH, _BEYOND, _BESIDE))
-    least = {which: min(taken) for which, taken in times.items()}
-    columns = (f"import, {REPEATS} fresh processes", "median ms", "least ms", "share of torch")
-    print_table(
-        columns,
-        [
-            ("torch", f"{torch * 1e3:.0f}", f"{least[_TORCH] * 1e3:.0f}", ""),
-            (
-                "mono_quant, once torch is there",
-                f"{ours * 1e3:.1f}",
-                f"{least[_BEYOND] * 1e3:.1f}",
-                f"{ours / torch:.1%}",
-            ),
-            (
-                "of that attrs, safetensors, tqdm",
-                f"{beside * 1e3:.1f}",
-                f"{least[_BESIDE] * 1e3:.1f}",
-                f"{beside / torch:.1%}",
-            ),
-        ],
+            seconds, collecting, added[program] = _run(program, bytecode)
+            taken.append((seconds, collecting))
+    torch = statistics.median(seconds for seconds, _ in times[_TORCH])
+    rows = []
+    for program, name in _NAMES.items():
+        whole, collecting = zip(*times[program], strict=True)
+        without = [one - other for one, other in times[program]]
+        found = [
+            statistics.median(whole),
+            min(whole),
+            *map(statistics.median, (collecting, without)),
+        ]
+        rows.append((name, *(f"{1e3 * one:.0f}" for one in found), f"{found[0] / torch:.1%}"))
+    columns = ("median ms", "least ms", "full collections ms", "without them ms", "share of torch")
+    print_table((f"import, {REPEATS} fresh processes", *columns), rows)
+    print(
+        "A full collection walks all that torch holds. Python begins one after some 10 000 new "
+        "objects,\nwhoever makes them first: without mono_quant the program's own."
     )
     modules = added[_BEYOND]
     counted = Counter(name.partition(".")[0] for name in modules)
@@ -86,7 +84,7 @@ def _measure(bytecode: Path) -> None:
     )
 
 
-def _run(program: str, bytecode: Path) -> tuple[float, list[str]]:
+def _run(program: str, bytecode: Path) -> tuple[float, float, list[str]]:
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(bytecode)}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run(
@@ -96,8 +94,8 @@ def _run(program: str, bytecode: Path) -> tuple[float, list[str]]:
         text=True,
         env=environment,
     )
-    found = json.loads(done.stdout)
-    return float(found["s"]), [str(name) for name in found["modules"]]
+    seconds, collecting, modules = json.loads(done.stdout)
+    return float(seconds), float(collecting), [str(name) for name in modules]
 
 
 def _of(name: str, package: str) -> bool:
