@@ -15,9 +15,10 @@ from mono_quant.numerics.histogram import HistogramState
 from mono_quant.observers.counting import FINE, CountingObserver
 from mono_quant.observers.search import least_squared_error
 
-_CHUNK = (
-    1 << 18
-)  # values searched at a time: about what stays in a core's cache with its temporaries
+_CHUNK = 1 << 18
+"""Values searched at a time: about what stays in a core's cache with its temporaries."""
+_SMALL, _LARGE = 1e-12, 1e15
+"""Beyond these, squares of errors are not summed in float32, which has none below 1e-38."""
 
 
 @register
@@ -67,12 +68,16 @@ class MSE(CountingObserver):
 
     def _search(self, x: Tensor, scheme: Scheme, block_size: Shape) -> tuple[Tensor, Tensor]:
         low, high = block_range(x, block_size)
-        best = torch.full_like(low, torch.inf)
+        ends = torch.maximum(low.abs(), high.abs())
+        extreme = (ends != 0) & ((ends < _SMALL) | (ends > _LARGE))
+        exact = torch.float64 if bool(extreme.any()) else torch.float32
+        best = torch.full_like(low, torch.inf, dtype=exact)
         best_factor = torch.ones_like(low)
         for step in range(self.steps):
             factor = 1 - (1 - self.smallest) * step / (self.steps - 1)
             qparams = scheme.calculate_qparams(low * factor, high * factor, block_size=block_size)
-            error = block_sum((scheme.fake_quantize(x, qparams) - x).square_(), block_size)
+            missed = scheme.fake_quantize(x, qparams) - x
+            error = block_sum(missed.to(exact).square_(), block_size)
             better = error < best
             best = torch.where(better, error, best)
             best_factor = torch.where(better, factor, best_factor)

@@ -59,12 +59,13 @@ def _measure(bytecode: Path) -> None:
     torch = statistics.median(seconds for seconds, _ in times[_TORCH])
     rows = []
     for program, name in _NAMES.items():
-        whole, collecting = zip(*times[program], strict=True)
-        without = [one - other for one, other in times[program]]
+        taken = times[program]
+        wholes = [whole for whole, _ in taken]
         found = [
-            statistics.median(whole),
-            min(whole),
-            *map(statistics.median, (collecting, without)),
+            statistics.median(wholes),
+            min(wholes),
+            statistics.median(collecting for _, collecting in taken),
+            statistics.median(whole - collecting for whole, collecting in taken),
         ]
         rows.append((name, *(f"{1e3 * one:.0f}" for one in found), f"{found[0] / torch:.1%}"))
     columns = ("median ms", "least ms", "full collections ms", "without them ms", "share of torch")

@@ -92,6 +92,15 @@ def test_the_error_is_the_least_of_all_factors(
     torch.testing.assert_close(found, least, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1.0, 1e18, 1e25])
+def test_weights_far_from_one_are_searched_alike(size: float) -> None:
+    scheme = Affine(3, symmetric=False, scale_dtype=torch.float32)
+    x = (noise(1, 16, 256) * size).to(torch.float32)
+    found, least = errors(x, scheme, MSE()), least_errors(x, scheme, MSE())
+    assert least.sum() < 0.9 * errors(x, scheme, MinMax()).sum(), "there is something to find"
+    torch.testing.assert_close(found / size**2, least / size**2, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_shrinking_pays_on_normal_weights_of_few_bits(bits: int) -> None:
     scheme = Affine(bits, symmetric=False, scale_dtype=torch.float32)
