@@ -1,9 +1,21 @@
 """Blockwise views and reductions: one block_size expresses every granularity."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from mono_quant.numerics.granularity import Shape
+
+AT_ONCE = 1 << 18
+"""Values of a weight that are worked on at once: with temporaries, what a core's cache holds."""
+
+
+def row_parts(shape: Shape) -> Iterator[slice]:
+    """Return slices of the rows of a stack ``[G, out, in]`` that hold `AT_ONCE` values."""
+    matrices, rows, length = shape
+    at_once = max(1, AT_ONCE // max(1, matrices * length))
+    return (slice(start, start + at_once) for start in range(0, rows, at_once))
 
 
 def block_counts(shape: Shape, block_size: Shape) -> Shape:

@@ -36,6 +36,17 @@ class QParams:
     block_size: Shape
     extra: Mapping[str, Tensor] = field(default_factory=_no_extra)
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether no two rows of a stack ``[G, out, in]`` share a parameter."""
+        return not self.extra and (self.scale is None or self.block_size[:2] == (1, 1))
+
+    def rows(self, part: slice) -> "QParams":
+        """Return the parameters of some rows of a stack, where they are `by_rows`."""
+        scale = self.scale[:, part] if self.scale is not None else None
+        zero_point = self.zero_point[:, part] if self.zero_point is not None else None
+        return QParams(scale, zero_point, self.block_size)
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class QTensor:
@@ -56,6 +67,10 @@ class QTensor:
     def shape(self) -> Shape:
         """The shape of the tensor."""
         return tuple(self.codes.shape)
+
+    def rows(self, part: slice) -> "QTensor":
+        """Return some rows of a stack whose parameters are `by_rows`."""
+        return QTensor(self.codes[:, part], self.qparams.rows(part), self.dtype)
 
 
 @attrs.frozen

@@ -9,14 +9,12 @@ from torch import Tensor
 from mono_quant.base import Scheme
 from mono_quant.configurable import register
 from mono_quant.errors import ConfigurationError
-from mono_quant.numerics.blocks import block_range, block_sum
+from mono_quant.numerics.blocks import block_range, block_sum, row_parts
 from mono_quant.numerics.granularity import Shape
 from mono_quant.numerics.histogram import HistogramState
 from mono_quant.observers.counting import FINE, CountingObserver
 from mono_quant.observers.search import least_squared_error
 
-_CHUNK = 1 << 18
-"""Values searched at a time: about what stays in a core's cache with its temporaries."""
 _SMALL, _LARGE = 1e-12, 1e15
 """Beyond these, squares of errors are not summed in float32, which has none below 1e-38."""
 
@@ -58,11 +56,10 @@ class MSE(CountingObserver):
 
     def range_of(self, x: Tensor, scheme: Scheme, block_size: Shape) -> tuple[Tensor, Tensor]:
         """Return the best range of each block, found a few rows at a time where blocks allow it."""
-        rows = x.shape[1] if x.dim() == 3 else 0
-        if not rows or block_size[:2] != (1, 1):
+        if x.dim() != 3 or not x.shape[1] or block_size[:2] != (1, 1):
             return self._search(x, scheme, block_size)
-        at_once = max(1, _CHUNK // max(1, x.shape[0] * x.shape[2]))
-        found = [self._search(part, scheme, block_size) for part in torch.split(x, at_once, dim=1)]
+        parts = row_parts((x.shape[0], x.shape[1], x.shape[2]))
+        found = [self._search(x[:, part], scheme, block_size) for part in parts]
         lows, highs = zip(*found, strict=True)
         return torch.cat(lows, dim=1), torch.cat(highs, dim=1)
 

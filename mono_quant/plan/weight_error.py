@@ -5,11 +5,9 @@ import torch
 from torch import Tensor
 
 from mono_quant.base import Scheme
+from mono_quant.numerics.blocks import row_parts
 from mono_quant.numerics.metrics import SquaredError
-from mono_quant.numerics.values import QParams, QTensor
-
-_PART = 1 << 19
-"""Values that are dequantized at a time: about what a core's cache holds."""
+from mono_quant.numerics.values import QTensor
 
 _ENOUGH_ROWS = 16
 """Fewer rows say nothing of what a column's inputs are like."""
@@ -40,18 +38,12 @@ class WeightError:
         and added up in float64: float32 has no squares of values near 1e-22 or 1e20.
         """
         matrices, rows, length = stack.shape
-        shared = q.qparams.scale is not None and q.qparams.block_size[:2] != (1, 1)
-        whole = scheme.dequantize(q) if shared or q.qparams.extra else None
+        whole = None if q.qparams.by_rows else scheme.dequantize(q)
         signal = torch.zeros(matrices, length, dtype=torch.float64, device=stack.device)
         noise = signal.clone()
-        at_once = max(1, _PART // max(1, matrices * length))
-        for start in range(0, rows, at_once):
-            stop = start + at_once
-            exact = stack[:, start:stop].to(torch.float64)
-            if whole is not None:
-                values = whole[:, start:stop]
-            else:
-                values = scheme.dequantize(_rows(q, start, stop))
+        for part in row_parts(tuple(stack.shape)):
+            exact = stack[:, part].to(torch.float64)
+            values = scheme.dequantize(q.rows(part)) if whole is None else whole[:, part]
             signal += exact.square().sum(1)
             noise += (exact - values).square_().sum(1)
         return cls(signal, noise, rows)
@@ -87,11 +79,3 @@ class WeightError:
             return None
         median = float(self.signal.median())
         return float(self.signal.max() / median) ** 0.5 if median > 0 else None
-
-
-def _rows(q: QTensor, start: int, stop: int) -> QTensor:
-    def some(tensor: Tensor | None) -> Tensor | None:
-        return tensor[:, start:stop] if tensor is not None else None
-
-    qparams = QParams(some(q.qparams.scale), some(q.qparams.zero_point), q.qparams.block_size)
-    return QTensor(q.codes[:, start:stop], qparams, q.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 from mono_quant.base import Scheme
 from mono_quant.configurable import as_dtype, dtype_name, register
 from mono_quant.errors import ConfigurationError, InputError
-from mono_quant.numerics.blocks import block_counts, block_range, spread, to_blocks
+from mono_quant.numerics.blocks import AT_ONCE, block_counts, block_range, spread, to_blocks
 from mono_quant.numerics.granularity import Granularity, PerChannel, Shape
 from mono_quant.numerics.packing import packed_length
 from mono_quant.numerics.values import QParams, QTensor
@@ -183,8 +183,9 @@ class Affine(Scheme):
                 f"its scales are {dtype_name(scale.dtype)}, since {dtype_name(self.scale_dtype)} "
                 "cannot hold them closely enough"
             )
-        ends = (q.codes == self.quant_min) | (q.codes == self.quant_max)
-        share = int(ends.count_nonzero()) / max(1, ends.numel())
+        parts = torch.split(q.codes.flatten(), AT_ONCE)
+        ends = [((c == self.quant_min) | (c == self.quant_max)).count_nonzero() for c in parts]
+        share = int(torch.stack(ends).sum()) / max(1, q.codes.numel())
         if self.bits > 3 and _size(q.qparams.block_size) > 15 and share > _SATURATED:
             remarks.append(f"{share:.0%} of its codes lie on the ends of the grid")
         return "; ".join(remarks) or None

@@ -9,11 +9,16 @@ from mono_quant import (
     FloatCast,
     Grid,
     MinMax,
+    PerChannel,
     PerGroup,
+    PerTensor,
     RangeEstimator,
     RoundToNearest,
+    Scheme,
     Statistics,
 )
+from mono_quant.numerics.blocks import AT_ONCE
+from mono_quant.plan.weight_error import WeightError
 from tests.helpers import noise, same_bits, torch_fake_quantize
 
 
@@ -30,6 +35,29 @@ def test_every_weight_goes_where_torch_rounds_it(
     assert torch.equal(scheme.dequantize(q), torch_fake_quantize(weight, scheme, qparams))
     assert q.shape == (2, 5, 64)
     assert same_bits(weight, noise(2, 5, 64))
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Affine(8, granularity=PerChannel()),
+        Affine(4, symmetric=False, granularity=PerGroup(64)),
+        Affine(4, granularity=PerTensor()),
+        FloatCast(),
+    ],
+    ids=repr,
+)
+def test_a_large_weight_is_rounded_in_parts_to_the_same_codes(scheme: Scheme) -> None:
+    weight = noise(2, 1031, 256) * torch.logspace(-3, 3, 1031)[:, None]
+    assert weight.numel() > 2 * AT_ONCE
+    grid = Grid(scheme, MinMax())
+    q = RoundToNearest().round(weight, grid, Statistics())
+    whole = scheme.quantize(weight, grid.qparams(weight))
+    assert same_bits(q.codes, whole.codes)
+    error = WeightError.of(weight, q, scheme)
+    exact, found = weight.double(), scheme.dequantize(whole).double()
+    torch.testing.assert_close(error.signal, exact.square().sum(1))
+    torch.testing.assert_close(error.noise, (exact - found).square().sum(1))
 
 
 def test_a_cast_is_the_cast_of_torch() -> None:
