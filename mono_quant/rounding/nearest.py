@@ -27,8 +27,10 @@ class RoundToNearest(Rounding):
         scheme, qparams = grid.scheme, grid.qparams(weight)
         if not qparams.by_rows or weight.numel() <= AT_ONCE:
             return scheme.quantize(weight, qparams)
-        parts = [
-            scheme.quantize(weight[:, part], qparams.rows(part)).codes
-            for part in row_parts(tuple(weight.shape))
-        ]
-        return QTensor(torch.cat(parts, 1), qparams, weight.dtype)
+        codes: Tensor | None = None
+        for part in row_parts(tuple(weight.shape)):
+            found = scheme.quantize(weight[:, part], qparams.rows(part)).codes
+            codes = torch.empty_like(weight, dtype=found.dtype) if codes is None else codes
+            codes[:, part] = found
+        assert codes is not None  # a weight of many values has rows
+        return QTensor(codes, qparams, weight.dtype)
