@@ -144,9 +144,28 @@ class PackedTensor:
     dtype: torch.dtype
 
     @classmethod
-    def pack(cls, q: QTensor, scheme: Scheme, layout: Layout, dtype: torch.dtype) -> "PackedTensor":
-        """Return `q`, a stack on the grid of `scheme`, with its codes packed."""
-        tensors = {"codes": _pack_codes(q.codes, scheme), **q.qparams.extra}
+    def pack(
+        cls,
+        q: QTensor,
+        scheme: Scheme,
+        layout: Layout,
+        dtype: torch.dtype,
+        *,
+        consume: bool = False,
+    ) -> "PackedTensor":
+        """Return `q`, a stack on the grid of `scheme`, with its codes packed.
+
+        Args:
+            q: the stack.
+            scheme: its grid.
+            layout: from the native weight to the stack and back.
+            dtype: of the float weight.
+            consume: where codes fill their bytes, pack them in their own memory: `q` is no longer
+                to be used.
+        """
+        in_place = consume and scheme.code_bits == 8 * q.codes.element_size()
+        codes = _bytes_of(q.codes, scheme) if in_place else _pack_codes(q.codes, scheme)
+        tensors = {"codes": codes, **q.qparams.extra}
         if q.qparams.scale is not None:
             tensors["scale"] = q.qparams.scale.contiguous()
         zero_point = q.qparams.zero_point
@@ -260,7 +279,12 @@ class Activation:
 def _pack_codes(codes: Tensor, scheme: Scheme) -> Tensor:
     if scheme.code_bits is None:
         return codes.contiguous()
-    return pack_bits((codes - scheme.code_min).to(torch.uint8), scheme.code_bits)
+    return pack_bits((codes - scheme.code_min).to(torch.uint8).contiguous(), scheme.code_bits)
+
+
+def _bytes_of(codes: Tensor, scheme: Scheme) -> Tensor:
+    """Return codes of 8 bits as they are stored, in the same memory."""
+    return codes.contiguous().view(torch.uint8).add_(-scheme.code_min)  # wraps, as it must
 
 
 def _unpack_codes(packed: Tensor, scheme: Scheme, count: int) -> Tensor:
@@ -372,7 +396,7 @@ class Rounding(Configurable, ABC):
 
     @abstractmethod
     def round(self, weight: Tensor, grid: Grid, statistics: Statistics) -> QTensor:
-        """Return `weight`, a float32 stack ``[G, out, in]``, on the grid."""
+        """Return `weight`, a float32 stack ``[G, out, in]``, on the grid, in memory of its own."""
 
 
 @attrs.frozen

@@ -47,6 +47,20 @@ def packed(scheme: Scheme, layout: Layout) -> PackedTensor:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=repr)
+def test_what_is_packed_in_its_own_memory_is_the_same(scheme: Scheme) -> None:
+    layout = Layout.transposed((8, 6))
+    x = layout.to_stack(noise(*layout.native))
+    assert not x.is_contiguous()
+    q = scheme.quantize(x, Grid(scheme, MinMax()).qparams(x))
+    kept = PackedTensor.pack(q, scheme, layout, torch.float32)
+    used_up = PackedTensor.pack(q, scheme, layout, torch.float32, consume=True)
+    assert kept.tensors.keys() == used_up.tensors.keys()
+    for name, tensor in used_up.tensors.items():
+        assert tensor.is_contiguous()
+        assert same_bits(tensor, kept.tensors[name])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=repr)
 @pytest.mark.parametrize(
     "layout", [Layout.grouped((6, 4, 2), 3), Layout.transposed((4, 3, 4), 2)], ids=["plain", "back"]
 )

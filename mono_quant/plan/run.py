@@ -95,8 +95,9 @@ def _round(
     except InputError as reason:
         raise InputError(f"{weight.key} cannot be quantized: {reason}") from reason
     scheme = recipe.grid.scheme
-    packed = PackedTensor.pack(q, scheme, weight.layout, view.native.dtype)
     error = WeightError.of(stack, q, scheme)
+    notes = (weight.kept, _note(scheme, stack, q))
+    packed = PackedTensor.pack(q, scheme, weight.layout, view.native.dtype, consume=True)
     row = LayerReport(
         weight.key,
         weight.layer,
@@ -108,7 +109,7 @@ def _round(
         sqnr_db=error.total.sqnr_db,
         estimated_db=error.balanced_db,
         outliers=error.outliers,
-        note="; ".join(part for part in (weight.kept, _note(scheme, stack, q)) if part) or None,
+        note="; ".join(part for part in notes if part) or None,
         aliases=weight.aliases,
     )
     return packed, row
