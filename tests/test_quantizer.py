@@ -248,14 +248,14 @@ CONFLICTS: dict[str, Call] = {
     "one bit for some": lambda q: q.override("0", bits=1),
     "no observer": lambda q: q.observer(),
     "no name of an observer": lambda q: q.observer("ems"),
-    "the class of an observer": lambda q: q.observer(MSE),  # type: ignore[arg-type]
-    "the class of a rounding": lambda q: q.rounding(RoundToNearest),  # type: ignore[arg-type]
-    "the class of a scheme": lambda q: q.scheme(Affine),  # type: ignore[arg-type]
+    "the class of an observer": lambda q: q.observer(MSE),  # type: ignore[arg-type]  # refused
+    "the class of a rounding": lambda q: q.rounding(RoundToNearest),  # type: ignore[arg-type]  # refused
+    "the class of a scheme": lambda q: q.scheme(Affine),  # type: ignore[arg-type]  # refused
     "scales of whole numbers": lambda q: q.scale_dtype(torch.int8),
-    "a symmetry in words": lambda q: q.symmetric("yes"),  # type: ignore[arg-type]
-    "a list of granularities": lambda q: q.granularity(["group"]),  # type: ignore[arg-type]
-    "the name of a transform": lambda q: q.transform("fold"),  # type: ignore[arg-type]
-    "the class of a transform": lambda q: q.transform(Doubled),  # type: ignore[arg-type]
+    "a symmetry in words": lambda q: q.symmetric("yes"),  # type: ignore[arg-type]  # refused
+    "a list of granularities": lambda q: q.granularity(["group"]),  # type: ignore[arg-type]  # refused
+    "the name of a transform": lambda q: q.transform("fold"),  # type: ignore[arg-type]  # refused
+    "the class of a transform": lambda q: q.transform(Doubled),  # type: ignore[arg-type]  # refused
     "too many observers": lambda q: q.observer(MinMax(), weights=MinMax()),
 }
 

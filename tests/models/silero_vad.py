@@ -75,7 +75,7 @@ def load() -> VoiceDetector:
     archive = wheel_file("silero-vad", "6.2.3", "silero_vad/data/silero_vad.jit")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        scripted = torch.jit.load(archive, map_location="cpu")  # type: ignore[no-untyped-call]
+        scripted = torch.jit.load(archive, map_location="cpu")  # type: ignore[no-untyped-call]  # torch
     published = scripted.state_dict()
     names = {
         "stft.forward_basis_buffer": "transform.weight",
