@@ -12,7 +12,8 @@ from mono_quant.calibration import Gathered, evaluating
 from mono_quant.checkpoint import ModelT
 from mono_quant.errors import CalibrationError, InputError
 from mono_quant.modules import tie
-from mono_quant.numerics.blocks import all_finite, block_range
+from mono_quant.numerics.blocks import block_range
+from mono_quant.numerics.extremes import all_finite
 from mono_quant.numerics.metrics import tensor_bytes
 from mono_quant.numerics.values import QTensor
 from mono_quant.plan.request import WeightPlan
