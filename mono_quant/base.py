@@ -552,6 +552,13 @@ class LayerQuantizer(Configurable, ABC):
         """
         return None
 
+    def channel_dim(self, layer: nn.Module, name: str) -> int | None:
+        """Return which dimension of what `inputs` gives for a weight counts channels, from the end.
+
+        None by default: nothing is then said of channels that dwarf the others.
+        """
+        return None
+
     @abstractmethod
     def replace(
         self,

@@ -15,6 +15,7 @@ from mono_quant.layers import BUILT_IN_CONTAINERS
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.plan.accounting import account
 from mono_quant.plan.damage import Damage, amended, diagnosed, estimated
+from mono_quant.plan.inputs import InputUses
 from mono_quant.plan.measure import (
     LayerErrors,
     correct,
@@ -92,14 +93,14 @@ class Plan(Generic[ModelT]):
                 paths = dict.fromkeys(weight.path for weight in todo)
                 with calling(floats, containers, paths):
                     changes += correct(work, floats, request.corrections, data)
-                    layers = LayerErrors(floats, work)
-                    reference = layers.outputs(paths, data, label and "measuring layers")
+                    layers = LayerErrors(floats, work, InputUses(work))
+                    reference = layers.outputs(todo, data, label and "measuring layers")
                     if any(change.done for change in changes):  # then it is not the model given
                         deque(reference, maxlen=0)
                         reference = data.outputs(self._model)
                     error = compare(reference, data.outputs(work, label and "measuring"))
                     damages = diagnosed(floats, work, todo, layers.errors, data)
-                rows = with_outputs(rows, todo, layers.errors)
+                rows = with_outputs(rows, todo, layers)
         if damages and request.on_damage != "warn":
             return self._amended(damages, data).run(progress=progress)
         report = self._report(work, rows, changes)

@@ -109,6 +109,8 @@ def _round(
         sqnr_db=error.total.sqnr_db,
         estimated_db=error.balanced_db,
         outliers=error.outliers,
+        row_outliers=error.row_outliers,
+        columns=stack.shape[2],
         note="; ".join(part for part in (weight.kept, _note(scheme, stack, q)) if part) or None,
         aliases=weight.aliases,
     )

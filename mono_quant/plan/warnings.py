@@ -4,11 +4,26 @@ import math
 from collections.abc import Sequence
 
 from mono_quant.plan.damage import Damage
-from mono_quant.report import CRITICAL_DB, WARNING_DB, LayerReport, Report, format_bytes, format_db
+from mono_quant.report import (
+    CRITICAL_DB,
+    GOOD_DB,
+    WARNING_DB,
+    InputReport,
+    LayerReport,
+    Report,
+    format_bytes,
+    format_db,
+)
 
 _NOTABLE_SHARE = 0.05
 _SHOWN = 3
 _OUTLIER = 20.0
+_CUT_ENERGY = 1e-4
+"""Share of the squares of an input that may be cut off before it is worth a word: 40 dB below."""
+_CUT_LOSS_DB = 3.0
+_CROWDED = 0.8
+_PER_TOKEN_DB = 6.0
+_GROUPS = (64, 32, 16, 8)
 
 
 def warnings_of(report: Report, damages: Sequence[Damage] = ()) -> tuple[str, ...]:
@@ -19,6 +34,7 @@ def warnings_of(report: Report, damages: Sequence[Damage] = ()) -> tuple[str, ..
     found += map(str, damages)
     found += _low_layers(report)
     found += _outliers(report)
+    found += _inputs(report)
     found += _notes(report)
     if head := _low_head(report):
         found.append(head)
@@ -66,15 +82,88 @@ def _notes(report: Report) -> list[str]:
 
 
 def _outliers(report: Report) -> list[str]:
-    """Return the weights with columns that dwarf the others, where they share scales with those."""
-    lines = []
+    """Return the weights with columns or rows that dwarf others with which they share a scale."""
+    columns, rows = [], []
     for row in report.quantized:
-        if (row.outliers or 0) >= _OUTLIER and "per-group" not in (row.scheme or ""):
-            lines.append(
-                f"{row.name} has columns {row.outliers:.0f} times the median one; scales for "
-                f"groups keep them apart: override({row.name!r}, group_size=32)"
+        by_tensor = "per-tensor" in (row.scheme or "")
+        if _sound(row) or not (by_tensor or "per-channel" in (row.scheme or "")):
+            continue
+        if (row.row_outliers or 0) >= _OUTLIER and by_tensor:
+            rows.append(
+                f"{row.name} has rows {row.row_outliers:.0f} times the median one; a scale for "
+                f'each keeps them apart: override({row.name!r}, granularity="channel")'
             )
-    return lines[:_SHOWN]
+        if (row.outliers or 0) >= _OUTLIER:
+            size = next((size for size in _GROUPS if row.columns % size == 0), None)
+            mend = (
+                f"scales for groups keep them apart: override({row.name!r}, group_size={size})"
+                if size is not None
+                else f"no groups fit its rows of {row.columns}: override({row.name!r}, bits=16)"
+            )
+            columns.append(
+                f"{row.name} has columns {row.outliers:.0f} times the median one; {mend}"
+            )
+    return [*_first(columns, "weights have such columns"), *_first(rows, "weights have such rows")]
+
+
+def _inputs(report: Report) -> list[str]:
+    """Return the inputs whose range is a point, cuts off much or is stretched by few values."""
+    dead, cut, stretched = [], [], []
+    for row in report.quantized:
+        for one in row.inputs:
+            if one.low == one.high and one.cut is not None:
+                dead.append(
+                    f"the inputs of {one.name} were {one.low:g} all over the data, so that their "
+                    "range is a point: calibrate on data that moves them, or say "
+                    f'override({one.name!r}, activations="dynamic")'
+                )
+            elif _sound(row):
+                continue
+            elif (one.cut_energy or 0) >= _CUT_ENERGY and (one.uncut_gain_db or 0) >= _CUT_LOSS_DB:
+                cut.append(_too_narrow(one))
+            elif (one.outliers or 0) >= _OUTLIER or (one.crowded or 0) >= _CROWDED:
+                stretched.append(_too_wide(one))
+    return [
+        *_first(dead, "inputs did not move"),
+        *_first(cut, "inputs are cut off"),
+        *_first(stretched, "inputs have a range that few values stretch"),
+    ]
+
+
+def _too_narrow(one: InputReport) -> str:
+    return (
+        f"the range of the inputs of {one.name} cuts off {one.cut:.2%} of the values, "
+        f"{one.cut_energy:.2%} of their energy; the whole range would leave "
+        f"{one.uncut_gain_db:.0f} dB less error: "
+        f"override({one.name!r}, activation_observer=MinMax())"
+    )
+
+
+def _too_wide(one: InputReport) -> str:
+    seen = []
+    if (one.outliers or 0) >= _OUTLIER:
+        seen.append(f"have a channel {one.outliers:.0f} times the median one")
+    if (one.crowded or 0) >= _CROWDED:
+        seen.append(f"lie on two codes to {one.crowded:.0%}, zeros apart")
+    if (one.per_token_gain_db or 0) >= _PER_TOKEN_DB:
+        mend = (
+            f"a range for each token leaves {one.per_token_gain_db:.0f} dB less error: "
+            f'override({one.name!r}, activations="dynamic")'
+        )
+    else:
+        mend = f'leave them in float: override({one.name!r}, activations="float")'
+    return f"the inputs of {one.name} {' and '.join(seen)}; {mend}"
+
+
+def _sound(row: LayerReport) -> bool:
+    """Return whether the layer was measured and returns what it should."""
+    return row.output_sqnr_db is not None and row.output_sqnr_db >= GOOD_DB
+
+
+def _first(lines: list[str], more: str) -> list[str]:
+    """Return the first of some warnings, and how many were left out."""
+    rest = len(lines) - _SHOWN
+    return [*lines[:_SHOWN], *([f"{rest} more {more}"] if rest > 0 else [])]
 
 
 def _low_head(report: Report) -> str | None:
