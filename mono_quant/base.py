@@ -314,6 +314,16 @@ class RangeEstimator(Configurable, ABC):
             two tensors of one value per block.
         """
 
+    def remark(self, x: Tensor, scheme: Scheme, qparams: QParams) -> str | None:
+        """Return why the range of `x` became that of `qparams`, where there was a choice, or None.
+
+        Args:
+            x: as `range_of` saw it.
+            scheme: the grid.
+            qparams: the parameters that cover the range.
+        """
+        return None
+
 
 class Observer(RangeEstimator, Statistic[StateT]):
     """Proposes the range of values seen in pieces: activations. Only a `Scheme` makes qparams."""
@@ -323,6 +333,10 @@ class Observer(RangeEstimator, Statistic[StateT]):
     @abstractmethod
     def calculate_range(self, state: StateT, scheme: Scheme) -> tuple[Tensor, Tensor]:
         """Return the low and high end of the range of what was observed."""
+
+    def explain(self, state: StateT, scheme: Scheme) -> str | None:
+        """Return why `calculate_range` gives what it gives, where there is a choice, or None."""
+        return None
 
 
 @attrs.frozen

@@ -31,8 +31,8 @@ class InputReport:
             nothing is cut off.
         crowded: share of the values other than zero that fall on the two codes that are used most,
             of a calibrated range.
-        per_token_gain_db: how much less error ranges for each row would leave, in dB; None where
-            the inputs are no rows, or have such ranges already.
+        per_token_gain_db: how much less error a range for each row would leave there, in dB, in the
+            mean over rows; None where inputs are no rows, or have such ranges already.
     """
 
     name: str
@@ -103,7 +103,12 @@ class LayerReport:
         return 8 * self.bytes / self.parameters if self.parameters else 0.0
 
     def with_inputs(
-        self, activation: str | None, size: int, alias: str | None = None
+        self,
+        activation: str | None,
+        size: int,
+        alias: str | None = None,
+        *,
+        reason: str | None = None,
     ) -> "LayerReport":
         """Return the row with what is said of the inputs, and the bytes that they take.
 
@@ -112,18 +117,21 @@ class LayerReport:
             size: bytes of what was calibrated.
             alias: the tied weight that they meet, where it is not this one; it is only named where
                 its inputs have another fate.
+            reason: why their range is what it is.
         """
+        of = f" of {alias}" if alias is not None else ""
+        ranges = (*self.ranges, f"input range{of} by {reason}") if reason else self.ranges
         parts = self.activation
         if alias is None:
             parts = activation
         elif activation is not None and activation != self.activation:
             named = f"{activation} of {alias}"
             parts = named if self.activation is None else f"{self.activation}; {named}"
-        return attrs.evolve(self, activation=parts, bytes=self.bytes + size)
+        return attrs.evolve(self, activation=parts, bytes=self.bytes + size, ranges=ranges)
 
     @property
     def fate(self) -> str:
-        """The scheme, or why it stayed float; whose values these also are; and the note."""
+        """The scheme, or why it stayed float; whose values these also are; ranges; the note."""
         parts = [f"float: {self.reason}" if self.scheme is None else self.scheme]
         if self.activation is not None:
             parts.append(self.activation)
@@ -131,6 +139,7 @@ class LayerReport:
             parts.append(self.reason)
         if self.aliases:
             parts.append(f"also {', '.join(self.aliases)}")
+        parts += self.ranges
         if self.note:
             parts.append(self.note)
         return "; ".join(parts)

@@ -73,8 +73,9 @@ class InputUse:
         beyond: how many were cut off.
         codes: how often values other than zero fell on each code of a calibrated range, of a
             sample; None for other grids.
-        grid: the error of a sample on the grid, where the rows of an input share one range.
-        by_row: the error of that sample with a range for each row.
+        gain_db: how much less error a range of its own would leave in a row, in dB, summed over a
+            sample of rows that share one range.
+        rows: how many rows those are.
     """
 
     low: float
@@ -84,8 +85,8 @@ class InputUse:
     cut: SquaredError = attrs.field(factory=SquaredError)
     beyond: int = 0
     codes: Tensor | None = None
-    grid: SquaredError = attrs.field(factory=SquaredError)
-    by_row: SquaredError = attrs.field(factory=SquaredError)
+    gain_db: float = 0.0
+    rows: int = 0
 
     @classmethod
     def of(cls, x: Tensor, dim: int | None, activation: Activation) -> "InputUse | None":
@@ -118,8 +119,8 @@ class InputUse:
             self.cut + other.cut,
             self.beyond + other.beyond,
             _added(self.codes, other.codes),
-            self.grid + other.grid,
-            self.by_row + other.by_row,
+            self.gain_db + other.gain_db,
+            self.rows + other.rows,
         )
 
     def report(self, name: str, activation: Activation) -> InputReport:
@@ -127,9 +128,6 @@ class InputUse:
         crowded = None
         if self.codes is not None and int(self.codes.sum()):
             crowded = int(self.codes.topk(2).values.sum()) / int(self.codes.sum())
-        gain = None
-        if self.grid.noise and self.by_row.noise:
-            gain = 10 * math.log10(self.grid.noise / self.by_row.noise)
         return InputReport(
             name=name,
             low=self.low,
@@ -139,7 +137,7 @@ class InputUse:
             cut_energy=self.cut.noise / self.cut.signal if self.cut.signal else None,
             uncut_gain_db=self._uncut_gain_db(activation),
             crowded=crowded,
-            per_token_gain_db=gain,
+            per_token_gain_db=self.gain_db / self.rows if self.rows else None,
         )
 
     def _on_calibrated(self, x: Tensor, activation: Activation, scale: Tensor) -> "InputUse":
@@ -165,7 +163,7 @@ class InputUse:
         return attrs.evolve(self, cut=cut, beyond=beyond, codes=codes)
 
     def _by_rows(self, x: Tensor, activation: Activation) -> "InputUse":
-        """Return this with the errors of rows that share one range and of rows that do not."""
+        """Return this with what ranges for each row would gain."""
         if not isinstance(activation.scheme, Affine):
             return self
         rows = x.reshape(-1, x.shape[-1])
@@ -176,11 +174,11 @@ class InputUse:
         zero_point = whole.zero_point.reshape(1, 1) if whole.zero_point is not None else None
         shared = QParams(whole.scale.reshape(1, 1), zero_point, tuple(rows.shape))
         apart = attrs.evolve(activation.scheme, granularity=PerToken())
-        return attrs.evolve(
-            self,
-            grid=_error(rows, activation.scheme, shared),
-            by_row=_error(rows, apart, apart.dynamic_qparams(rows)),
-        )
+        together = _row_noise(rows, activation.scheme, shared)
+        each = _row_noise(rows, apart, apart.dynamic_qparams(rows))
+        told = (together > 0) & (each > 0)
+        gains = 10 * (together[told] / each[told]).log10()
+        return attrs.evolve(self, gain_db=float(gains.sum()), rows=gains.numel())
 
     def _uncut_gain_db(self, activation: Activation) -> float | None:
         """Return how much less error the whole range would leave than what is cut off alone, in dB.
@@ -256,5 +254,6 @@ def _added(one: FoldT | None, other: FoldT | None) -> FoldT | None:
     return one + other if one is not None and other is not None else None
 
 
-def _error(x: Tensor, scheme: Scheme, qparams: QParams) -> SquaredError:
-    return SquaredError.between(x, scheme.fake_quantize(x, qparams))
+def _row_noise(rows: Tensor, scheme: Scheme, qparams: QParams) -> Tensor:
+    """Return the squared error of each row on a grid, float64 ``[n]``."""
+    return (scheme.fake_quantize(rows, qparams) - rows).to(torch.float64).square().sum(1)

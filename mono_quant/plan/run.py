@@ -49,14 +49,15 @@ def quantize_weights(
             for weight in weights:
                 known = gathered.get((path, weight.name), Gathered())
                 activations[weight.key] = _activation(weight, known)
-                said = _inputs(weight, activations[weight.key])
+                said, size = _inputs(weight, activations[weight.key])
+                why = _input_reason(weight, known)
                 if weight.tied_to is not None:
                     first = weight.tied_to.key
                     packed[weight.key] = packed[first]
-                    rows[first] = rows[first].with_inputs(*said, weight.key)
+                    rows[first] = rows[first].with_inputs(said, size, weight.key, reason=why)
                     continue
                 packed[weight.key], row = _round(weight, layer, known.rows)
-                rows[weight.key] = row.with_inputs(*said)
+                rows[weight.key] = row.with_inputs(said, size, reason=why)
             module = weights[0].maker.replace(
                 layer,
                 {weight.name: packed[weight.key] for weight in weights},
@@ -98,6 +99,11 @@ def _round(
     scheme = recipe.grid.scheme
     packed = PackedTensor.pack(q, scheme, weight.layout, view.native.dtype)
     error = WeightError.of(stack, q, scheme)
+    why = (
+        recipe.grid.observer.remark(stack, scheme, q.qparams)
+        if q.qparams.scale is not None
+        else None
+    )
     row = LayerReport(
         weight.key,
         weight.layer,
@@ -111,6 +117,7 @@ def _round(
         outliers=error.outliers,
         row_outliers=error.row_outliers,
         columns=stack.shape[2],
+        ranges=(f"weight range by {why}",) if why else (),
         note="; ".join(part for part in (weight.kept, _note(scheme, stack, q)) if part) or None,
         aliases=weight.aliases,
     )
@@ -131,6 +138,15 @@ def _activation(weight: WeightPlan, gathered: Gathered) -> Activation | None:
     low, high = recipe.observer.calculate_range(state, scheme)
     qparams = scheme.calculate_qparams(low.reshape(1), high.reshape(1), block_size=(1,))
     return Activation(scheme, qparams.scale, qparams.zero_point)
+
+
+def _input_reason(weight: WeightPlan, gathered: Gathered) -> str | None:
+    """Return why the calibrated range of the inputs of a weight is what it is, or None."""
+    recipe = cast("Recipe", weight.recipe)  # only weights with a recipe come here
+    if recipe.activations.mode != "static" or recipe.observer not in gathered.inputs:
+        return None
+    state = gathered.inputs.state(recipe.observer)
+    return recipe.observer.explain(state, recipe.activations.scheme)
 
 
 def _inputs(weight: WeightPlan, activation: Activation | None) -> tuple[str | None, int]:

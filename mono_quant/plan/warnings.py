@@ -20,10 +20,10 @@ _SHOWN = 3
 _OUTLIER = 20.0
 _CUT_ENERGY = 1e-4
 """Share of the squares of an input that may be cut off before it is worth a word: 40 dB below."""
-_CUT_LOSS_DB = 3.0
 _CROWDED = 0.8
-_PER_TOKEN_DB = 6.0
-_GROUPS = (64, 32, 16, 8)
+_WORTH_DB = 6.0
+"""What other ranges have to gain before they are advised."""
+_GROUPS = (32, 16, 8)
 
 
 def warnings_of(report: Report, damages: Sequence[Damage] = ()) -> tuple[str, ...]:
@@ -31,7 +31,10 @@ def warnings_of(report: Report, damages: Sequence[Damage] = ()) -> tuple[str, ..
     found: list[str] = []
     if report.output_sqnr_db is not None:
         found += _graded("the output", report.output_sqnr_db)
-    found += map(str, damages)
+    found += _first(
+        [str(one) for one in sorted(damages, key=_returned)],
+        'layers are damaged; on_damage("keep") mends all of them',
+    )
     found += _low_layers(report)
     found += _outliers(report)
     found += _inputs(report)
@@ -69,6 +72,12 @@ def _low_layers(report: Report) -> list[str]:
     return lines
 
 
+def _returned(damage: Damage) -> float:
+    """Return what is left of a layer, in dB, to sort by."""
+    found = damage.output_db if damage.output_db is not None else damage.culprits[0].weight_db
+    return -math.inf if math.isnan(found) else found
+
+
 def _notes(report: Report) -> list[str]:
     """Return each thing that rows note, once, with the first weight that it is said of."""
     names: dict[str, list[str]] = {}
@@ -84,7 +93,7 @@ def _notes(report: Report) -> list[str]:
 def _outliers(report: Report) -> list[str]:
     """Return the weights with columns or rows that dwarf others with which they share a scale."""
     columns, rows = [], []
-    for row in report.quantized:
+    for row in _worst_first(report):
         by_tensor = "per-tensor" in (row.scheme or "")
         if _sound(row) or not (by_tensor or "per-channel" in (row.scheme or "")):
             continue
@@ -109,7 +118,9 @@ def _outliers(report: Report) -> list[str]:
 def _inputs(report: Report) -> list[str]:
     """Return the inputs whose range is a point, cuts off much or is stretched by few values."""
     dead, cut, stretched = [], [], []
-    for row in report.quantized:
+    bad = _low(report.output_sqnr_db)
+    for row in _worst_first(report):
+        damaged = bad or _low(row.output_sqnr_db)
         for one in row.inputs:
             if one.low == one.high and one.cut is not None:
                 dead.append(
@@ -117,12 +128,15 @@ def _inputs(report: Report) -> list[str]:
                     "range is a point: calibrate on data that moves them, or say "
                     f'override({one.name!r}, activations="dynamic")'
                 )
-            elif _sound(row):
+            elif _sound(row) and not _hides(one):
                 continue
-            elif (one.cut_energy or 0) >= _CUT_ENERGY and (one.uncut_gain_db or 0) >= _CUT_LOSS_DB:
-                cut.append(_too_narrow(one))
-            elif (one.outliers or 0) >= _OUTLIER or (one.crowded or 0) >= _CROWDED:
-                stretched.append(_too_wide(one))
+            elif _cuts(one, damaged):
+                cut.append(
+                    f"the range of the inputs of {one.name} cuts off {_percent(one.cut)} of "
+                    f"the values, {_percent(one.cut_energy)} of their energy; {_mend(one)}"
+                )
+            elif seen := _stretches(one, damaged):
+                stretched.append(f"the inputs of {one.name} {' and '.join(seen)}; {_mend(one)}")
     return [
         *_first(dead, "inputs did not move"),
         *_first(cut, "inputs are cut off"),
@@ -130,29 +144,63 @@ def _inputs(report: Report) -> list[str]:
     ]
 
 
-def _too_narrow(one: InputReport) -> str:
-    return (
-        f"the range of the inputs of {one.name} cuts off {one.cut:.2%} of the values, "
-        f"{one.cut_energy:.2%} of their energy; the whole range would leave "
-        f"{one.uncut_gain_db:.0f} dB less error: "
-        f"override({one.name!r}, activation_observer=MinMax())"
-    )
+def _hides(one: InputReport) -> bool:
+    """Return whether large tokens alone may make a layer look sound, and all others be lost."""
+    crowded = (one.crowded or 0) >= _CROWDED
+    return crowded and (one.per_token_gain_db or 0) >= _WORTH_DB
 
 
-def _too_wide(one: InputReport) -> str:
+def _cuts(one: InputReport, damaged: bool) -> bool:
+    """Return whether a range cuts off what the whole one would keep, or what may do damage."""
+    if (one.cut_energy or 0) < _CUT_ENERGY:
+        return False
+    return damaged or (one.uncut_gain_db or 0) >= _WORTH_DB
+
+
+def _stretches(one: InputReport, damaged: bool) -> list[str]:
+    """Return what stretches the range of inputs, in words."""
     seen = []
     if (one.outliers or 0) >= _OUTLIER:
         seen.append(f"have a channel {one.outliers:.0f} times the median one")
     if (one.crowded or 0) >= _CROWDED:
         seen.append(f"lie on two codes to {one.crowded:.0%}, zeros apart")
-    if (one.per_token_gain_db or 0) >= _PER_TOKEN_DB:
-        mend = (
-            f"a range for each token leaves {one.per_token_gain_db:.0f} dB less error: "
-            f'override({one.name!r}, activations="dynamic")'
+    if not seen and damaged and (one.per_token_gain_db or 0) >= _WORTH_DB:
+        seen.append("share a range that some tokens stretch")
+    return seen
+
+
+def _mend(one: InputReport) -> str:
+    """Return the calls that leave less error, by how much; or the one that leaves none."""
+    calls = []
+    if (one.uncut_gain_db or 0) >= _WORTH_DB:
+        calls.append(
+            f"the whole range would leave {one.uncut_gain_db:.0f} dB less error: "
+            f"override({one.name!r}, activation_observer=MinMax())"
         )
-    else:
-        mend = f'leave them in float: override({one.name!r}, activations="float")'
-    return f"the inputs of {one.name} {' and '.join(seen)}; {mend}"
+    if (one.per_token_gain_db or 0) >= _WORTH_DB:
+        calls.append(
+            f"a range for each token leaves {one.per_token_gain_db:.0f} dB less error in the "
+            f'mean: override({one.name!r}, activations="dynamic")'
+        )
+    return "; ".join(calls) or f'leave them in float: override({one.name!r}, activations="float")'
+
+
+def _percent(share: float | None) -> str:
+    return f"{100 * (share or 0):.2g}%"
+
+
+def _worst_first(report: Report) -> list[LayerReport]:
+    """Return the quantized rows, those first whose layers return least of what they should."""
+
+    def returned(row: LayerReport) -> float:
+        found = row.output_sqnr_db
+        return math.inf if found is None else -math.inf if math.isnan(found) else found
+
+    return sorted(report.quantized, key=returned)
+
+
+def _low(decibels: float | None) -> bool:
+    return decibels is not None and not decibels >= WARNING_DB
 
 
 def _sound(row: LayerReport) -> bool:
