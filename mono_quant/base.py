@@ -466,20 +466,31 @@ class InnerOutputs(Protocol):
         """
 
 
+@attrs.frozen(eq=False)
+class CorrectionContext:
+    """What a correction may ask for beside the quantized model; none of it is to be changed.
+
+    Attributes:
+        floats: the same with float layers, after the transforms.
+        original: the model as it was given, before the transforms.
+        outputs: runs either of them, or the quantized one; None where there is no data.
+    """
+
+    floats: nn.Module
+    original: nn.Module
+    outputs: InnerOutputs | None = None
+
+
 class Correction(Configurable, ABC):
-    """Changes a quantized model to be closer to its float twin. Needs data."""
+    """Changes a quantized model to be closer to its float twin."""
 
     __slots__ = ()
+    needs_data: ClassVar[bool] = True
+    """Whether a plan without data refuses it."""
 
     @abstractmethod
-    def apply(self, model: nn.Module, floats: nn.Module, outputs: InnerOutputs) -> Sequence[Change]:
-        """Change `model` in place and return what was done to it, and what was not and why.
-
-        Args:
-            model: has quantized layers.
-            floats: the same with float layers, after the transforms; not to be changed.
-            outputs: runs either of them.
-        """
+    def apply(self, model: nn.Module, context: CorrectionContext) -> Sequence[Change]:
+        """Change `model` in place and return what was done to it, and what was not and why."""
 
 
 class QuantizedModule(nn.Module, ABC):

@@ -7,7 +7,14 @@ from functools import partial
 import attrs
 from torch import Tensor, nn
 
-from mono_quant.base import Change, Container, Correction, Transform, TransformContext
+from mono_quant.base import (
+    Change,
+    Container,
+    Correction,
+    CorrectionContext,
+    Transform,
+    TransformContext,
+)
 from mono_quant.calibration import (
     CalibrationData,
     Gathered,
@@ -36,12 +43,11 @@ def transform(
 
 def correct(
     model: nn.Module,
-    floats: nn.Module,
     corrections: Iterable[Correction],
-    data: CalibrationData,
+    context: CorrectionContext,
 ) -> tuple[Change, ...]:
     """Apply corrections to a quantized model and return what they did, noted in the model too."""
-    return _noted(model, (one.apply(model, floats, data.inner_outputs) for one in corrections))
+    return _noted(model, (one.apply(model, context) for one in corrections))
 
 
 def _noted(model: nn.Module, done: Iterable[Sequence[Change]]) -> tuple[Change, ...]:
