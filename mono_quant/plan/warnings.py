@@ -23,6 +23,8 @@ _CUT_ENERGY = 1e-4
 _CROWDED = 0.8
 _WORTH_DB = 6.0
 """What other ranges have to gain before they are advised."""
+_UNEVEN_DB = 12.0
+"""What ranges for each token have to gain, two bits, before nothing else speaks for them."""
 _GROUPS = (32, 16, 8)
 
 
@@ -164,7 +166,7 @@ def _stretches(one: InputReport, damaged: bool) -> list[str]:
         seen.append(f"have a channel {one.outliers:.0f} times the median one")
     if (one.crowded or 0) >= _CROWDED:
         seen.append(f"lie on two codes to {one.crowded:.0%}, zeros apart")
-    if not seen and damaged and (one.per_token_gain_db or 0) >= _WORTH_DB:
+    if not seen and damaged and (one.per_token_gain_db or 0) >= _UNEVEN_DB:
         seen.append("share a range that some tokens stretch")
     return seen
 
