@@ -19,6 +19,7 @@ from mono_quant.base import (
     Checkpoint,
     Container,
     Correction,
+    CorrectionContext,
     Edit,
     Grid,
     Kernel,
@@ -77,7 +78,7 @@ from mono_quant.observers import (
 )
 from mono_quant.plan import Plan
 from mono_quant.quantizer import Quantizer
-from mono_quant.report import LayerReport, Report
+from mono_quant.report import InputReport, LayerReport, Report
 from mono_quant.result import Outline, QuantizationResult, Validation
 from mono_quant.rounding import RoundToNearest
 from mono_quant.schemes import Affine, FloatCast
@@ -104,6 +105,7 @@ __all__ = [
     "ConvQuantizer",
     "ConvTransposeQuantizer",
     "Correction",
+    "CorrectionContext",
     "CorruptCheckpointError",
     "DamageError",
     "Edit",
@@ -117,6 +119,7 @@ __all__ = [
     "Grid",
     "Histogram",
     "InputError",
+    "InputReport",
     "Kernel",
     "KernelSpec",
     "LayerQuantizer",

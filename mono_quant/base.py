@@ -338,6 +338,16 @@ class RangeEstimator(Configurable, ABC):
             two tensors of one value per block.
         """
 
+    def remark(self, x: Tensor, scheme: Scheme, qparams: QParams) -> str | None:
+        """Return why the range of `x` became that of `qparams`, where there was a choice, or None.
+
+        Args:
+            x: as `range_of` saw it.
+            scheme: the grid.
+            qparams: the parameters that cover the range.
+        """
+        return None
+
 
 class Observer(RangeEstimator, Statistic[StateT]):
     """Proposes the range of values seen in pieces: activations. Only a `Scheme` makes qparams."""
@@ -347,6 +357,10 @@ class Observer(RangeEstimator, Statistic[StateT]):
     @abstractmethod
     def calculate_range(self, state: StateT, scheme: Scheme) -> tuple[Tensor, Tensor]:
         """Return the low and high end of the range of what was observed."""
+
+    def explain(self, state: StateT, scheme: Scheme) -> str | None:
+        """Return why `calculate_range` gives what it gives, where there is a choice, or None."""
+        return None
 
 
 @attrs.frozen
@@ -476,20 +490,31 @@ class InnerOutputs(Protocol):
         """
 
 
+@attrs.frozen(eq=False)
+class CorrectionContext:
+    """What a correction may ask for beside the quantized model; none of it is to be changed.
+
+    Attributes:
+        floats: the same with float layers, after the transforms.
+        original: the model as it was given, before the transforms.
+        outputs: runs either of them, or the quantized one; None where there is no data.
+    """
+
+    floats: nn.Module
+    original: nn.Module
+    outputs: InnerOutputs | None = None
+
+
 class Correction(Configurable, ABC):
-    """Changes a quantized model to be closer to its float twin. Needs data."""
+    """Changes a quantized model to be closer to its float twin."""
 
     __slots__ = ()
+    needs_data: ClassVar[bool] = True
+    """Whether a plan without data refuses it."""
 
     @abstractmethod
-    def apply(self, model: nn.Module, floats: nn.Module, outputs: InnerOutputs) -> Sequence[Change]:
-        """Change `model` in place and return what was done to it, and what was not and why.
-
-        Args:
-            model: has quantized layers.
-            floats: the same with float layers, after the transforms; not to be changed.
-            outputs: runs either of them.
-        """
+    def apply(self, model: nn.Module, context: CorrectionContext) -> Sequence[Change]:
+        """Change `model` in place and return what was done to it, and what was not and why."""
 
 
 class QuantizedModule(nn.Module, ABC):
@@ -573,6 +598,13 @@ class LayerQuantizer(Configurable, ABC):
         """Return what `inputs` gave for a weight as rows ``[n, in]`` that meet the weight's rows.
 
         None by default: a rounding that needs statistics then refuses the layer.
+        """
+        return None
+
+    def channel_dim(self, layer: nn.Module, name: str) -> int | None:
+        """Return which dimension of what `inputs` gives for a weight counts channels, from the end.
+
+        None by default: nothing is then said of channels that dwarf the others.
         """
         return None
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from mono_quant.base import AnyStatistic, LayerQuantizer, Statistic, Statistics
 from mono_quant.errors import CalibrationError, InputError, MonoQuantError
 from mono_quant.modules import QuantizedInput, QuantizedWeight
-from mono_quant.numerics.blocks import all_finite
+from mono_quant.numerics.extremes import all_finite
 from mono_quant.numerics.metrics import SquaredError, tensor_bytes
 
 Forward = Callable[[nn.Module, object], object]

@@ -16,6 +16,37 @@ GOOD_DB = 30.0
 
 
 @attrs.frozen
+class InputReport:
+    """What the inputs that one weight meets were like on the data, and how they use their grid.
+
+    Attributes:
+        name: dotted name of the weight.
+        low: the smallest value.
+        high: the largest.
+        outliers: how many times the median channel the largest is, by root mean square or by
+            maximum; None where channels are not known or too few.
+        cut: share of the values that lie beyond a calibrated range; None for other ranges.
+        cut_energy: squared error of cutting them off, as a share of all squares.
+        uncut_gain_db: how much less error than that the whole range would leave, in dB; None where
+            nothing is cut off.
+        crowded: share of the values other than zero that fall on the two codes that are used most,
+            of a calibrated range.
+        per_token_gain_db: how much less error a range for each row would leave there, in dB, in the
+            mean over rows; None where inputs are no rows, or have such ranges already.
+    """
+
+    name: str
+    low: float
+    high: float
+    outliers: float | None = None
+    cut: float | None = None
+    cut_energy: float | None = None
+    uncut_gain_db: float | None = None
+    crowded: float | None = None
+    per_token_gain_db: float | None = None
+
+
+@attrs.frozen
 class LayerReport:
     """One weight, or the float parameters of one module.
 
@@ -33,8 +64,13 @@ class LayerReport:
         estimated_db: SQNR of a product with the weight, in dB, for inputs drawn so that every
             column counts alike; None where that says nothing.
         outliers: root mean square of the largest column over that of the median one, or None.
+        row_outliers: the same of the rows.
+        columns: how many values a row of the weight's matrix has; 0 for a module's parameters.
         output_sqnr_db: of what its layer returns for the inputs that it has in the float model, in
             dB, weights and inputs quantized; None where that was not measured.
+        inputs: what its inputs were like on the data, where they are quantized; also those of tied
+            weights.
+        ranges: why observers chose the ranges that they did, of those that say so.
         note: what else is worth knowing.
         aliases: names of further weights that share these values, counted here once.
         has_matrix: whether a module's float parameters hold one of two dimensions or more.
@@ -52,7 +88,11 @@ class LayerReport:
     sqnr_db: float | None = None
     estimated_db: float | None = None
     outliers: float | None = None
+    row_outliers: float | None = None
+    columns: int = 0
     output_sqnr_db: float | None = None
+    inputs: tuple[InputReport, ...] = ()
+    ranges: tuple[str, ...] = ()
     note: str | None = None
     aliases: tuple[str, ...] = ()
     has_matrix: bool = False
@@ -63,7 +103,12 @@ class LayerReport:
         return 8 * self.bytes / self.parameters if self.parameters else 0.0
 
     def with_inputs(
-        self, activation: str | None, size: int, alias: str | None = None
+        self,
+        activation: str | None,
+        size: int,
+        alias: str | None = None,
+        *,
+        reason: str | None = None,
     ) -> "LayerReport":
         """Return the row with what is said of the inputs, and the bytes that they take.
 
@@ -72,18 +117,21 @@ class LayerReport:
             size: bytes of what was calibrated.
             alias: the tied weight that they meet, where it is not this one; it is only named where
                 its inputs have another fate.
+            reason: why their range is what it is.
         """
+        of = f" of {alias}" if alias is not None else ""
+        ranges = (*self.ranges, f"input range{of} by {reason}") if reason else self.ranges
         parts = self.activation
         if alias is None:
             parts = activation
         elif activation is not None and activation != self.activation:
             named = f"{activation} of {alias}"
             parts = named if self.activation is None else f"{self.activation}; {named}"
-        return attrs.evolve(self, activation=parts, bytes=self.bytes + size)
+        return attrs.evolve(self, activation=parts, bytes=self.bytes + size, ranges=ranges)
 
     @property
     def fate(self) -> str:
-        """The scheme, or why it stayed float; whose values these also are; and the note."""
+        """The scheme, or why it stayed float; whose values these also are; ranges; the note."""
         parts = [f"float: {self.reason}" if self.scheme is None else self.scheme]
         if self.activation is not None:
             parts.append(self.activation)
@@ -91,6 +139,7 @@ class LayerReport:
             parts.append(self.reason)
         if self.aliases:
             parts.append(f"also {', '.join(self.aliases)}")
+        parts += self.ranges
         if self.note:
             parts.append(self.note)
         return "; ".join(parts)
@@ -182,7 +231,11 @@ class Report:
                 "sqnr_db": _finite(layer.sqnr_db),
                 "estimated_db": _finite(layer.estimated_db),
                 "outliers": layer.outliers,
+                "row_outliers": layer.row_outliers,
+                "columns": layer.columns,
                 "output_sqnr_db": _finite(layer.output_sqnr_db),
+                "inputs": [attrs.asdict(one) for one in layer.inputs],
+                "ranges": list(layer.ranges),
                 "note": layer.note,
                 "aliases": list(layer.aliases),
                 "has_matrix": layer.has_matrix,

@@ -349,6 +349,8 @@ def test_json_holds_every_figure() -> None:
             **attrs.asdict(layer),
             "shape": list(layer.shape),
             "aliases": [],
+            "inputs": [],
+            "ranges": [],
             "bits_per_weight": layer.bits_per_weight,
         }
     assert found == parsed(json.dumps(REPORT.to_dict()))

@@ -70,6 +70,10 @@ class AttentionQuantizer(ConvertingQuantizer):
         """Return an input ``[..., features]`` as ``[n, features]``."""
         return x.reshape(-1, x.shape[-1])
 
+    def channel_dim(self, layer: nn.Module, name: str) -> int:
+        """Return the last one."""
+        return -1
+
     def refuse_activation(self, layer: nn.Module, name: str, mode: str) -> str | None:
         """Return None: projections are matrix products, which take any."""
         return None

@@ -18,9 +18,19 @@ from mono_quant.modules import (
 from mono_quant.numerics.values import Layout
 
 
+@attrs.frozen
+class _ConvolvingQuantizer(ProductQuantizer):
+    """A layer whose input is ``[N, in, *positions]``."""
+
+    def channel_dim(self, layer: nn.Module, name: str) -> int:
+        """Return the one before the positions."""
+        conv = cast("nn.modules.conv._ConvNd", layer)  # `matches` has seen to it
+        return -1 - len(conv.kernel_size)
+
+
 @register
 @attrs.frozen
-class ConvQuantizer(ProductQuantizer):
+class ConvQuantizer(_ConvolvingQuantizer):
     """`torch.nn.Conv1d`, `Conv2d`, `Conv3d`, grouped and depthwise too.
 
     A row is what one output channel sees: ``in_channels / groups * kernel`` values. Subclasses keep
@@ -43,7 +53,7 @@ class ConvQuantizer(ProductQuantizer):
 
 @register
 @attrs.frozen
-class ConvTransposeQuantizer(ProductQuantizer):
+class ConvTransposeQuantizer(_ConvolvingQuantizer):
     """`torch.nn.ConvTranspose1d`, `ConvTranspose2d`, `ConvTranspose3d`, grouped too.
 
     A row holds every value that reaches one output channel.

@@ -20,6 +20,10 @@ class _MatrixQuantizer(ProductQuantizer):
         """Return the input ``[..., in]`` as ``[n, in]``."""
         return x.reshape(-1, x.shape[-1])
 
+    def channel_dim(self, layer: nn.Module, name: str) -> int:
+        """Return the last one."""
+        return -1
+
 
 @register
 @attrs.frozen

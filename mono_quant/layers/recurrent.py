@@ -65,6 +65,10 @@ class _SeveralWeightsQuantizer(ConvertingQuantizer):
         """Return rows ``[n, in]``, as which all inputs come."""
         return x
 
+    def channel_dim(self, layer: nn.Module, name: str) -> int:
+        """Return the last one."""
+        return -1
+
 
 @register
 @attrs.frozen

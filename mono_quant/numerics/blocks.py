@@ -58,9 +58,3 @@ def block_sum(x: Tensor, block_size: Shape) -> Tensor:
     """Return the sum of each block."""
     blocks = to_blocks(x, block_size)
     return blocks.sum(tuple(range(1, blocks.dim(), 2)))
-
-
-def all_finite(x: Tensor) -> bool:
-    """Return whether there is neither NaN nor infinity in `x`."""
-    # The extremes alone: NaN is contagious, and `torch.isfinite` makes copies and is far slower.
-    return not x.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(x.detach()))).all())

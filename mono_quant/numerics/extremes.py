@@ -19,3 +19,9 @@ def finite_ends(low: Tensor, high: Tensor) -> tuple[float, float]:
         if any(map(holds, ends)):
             raise InputError(f"the tensor holds {what}, so that no range covers it")
     return ends[0], ends[1]
+
+
+def all_finite(x: Tensor) -> bool:
+    """Return whether there is neither NaN nor infinity in `x`."""
+    # The extremes alone: NaN is contagious, and `torch.isfinite` makes copies and is far slower.
+    return not x.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(x.detach()))).all())

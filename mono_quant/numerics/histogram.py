@@ -181,6 +181,18 @@ def quantile(state: HistogramState, share: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float32, device=state.low.device)
 
 
+def evenly_spread(flat: Tensor, most: int) -> Tensor:
+    """Return about `most` of the values of a tensor of one dimension, or all if there are fewer.
+
+    The step from one to the next shares no factor with the tensor's size, so that every channel is
+    met.
+    """
+    step = max(1, -(-flat.numel() // most))
+    while math.gcd(step, flat.numel()) > 1:
+        step += 1
+    return flat[::step].contiguous()
+
+
 def _observe_large(flat: Tensor, bins: int) -> HistogramState:
     size = flat.numel()
     whole = size - size % _BLOCK
@@ -198,7 +210,7 @@ def _observe_large(flat: Tensor, bins: int) -> HistogramState:
     chosen[smallest.indices[:-1]] = chosen[largest.indices[:-1]] = True
     tail = torch.cat([blocks[chosen].flatten(), rest])
     tails, _ = layout.tally(tail.to(torch.float32))
-    sampled, zeros = layout.tally(flat[:: _step(size)].contiguous().to(torch.float32))
+    sampled, zeros = layout.tally(evenly_spread(flat, _SAMPLE).to(torch.float32))
     inner = slice(bounds[0], bounds[1] + 1)
     counts = torch.cat([sampled[inner], zeros.reshape(1)])
     if not bool(counts.any()):  # by a hair's breadth, the sample met nothing but tails
@@ -207,14 +219,6 @@ def _observe_large(flat: Tensor, bins: int) -> HistogramState:
     counts = _scaled(counts, size - int(tails.sum()))
     tails[inner] = counts[:-1]
     return _state(low, high, layout, tails, counts[-1])
-
-
-def _step(size: int) -> int:
-    """Return the step of a sample, without a factor in common with any dimension."""
-    step = -(-size // _SAMPLE)
-    while math.gcd(step, size) > 1:
-        step += 1
-    return step
 
 
 def _scaled(counts: Tensor, total: int) -> Tensor:

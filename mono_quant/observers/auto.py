@@ -12,6 +12,7 @@ from mono_quant.configurable import register
 from mono_quant.numerics.blocks import block_range
 from mono_quant.numerics.granularity import Shape
 from mono_quant.numerics.histogram import HistogramState, cells
+from mono_quant.numerics.values import QParams
 from mono_quant.observers.counting import FINE, CountingObserver
 from mono_quant.observers.minmax import MinMax
 from mono_quant.observers.mse import MSE
@@ -105,12 +106,29 @@ class Auto(CountingObserver):
         if x.numel() == 0:
             return low, high
         searched = MSE().range_of(x, scheme, block_size)
-        errors = []
-        for ends in ((low, high), searched):
-            qparams = scheme.calculate_qparams(*ends, block_size=block_size)
-            missed = scheme.fake_quantize(x, qparams) - x
-            errors.append(float(missed.to(torch.float64).square_().sum()))
-        return (low, high) if _decibels(*errors) <= _WORTH_DB else searched
+        whole, least = (
+            _missed(x, scheme, scheme.calculate_qparams(*ends, block_size=block_size))
+            for ends in ((low, high), searched)
+        )
+        return (low, high) if _decibels(whole, least) <= _WORTH_DB else searched
+
+    def remark(self, x: Tensor, scheme: Scheme, qparams: QParams) -> str | None:
+        """Return which of the two was taken for a weight, and what it gains."""
+        if x.numel() == 0:
+            return None
+        low, high = block_range(x, qparams.block_size)
+        whole = scheme.calculate_qparams(low, high, block_size=qparams.block_size)
+        gain = _decibels(_missed(x, scheme, whole), _missed(x, scheme, qparams))
+        shape = _shape(self.observe(x))
+        if gain == 0:
+            return f"{MinMax.kind}: {shape}; clipping gains {_WORTH_DB} dB at most"
+        return f"{MSE.kind}: {shape}; clipping gains {gain:.2f} dB over min-max"
+
+
+def _missed(x: Tensor, scheme: Scheme, qparams: QParams) -> float:
+    """Return the squared error that a grid leaves, over all blocks."""
+    missed = scheme.fake_quantize(x, qparams) - x
+    return float(missed.to(torch.float64).square_().sum())
 
 
 def _decibels(error: float, least: float) -> float:

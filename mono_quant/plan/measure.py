@@ -7,7 +7,14 @@ from functools import partial
 import attrs
 from torch import Tensor, nn
 
-from mono_quant.base import Change, Container, Correction, Transform, TransformContext
+from mono_quant.base import (
+    Change,
+    Container,
+    Correction,
+    CorrectionContext,
+    Transform,
+    TransformContext,
+)
 from mono_quant.calibration import (
     CalibrationData,
     Gathered,
@@ -20,6 +27,7 @@ from mono_quant.calibration import (
 )
 from mono_quant.checkpoint import calling
 from mono_quant.numerics.metrics import SquaredError
+from mono_quant.plan.inputs import InputUses
 from mono_quant.plan.request import WeightPlan
 from mono_quant.report import LayerReport
 from mono_quant.transforms.edits import mark
@@ -35,12 +43,11 @@ def transform(
 
 def correct(
     model: nn.Module,
-    floats: nn.Module,
     corrections: Iterable[Correction],
-    data: CalibrationData,
+    context: CorrectionContext,
 ) -> tuple[Change, ...]:
     """Apply corrections to a quantized model and return what they did, noted in the model too."""
-    return _noted(model, (one.apply(model, floats, data.inner_outputs) for one in corrections))
+    return _noted(model, (one.apply(model, context) for one in corrections))
 
 
 def _noted(model: nn.Module, done: Iterable[Sequence[Change]]) -> tuple[Change, ...]:
@@ -88,33 +95,40 @@ class LayerErrors:
     Attributes:
         floats: the float model.
         model: the quantized one.
+        uses: what was seen of the inputs meanwhile.
         errors: by the layers' names, after `outputs` was gone through; layers that no data reached
             are absent.
     """
 
     floats: nn.Module
     model: nn.Module
+    uses: InputUses
     errors: dict[str, SquaredError] = attrs.field(factory=dict)
 
     def outputs(
-        self, paths: Iterable[str], data: CalibrationData, progress: str | None
+        self, todo: Iterable[WeightPlan], data: CalibrationData, progress: str | None
     ) -> Iterator[list[Tensor]]:
-        """Yield the outputs of the float model, measuring the layers of these names meanwhile."""
+        """Yield the outputs of the float model, measuring the layers of these weights meanwhile."""
+        by_layer: dict[str, list[WeightPlan]] = {}
+        for weight in todo:
+            by_layer.setdefault(weight.path, []).append(weight)
         with ExitStack() as hooks:
-            for path in paths:
+            for path, weights in by_layer.items():
                 module = self.floats.get_submodule(path)
-                handle = module.register_forward_hook(partial(self._add, path), with_kwargs=True)
+                handle = module.register_forward_hook(partial(self._add, weights), with_kwargs=True)
                 hooks.callback(handle.remove)
             yield from data.outputs(self.floats, progress)
 
     def _add(
         self,
-        path: str,
-        _: nn.Module,
+        weights: Sequence[WeightPlan],
+        module: nn.Module,
         args: tuple[object, ...],
         kwargs: dict[str, object],
         output: object,
     ) -> None:
+        self.uses.see(weights, module, args, kwargs)
+        path = weights[0].path
         layer = self.model.get_submodule(path)
         with evaluating(layer):  # the layer alone: somebody else may be running the model
             other = layer(*args, **kwargs)
@@ -125,15 +139,18 @@ class LayerErrors:
 
 def with_outputs(
     rows: Mapping[str, LayerReport],
-    todo: Iterable[WeightPlan],
-    errors: Mapping[str, SquaredError],
+    todo: Sequence[WeightPlan],
+    layers: LayerErrors,
 ) -> Mapping[str, LayerReport]:
-    """Return the rows with the SQNR of what their layers return, where it was measured."""
+    """Return the rows with the SQNR of what their layers return, and what is known of inputs."""
+    errors, inputs = layers.errors, layers.uses.reports(todo)
     paths = {weight.key: weight.path for weight in todo}
     return {
-        name: attrs.evolve(row, output_sqnr_db=errors[paths[name]].sqnr_db)
-        if paths[name] in errors
-        else row
+        name: attrs.evolve(
+            row,
+            output_sqnr_db=errors[path].sqnr_db if (path := paths[name]) in errors else None,
+            inputs=tuple(inputs[key] for key in (name, *row.aliases) if key in inputs),
+        )
         for name, row in rows.items()
     }
 

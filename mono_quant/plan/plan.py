@@ -7,7 +7,7 @@ from typing import Generic
 import attrs
 from torch import nn
 
-from mono_quant.base import Change, QuantizedModule, Transform
+from mono_quant.base import Change, CorrectionContext, QuantizedModule, Transform
 from mono_quant.calibration import CalibrationData, Outputs, compare, count_samples
 from mono_quant.checkpoint import ModelT, adapt_containers, calling, copy_structure
 from mono_quant.errors import DamageError, InputError
@@ -15,6 +15,7 @@ from mono_quant.layers import BUILT_IN_CONTAINERS
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.plan.accounting import account
 from mono_quant.plan.damage import Damage, amended, diagnosed, estimated
+from mono_quant.plan.inputs import InputUses
 from mono_quant.plan.measure import (
     LayerErrors,
     correct,
@@ -79,27 +80,32 @@ class Plan(Generic[ModelT]):
                 kept.add_all(data.outputs(self._model, label and "float outputs"))
         work = self._model if in_place else copy_structure(self._model)
         changes = transform(work, self._transforms(), data)
-        floats = copy_structure(work) if data is not None and not in_place else None
+        compared = data is not None or bool(request.corrections)
+        floats = copy_structure(work) if compared and not in_place else None
         containers = (*request.containers, *BUILT_IN_CONTAINERS)
         gathered = gather_for(work, todo, containers, data, label)
         work, rows = quantize_weights(work, todo, gathered, label)
         adapt_containers(work, containers)
         damages, error = estimated(rows.values()), SquaredError()
+        if data is None and floats is not None:
+            context = CorrectionContext(floats, self._model)
+            changes += correct(work, request.corrections, context)
         if data is not None:
             if floats is None:
                 error = compare(kept, data.outputs(work, label and "measuring"))
             else:
                 paths = dict.fromkeys(weight.path for weight in todo)
                 with calling(floats, containers, paths):
-                    changes += correct(work, floats, request.corrections, data)
-                    layers = LayerErrors(floats, work)
-                    reference = layers.outputs(paths, data, label and "measuring layers")
+                    context = CorrectionContext(floats, self._model, data.inner_outputs)
+                    changes += correct(work, request.corrections, context)
+                    layers = LayerErrors(floats, work, InputUses(work))
+                    reference = layers.outputs(todo, data, label and "measuring layers")
                     if any(change.done for change in changes):  # then it is not the model given
                         deque(reference, maxlen=0)
                         reference = data.outputs(self._model)
                     error = compare(reference, data.outputs(work, label and "measuring"))
                     damages = diagnosed(floats, work, todo, layers.errors, data)
-                rows = with_outputs(rows, todo, layers.errors)
+                rows = with_outputs(rows, todo, layers)
         if damages and request.on_damage != "warn":
             return self._amended(damages, data).run(progress=progress)
         report = self._report(work, rows, changes)

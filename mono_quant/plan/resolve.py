@@ -51,8 +51,9 @@ def resolve(model: ModelT, request: Request, config: Config) -> Plan[ModelT]:
 def _check_data(request: Request, todo: Sequence[WeightPlan]) -> None:
     if request.data is not None:
         return
-    if request.corrections:
-        raise CalibrationError(f"{request.corrections[0]!r} needs data; give some with fit(data)")
+    for correction in request.corrections:
+        if correction.needs_data:
+            raise CalibrationError(f"{correction!r} needs data; give some with fit(data)")
     needy = [weight.path for weight in todo if weight.recipe and weight.recipe.rounding.needs]
     if needy:
         raise CalibrationError(

@@ -12,9 +12,8 @@ from mono_quant.calibration import Gathered, evaluating
 from mono_quant.checkpoint import ModelT
 from mono_quant.errors import CalibrationError, InputError
 from mono_quant.modules import tie
-from mono_quant.numerics.blocks import all_finite, block_range
+from mono_quant.numerics.extremes import all_finite
 from mono_quant.numerics.metrics import tensor_bytes
-from mono_quant.numerics.values import QTensor
 from mono_quant.plan.request import WeightPlan
 from mono_quant.plan.weight_error import WeightError
 from mono_quant.report import LayerReport
@@ -48,14 +47,15 @@ def quantize_weights(
             for weight in weights:
                 known = gathered.get((path, weight.name), Gathered())
                 activations[weight.key] = _activation(weight, known)
-                said = _inputs(weight, activations[weight.key])
+                said, size = _inputs(weight, activations[weight.key])
+                why = _input_reason(weight, known)
                 if weight.tied_to is not None:
                     first = weight.tied_to.key
                     packed[weight.key] = packed[first]
-                    rows[first] = rows[first].with_inputs(*said, weight.key)
+                    rows[first] = rows[first].with_inputs(said, size, weight.key, reason=why)
                     continue
                 packed[weight.key], row = _round(weight, layer, known.rows)
-                rows[weight.key] = row.with_inputs(*said)
+                rows[weight.key] = row.with_inputs(said, size, reason=why)
             module = weights[0].maker.replace(
                 layer,
                 {weight.name: packed[weight.key] for weight in weights},
@@ -96,7 +96,17 @@ def _round(
         raise InputError(f"{weight.key} cannot be quantized: {reason}") from reason
     scheme = recipe.grid.scheme
     error = WeightError.of(stack, q, scheme)
-    notes = (weight.kept, _note(scheme, stack, q))
+    why = (
+        recipe.grid.observer.remark(stack, scheme, q.qparams)
+        if q.qparams.scale is not None
+        else None
+    )
+    dead = int((error.by_row == 0).sum()) if stack.shape[2] else 0
+    notes = (
+        weight.kept,
+        scheme.remark(q),
+        f"{dead} of {error.by_row.numel()} rows are all zero" if dead else None,
+    )
     packed = PackedTensor.pack(q, scheme, weight.layout, view.native.dtype, consume=True)
     row = LayerReport(
         weight.key,
@@ -109,6 +119,9 @@ def _round(
         sqnr_db=error.total.sqnr_db,
         estimated_db=error.balanced_db,
         outliers=error.outliers,
+        row_outliers=error.row_outliers,
+        columns=stack.shape[2],
+        ranges=(f"weight range by {why}",) if why else (),
         note="; ".join(part for part in notes if part) or None,
         aliases=weight.aliases,
     )
@@ -129,6 +142,15 @@ def _activation(weight: WeightPlan, gathered: Gathered) -> Activation | None:
     low, high = recipe.observer.calculate_range(state, scheme)
     qparams = scheme.calculate_qparams(low.reshape(1), high.reshape(1), block_size=(1,))
     return Activation(scheme, qparams.scale, qparams.zero_point)
+
+
+def _input_reason(weight: WeightPlan, gathered: Gathered) -> str | None:
+    """Return why the calibrated range of the inputs of a weight is what it is, or None."""
+    recipe = cast("Recipe", weight.recipe)  # only weights with a recipe come here
+    if recipe.activations.mode != "static" or recipe.observer not in gathered.inputs:
+        return None
+    state = gathered.inputs.state(recipe.observer)
+    return recipe.observer.explain(state, recipe.activations.scheme)
 
 
 def _inputs(weight: WeightPlan, activation: Activation | None) -> tuple[str | None, int]:
@@ -158,13 +180,3 @@ def check_fits(name: str, tensor: Tensor, scheme: Scheme) -> None:
             scheme.calculate_qparams(low, high, block_size=(1,))
         except InputError as reason:
             raise InputError(f"{name} cannot be quantized: {reason}") from reason
-
-
-def _note(scheme: Scheme, stack: Tensor, q: QTensor) -> str | None:
-    notes = [scheme.remark(q)]
-    if stack.numel():
-        low, high = block_range(stack, (1, 1, stack.shape[2]))
-        dead = int(((low == 0) & (high == 0)).sum())
-        if dead:
-            notes.append(f"{dead} of {low.numel()} rows are all zero")
-    return "; ".join(note for note in notes if note) or None

@@ -4,11 +4,28 @@ import math
 from collections.abc import Sequence
 
 from mono_quant.plan.damage import Damage
-from mono_quant.report import CRITICAL_DB, WARNING_DB, LayerReport, Report, format_bytes, format_db
+from mono_quant.report import (
+    CRITICAL_DB,
+    GOOD_DB,
+    WARNING_DB,
+    InputReport,
+    LayerReport,
+    Report,
+    format_bytes,
+    format_db,
+)
 
 _NOTABLE_SHARE = 0.05
 _SHOWN = 3
 _OUTLIER = 20.0
+_CUT_ENERGY = 1e-4
+"""Share of the squares of an input that may be cut off before it is worth a word: 40 dB below."""
+_CROWDED = 0.8
+_WORTH_DB = 6.0
+"""What other ranges have to gain before they are advised."""
+_UNEVEN_DB = 12.0
+"""What ranges for each token have to gain, two bits, before nothing else speaks for them."""
+_GROUPS = (32, 16, 8)
 
 
 def warnings_of(report: Report, damages: Sequence[Damage] = ()) -> tuple[str, ...]:
@@ -16,9 +33,13 @@ def warnings_of(report: Report, damages: Sequence[Damage] = ()) -> tuple[str, ..
     found: list[str] = []
     if report.output_sqnr_db is not None:
         found += _graded("the output", report.output_sqnr_db)
-    found += map(str, damages)
+    found += _first(
+        [str(one) for one in sorted(damages, key=_returned)],
+        'layers are damaged; on_damage("keep") mends all of them',
+    )
     found += _low_layers(report)
     found += _outliers(report)
+    found += _inputs(report)
     found += _notes(report)
     if head := _low_head(report):
         found.append(head)
@@ -53,6 +74,12 @@ def _low_layers(report: Report) -> list[str]:
     return lines
 
 
+def _returned(damage: Damage) -> float:
+    """Return what is left of a layer, in dB, to sort by."""
+    found = damage.output_db if damage.output_db is not None else damage.culprits[0].weight_db
+    return -math.inf if math.isnan(found) else found
+
+
 def _notes(report: Report) -> list[str]:
     """Return each thing that rows note, once, with the first weight that it is said of."""
     names: dict[str, list[str]] = {}
@@ -66,15 +93,127 @@ def _notes(report: Report) -> list[str]:
 
 
 def _outliers(report: Report) -> list[str]:
-    """Return the weights with columns that dwarf the others, where they share scales with those."""
-    lines = []
-    for row in report.quantized:
-        if (row.outliers or 0) >= _OUTLIER and "per-group" not in (row.scheme or ""):
-            lines.append(
-                f"{row.name} has columns {row.outliers:.0f} times the median one; scales for "
-                f"groups keep them apart: override({row.name!r}, group_size=32)"
+    """Return the weights with columns or rows that dwarf others with which they share a scale."""
+    columns, rows = [], []
+    for row in _worst_first(report):
+        by_tensor = "per-tensor" in (row.scheme or "")
+        if _sound(row) or not (by_tensor or "per-channel" in (row.scheme or "")):
+            continue
+        if (row.row_outliers or 0) >= _OUTLIER and by_tensor:
+            rows.append(
+                f"{row.name} has rows {row.row_outliers:.0f} times the median one; a scale for "
+                f'each keeps them apart: override({row.name!r}, granularity="channel")'
             )
-    return lines[:_SHOWN]
+        if (row.outliers or 0) >= _OUTLIER:
+            size = next((size for size in _GROUPS if row.columns % size == 0), None)
+            mend = (
+                f"scales for groups keep them apart: override({row.name!r}, group_size={size})"
+                if size is not None
+                else f"no groups fit its rows of {row.columns}: override({row.name!r}, bits=16)"
+            )
+            columns.append(
+                f"{row.name} has columns {row.outliers:.0f} times the median one; {mend}"
+            )
+    return [*_first(columns, "weights have such columns"), *_first(rows, "weights have such rows")]
+
+
+def _inputs(report: Report) -> list[str]:
+    """Return the inputs whose range is a point, cuts off much or is stretched by few values."""
+    dead, cut, stretched = [], [], []
+    bad = _low(report.output_sqnr_db)
+    for row in _worst_first(report):
+        damaged = bad or _low(row.output_sqnr_db)
+        for one in row.inputs:
+            if one.low == one.high and one.cut is not None:
+                dead.append(
+                    f"the inputs of {one.name} were {one.low:g} all over the data, so that their "
+                    "range is a point: calibrate on data that moves them, or say "
+                    f'override({one.name!r}, activations="dynamic")'
+                )
+            elif _sound(row) and not _hides(one):
+                continue
+            elif _cuts(one, damaged):
+                cut.append(
+                    f"the range of the inputs of {one.name} cuts off {_percent(one.cut)} of "
+                    f"the values, {_percent(one.cut_energy)} of their energy; {_mend(one)}"
+                )
+            elif seen := _stretches(one, damaged):
+                stretched.append(f"the inputs of {one.name} {' and '.join(seen)}; {_mend(one)}")
+    return [
+        *_first(dead, "inputs did not move"),
+        *_first(cut, "inputs are cut off"),
+        *_first(stretched, "inputs have a range that few values stretch"),
+    ]
+
+
+def _hides(one: InputReport) -> bool:
+    """Return whether large tokens alone may make a layer look sound, and all others be lost."""
+    crowded = (one.crowded or 0) >= _CROWDED
+    return crowded and (one.per_token_gain_db or 0) >= _WORTH_DB
+
+
+def _cuts(one: InputReport, damaged: bool) -> bool:
+    """Return whether a range cuts off what the whole one would keep, or what may do damage."""
+    if (one.cut_energy or 0) < _CUT_ENERGY:
+        return False
+    return damaged or (one.uncut_gain_db or 0) >= _WORTH_DB
+
+
+def _stretches(one: InputReport, damaged: bool) -> list[str]:
+    """Return what stretches the range of inputs, in words."""
+    seen = []
+    if (one.outliers or 0) >= _OUTLIER:
+        seen.append(f"have a channel {one.outliers:.0f} times the median one")
+    if (one.crowded or 0) >= _CROWDED:
+        seen.append(f"lie on two codes to {one.crowded:.0%}, zeros apart")
+    if not seen and damaged and (one.per_token_gain_db or 0) >= _UNEVEN_DB:
+        seen.append("share a range that some tokens stretch")
+    return seen
+
+
+def _mend(one: InputReport) -> str:
+    """Return the calls that leave less error, by how much; or the one that leaves none."""
+    calls = []
+    if (one.uncut_gain_db or 0) >= _WORTH_DB:
+        calls.append(
+            f"the whole range would leave {one.uncut_gain_db:.0f} dB less error: "
+            f"override({one.name!r}, activation_observer=MinMax())"
+        )
+    if (one.per_token_gain_db or 0) >= _WORTH_DB:
+        calls.append(
+            f"a range for each token leaves {one.per_token_gain_db:.0f} dB less error in the "
+            f'mean: override({one.name!r}, activations="dynamic")'
+        )
+    return "; ".join(calls) or f'leave them in float: override({one.name!r}, activations="float")'
+
+
+def _percent(share: float | None) -> str:
+    return f"{100 * (share or 0):.2g}%"
+
+
+def _worst_first(report: Report) -> list[LayerReport]:
+    """Return the quantized rows, those first whose layers return least of what they should."""
+
+    def returned(row: LayerReport) -> float:
+        found = row.output_sqnr_db
+        return math.inf if found is None else -math.inf if math.isnan(found) else found
+
+    return sorted(report.quantized, key=returned)
+
+
+def _low(decibels: float | None) -> bool:
+    return decibels is not None and not decibels >= WARNING_DB
+
+
+def _sound(row: LayerReport) -> bool:
+    """Return whether the layer was measured and returns what it should."""
+    return row.output_sqnr_db is not None and row.output_sqnr_db >= GOOD_DB
+
+
+def _first(lines: list[str], more: str) -> list[str]:
+    """Return the first of some warnings, and how many were left out."""
+    rest = len(lines) - _SHOWN
+    return [*lines[:_SHOWN], *([f"{rest} more {more}"] if rest > 0 else [])]
 
 
 def _low_head(report: Report) -> str | None:

@@ -23,12 +23,12 @@ class WeightError:
     Attributes:
         signal: sum of the squared values of each column, ``float64 [G, in]``.
         noise: sum of the squared errors of each column.
-        rows: how many rows the stack has.
+        by_row: sum of the squared values of each row, ``float64 [G, out]``.
     """
 
     signal: Tensor
     noise: Tensor
-    rows: int
+    by_row: Tensor
 
     @classmethod
     def of(cls, stack: Tensor, q: QTensor, scheme: Scheme) -> "WeightError":
@@ -41,12 +41,20 @@ class WeightError:
         whole = None if q.qparams.by_rows else scheme.dequantize(q)
         signal = torch.zeros(matrices, length, dtype=torch.float64, device=stack.device)
         noise = signal.clone()
+        by_row = torch.zeros(matrices, rows, dtype=torch.float64, device=stack.device)
         for part in row_parts(tuple(stack.shape)):
             exact = stack[:, part].to(torch.float64)
             values = scheme.dequantize(q.rows(part)) if whole is None else whole[:, part]
-            signal += exact.square().sum(1)
+            squares = exact.square()
+            signal += squares.sum(1)
+            by_row[:, part] = squares.sum(2)
             noise += (exact - values).square_().sum(1)
-        return cls(signal, noise, rows)
+        return cls(signal, noise, by_row)
+
+    @property
+    def rows(self) -> int:
+        """How many rows each matrix has."""
+        return self.by_row.shape[1]
 
     @property
     def total(self) -> SquaredError:
@@ -77,5 +85,14 @@ class WeightError:
         """Root mean square of the largest column over that of the median one; None as above."""
         if self.signal.shape[0] != 1 or self.rows < _ENOUGH_ROWS:
             return None
-        median = float(self.signal.median())
-        return float(self.signal.max() / median) ** 0.5 if median > 0 else None
+        return _over_median(self.signal)
+
+    @property
+    def row_outliers(self) -> float | None:
+        """Root mean square of the largest row over that of the median one; None for few rows."""
+        return _over_median(self.by_row) if self.by_row.numel() >= _ENOUGH_ROWS else None
+
+
+def _over_median(energies: Tensor) -> float | None:
+    median = float(energies.median()) if energies.numel() else 0.0
+    return float(energies.max() / median) ** 0.5 if median > 0 else None

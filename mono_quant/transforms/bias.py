@@ -4,16 +4,24 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from mono_quant.base import Change, Correction, Edit, InnerOutputs, QuantizedModule
+from mono_quant.base import (
+    Change,
+    Correction,
+    CorrectionContext,
+    Edit,
+    InnerOutputs,
+    QuantizedModule,
+)
 from mono_quant.configurable import register
 from mono_quant.transforms.edits import BIAS
-from mono_quant.transforms.rescaling import kind_of
+from mono_quant.transforms.expected import expected_inputs
+from mono_quant.transforms.rescaling import kind_of, matrices
 
 
 @register
@@ -30,44 +38,80 @@ class BiasCorrection(Correction):
     Layers that do not run exactly once for each batch, that share their bias or that are neither a
     Linear nor a convolution are left alone. A layer without bias is given one.
 
+    Without data, ``E[x]`` is known where a batch normalization alone feeds the layer, directly or
+    through a clamp such as ReLU or ReLU6: its outputs are taken to be normal, with its bias for the
+    mean and its weight for the standard deviation. See `expected_inputs`. Other layers are then
+    left alone, and so are transposed convolutions.
+
     Source: Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias
-    Correction", section 4.2 and appendix D, https://arxiv.org/abs/1906.04721.
+    Correction", section 4.2 and appendices C and D, https://arxiv.org/abs/1906.04721.
     """
 
     kind: ClassVar[str] = "bias_correction"
+    needs_data: ClassVar[bool] = False
 
-    def apply(
-        self, model: nn.Module, floats: nn.Module, outputs: InnerOutputs
-    ) -> tuple[Change, ...]:
-        """Correct what can be corrected; return a change for each quantized layer that ran."""
+    def apply(self, model: nn.Module, context: CorrectionContext) -> tuple[Change, ...]:
+        """Correct what can be corrected; return a change for each quantized layer that ran.
+
+        Without data, for each quantized layer.
+        """
         paths = [path for path, one in model.named_modules() if isinstance(one, QuantizedModule)]
-        batches, calls, means = _means(floats, paths, outputs)
         shared = Counter(
             id(bias) for one in model.modules() if (bias := one._parameters.get("bias")) is not None
         )
+        unfit = {path: _unfit(model.get_submodule(path), shared) for path in paths}
+        if context.outputs is None:
+            return _without_data(model, context, unfit)
+        outputs = context.outputs
+        batches, calls, means = _means(context.floats, paths, outputs)
         changes: list[Change] = []
         for path in calls:
             layer = model.get_submodule(path)
-            bias = layer._parameters.get("bias")
-            reason = None
-            if kind_of(layer) is None:
-                reason = "it is neither a Linear nor a convolution"
-            elif calls[path] > batches:
-                reason = "it runs more than once"
-            elif calls[path] < batches:
-                reason = "it does not run for each batch"
-            elif bias is not None and shared[id(bias)] > 1:
-                reason = "it shares its bias"
+            reason = unfit[path]
+            if kind_of(layer) is not None and calls[path] != batches:
+                often = calls[path] > batches
+                reason = "it runs more than once" if often else "it does not run for each batch"
             if reason is not None:
-                changes.append(
-                    Change(path, f"the bias of {path!r} is not corrected: {reason}", False)
-                )
+                changes.append(_left_alone(path, reason))
                 continue
             found = _Mean()
             for tensors in outputs(model, layer):
                 found.add(layer, tensors[0])
             changes.append(_correct(path, layer, means[path].value - found.value))
         return tuple(changes)
+
+
+def _unfit(layer: nn.Module, shared: Mapping[int, int]) -> str | None:
+    """Return why the bias of a layer cannot be moved, however it runs, or None."""
+    if kind_of(layer) is None:
+        return "it is neither a Linear nor a convolution"
+    bias = layer._parameters.get("bias")
+    return "it shares its bias" if bias is not None and shared[id(bias)] > 1 else None
+
+
+def _left_alone(path: str, reason: str) -> Change:
+    return Change(path, f"the bias of {path!r} is not corrected: {reason}", done=False)
+
+
+def _without_data(
+    model: nn.Module, context: CorrectionContext, unfit: Mapping[str, str | None]
+) -> tuple[Change, ...]:
+    """Correct each layer for what rounding its weight does to the input that is expected."""
+    means = expected_inputs(context.original, context.floats, list(unfit))
+    changes: list[Change] = []
+    for path, reason in unfit.items():
+        mean = means[path]
+        if reason is not None or isinstance(mean, str):
+            changes.append(_left_alone(path, reason or str(mean)))
+            continue
+        layer = model.get_submodule(path)
+        packed = cast("QuantizedModule", layer).packed_weights()["weight"]  # `unfit` has looked
+        twin = context.floats.get_submodule(path)
+        rounded, exact = packed.dequantize(torch.float32), twin.get_parameter("weight").detach()
+        missed = matrices(twin, rounded.double() - exact.double()).sum(3)  # [G, out / G, in / G]
+        inputs = mean.to(missed.device).reshape(missed.shape[0], -1, 1)
+        changes.append(_correct(path, layer, -(missed @ inputs).flatten()))
+    return tuple(changes)
 
 
 class _Mean:

@@ -1,19 +1,18 @@
 """Batch normalization folded into the layer before it."""
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import attrs
-import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import nn
 
-from mono_quant.base import WITHOUT_DATA, Change, Edit, QuantizedModule, Transform, TransformContext
+from mono_quant.base import WITHOUT_DATA, Change, Edit, Transform, TransformContext
 from mono_quant.configurable import register
 from mono_quant.transforms import edits
 from mono_quant.transforms.graph import NORMS, Graph
-from mono_quant.transforms.rescaling import Rescaling, Undo, kind_of, refuse, watched, widths
-from mono_quant.transforms.tracing import hooked, trace
+from mono_quant.transforms.norms import rescaling_of, running, unfit
+from mono_quant.transforms.rescaling import Undo, kind_of, refuse, watched, widths
+from mono_quant.transforms.tracing import trace
 from mono_quant.transforms.watching import agree, outputs_of, seen, watch
 
 _BATCHES = 8
@@ -96,7 +95,7 @@ class _Folding:
     def _pair(self, path: str) -> tuple[str | None, str]:
         """Return the layer that a normalization can be folded into, or None and why."""
         norm = self._model.get_submodule(path)
-        if (reason := _unfit(norm)) is not None:
+        if (reason := unfit(norm)) is not None:
             return None, reason
         source = self._graph.source(path)
         if source.path is None:
@@ -112,7 +111,7 @@ class _Folding:
             return None, reason
         if not isinstance(norm, (_NORM_OF[kind], nn.SyncBatchNorm)):
             return None, f"a {type(norm).__name__} does not fit a {kind.__name__}"
-        if widths(layer)[1] != len(_buffer(norm, "running_mean")):
+        if widths(layer)[1] != len(running(norm, "running_mean")):
             return None, f"it does not have the {widths(layer)[1]} channels of {source.path!r}"
         if kind is nn.Linear and not self._takes_matrices(path):
             return None, (
@@ -152,7 +151,7 @@ class _Folding:
         model = self._model
         norm, layer = model.get_submodule(path), model.get_submodule(layer_path)
         had_bias = layer.bias is not None
-        back = _rescaling(norm).apply(layer)
+        back = rescaling_of(norm).apply(layer)
         if isinstance(back, str):
             return _refused(path, f"of {layer_path!r}: {back}"), None
         identity = edits.remove(model, norm)
@@ -184,41 +183,3 @@ class _Folding:
 
 def _refused(path: str, reason: str) -> Change:
     return Change(path, f"{path} is not folded: {reason}", done=False)
-
-
-def _unfit(norm: nn.Module) -> str | None:
-    """Return why a normalization cannot be folded, whatever is before it, or None."""
-    if isinstance(norm, QuantizedModule):
-        return "it is quantized"
-    base = next(one for one in NORMS if isinstance(norm, one))
-    if "forward" in vars(norm) or type(norm).forward is not base.forward:
-        return f"its {type(norm).__name__} has a forward of its own"
-    if norm.training:
-        return "it is in train mode, where it normalizes by each batch; call model.eval() first"
-    if norm._buffers.get("running_mean") is None or norm._buffers.get("running_var") is None:
-        return "it keeps no running mean and variance (track_running_stats=False)"
-    if any(norm._parameters.get(name) is not getattr(norm, name) for name in ("weight", "bias")):
-        return "its weight or bias is computed from other parameters"
-    tensors = [*norm._parameters.values(), *norm._buffers.values()]
-    if any(one is not None and (is_lazy(one) or one.is_meta) for one in tensors):
-        return "it has no values yet"
-    return "it has hooks" if hooked(norm) else None
-
-
-def _rescaling(norm: nn.Module) -> Rescaling:
-    """Return what a normalization does to the channels before it, in float64."""
-    mean, variance = _buffer(norm, "running_mean"), _buffer(norm, "running_var")
-    weight, bias = norm._parameters["weight"], norm._parameters["bias"]
-    scale = (variance + cast("float", norm.eps)).rsqrt()
-    if weight is not None:
-        scale = scale * _wide(weight)
-    shift = -mean * scale
-    return Rescaling(scale, shift=shift if bias is None else shift + _wide(bias))
-
-
-def _buffer(norm: nn.Module, name: str) -> Tensor:
-    return _wide(norm.get_buffer(name))
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float64)

@@ -15,7 +15,7 @@ from mono_quant.transforms.tracing import hooked
 
 Undo = Callable[[], None]
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _EXTRA = 5
 """How many steps beyond its kernel a layer is tried on, along each dimension."""
 
@@ -104,7 +104,7 @@ class Rescaling:
 
         The old ones are not written to. dtype, device, strides and requires_grad stay.
         """
-        weight, bias = self._parameters(layer)
+        weight, bias = self.parameters(layer)
         old = layer.get_parameter("weight")
         new = {
             "weight": torch.empty_like(old.detach()).copy_(weight)
@@ -127,7 +127,7 @@ class Rescaling:
 
         return undo
 
-    def _parameters(self, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    def parameters(self, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias in float64, where the device has it."""
         old = layer.get_parameter("weight").detach()
         wide = torch.float32 if old.device.type == "mps" else torch.float64
@@ -165,7 +165,7 @@ class Rescaling:
                 expected = _along(y, self.outputs, dim)
                 if self.shift is not None:
                     expected = expected + _shaped(self.shift.to("cpu", y.dtype), y, dim)
-                for key, value in zip(("weight", "bias"), self._parameters(twin), strict=True):
+                for key, value in zip(("weight", "bias"), self.parameters(twin), strict=True):
                     if value is not None:
                         twin.register_parameter(key, nn.Parameter(value))
                 found: Tensor = twin(x)
@@ -179,7 +179,7 @@ class Rescaling:
 
 def _layout(layer: nn.Module) -> Layout:
     shape = tuple(layer.get_parameter("weight").shape)
-    if isinstance(layer, _TRANSPOSED):
+    if isinstance(layer, TRANSPOSED):
         return Layout.transposed(shape, layer.groups)
     return Layout.grouped(shape, layer.groups if isinstance(layer, nn.modules.conv._ConvNd) else 1)
 

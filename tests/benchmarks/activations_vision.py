@@ -129,6 +129,11 @@ def score_of(quantizer: Quantizer, images: int = 64, batch: int = BATCH) -> Scor
     return score(logits(fitted.apply(network(), progress=False).model))
 
 
+def score_without_data(quantizer: Quantizer) -> Score:
+    """Return how near the model comes by a quantizer that sees no data."""
+    return score(logits(quantizer.apply(network(), progress=False).model))
+
+
 SETTINGS: Mapping[str, Callable[[], Score]] = {
     "weights alone, symmetric": lambda: score_of(Quantizer().activations(None).fold()),
     "weights alone, asymmetric": lambda: score_of(
@@ -136,6 +141,18 @@ SETTINGS: Mapping[str, Callable[[], Score]] = {
     ),
     "weights alone, asymmetric, BiasCorrection": lambda: score_of(
         Quantizer().asymmetric().activations(None).fold().transform(BiasCorrection())
+    ),
+    "weights alone, symmetric, BiasCorrection without data": lambda: score_without_data(
+        Quantizer().activations(None).fold().transform(BiasCorrection())
+    ),
+    "weights alone, asymmetric, BiasCorrection without data": lambda: score_without_data(
+        Quantizer().asymmetric().activations(None).fold().transform(BiasCorrection())
+    ),
+    "W8A8 dynamic, asymmetric, BiasCorrection without data": lambda: score_without_data(
+        Quantizer()
+        .asymmetric()
+        .activations("dynamic", granularity="tensor")
+        .transform(BiasCorrection())
     ),
     "W8A8, symmetric, BiasCorrection": lambda: score_of(STATIC.transform(BiasCorrection())),
     "W8A8, asymmetric, BiasCorrection, on 16 whole images": lambda: score_of(

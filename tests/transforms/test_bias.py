@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mono_quant import BiasCorrection, CalibrationError, InputError, Quantizer, load_model
+from mono_quant import BiasCorrection, InputError, Quantizer, load_model
 from tests.helpers import WEIGHTS_ONLY, noise
 
 COARSE = WEIGHTS_ONLY.bits(3).granularity("channel").only("*")
@@ -123,11 +123,6 @@ def test_what_does_not_run_once_for_each_batch_is_left_alone() -> None:
     twice = nn.Sequential(layer := nn.Linear(64, 64), nn.ReLU(), layer)
     (change,) = CORRECTED.fit([noise(8, 64)]).apply(twice).report.changes
     assert change.text.endswith("it runs more than once"), "and no other layer to compare with"
-
-
-def test_without_data_it_is_refused() -> None:
-    with pytest.raises(CalibrationError, match=r"BiasCorrection.*needs data"):
-        CORRECTED.plan(depthwise())
 
 
 def test_in_place_it_is_refused() -> None:
