@@ -1,12 +1,11 @@
 """The one function that turns a statically quantized model into a graph of codes."""
 
-import copy
-
 import attrs
 import torch
 from torch import fx, nn
 
 from mono_quant.base import QuantizedModule
+from mono_quant.checkpoint import copy_structure
 from mono_quant.errors import InputError
 from mono_quant.flow.arithmetic import Grid
 from mono_quant.flow.assign import assign
@@ -58,7 +57,10 @@ def integer_flow(model: nn.Module, *, reference: bool = False) -> Flow:
 
     Args:
         model: with Linear layers and convolutions whose inputs are static, asymmetric and of one
-            scale; float32. It is copied.
+            scale; float32. The graph shares the storage of its parameters and quantized weights,
+            never objects: moving either to another dtype or device leaves the other alone, and
+            what writes into a weight in place (loading a state dict does) shows in both. Other
+            buffers are copies. A weight is packed for its operator at the first call, once more.
         reference: compute products in float as the model that keeps its class does, bit for bit:
             an oracle, and no faster.
 
@@ -70,7 +72,7 @@ def integer_flow(model: nn.Module, *, reference: bool = False) -> Flow:
         InputError: no layer has static inputs; the model is not float32; its code cannot be traced,
             with the module and line where; or it changes a tensor in place that it reads again.
     """
-    model = copy.deepcopy(model).eval()
+    model = copy_structure(model).eval()
     refused: list[str] = []
     layers: dict[str, QuantizedLayer] = {}
     inputs: dict[str, Grid] = {}

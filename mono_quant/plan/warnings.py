@@ -1,7 +1,9 @@
 """What ought to be looked at before a quantized model is used."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+import attrs
 
 from mono_quant.plan.damage import Damage
 from mono_quant.report import CRITICAL_DB, WARNING_DB, LayerReport, Report, format_bytes, format_db
@@ -13,9 +15,7 @@ _OUTLIER = 20.0
 
 def warnings_of(report: Report, damages: Sequence[Damage] = ()) -> tuple[str, ...]:
     """Return warnings on a finished report, the worst first."""
-    found: list[str] = []
-    if report.output_sqnr_db is not None:
-        found += _graded("the output", report.output_sqnr_db)
+    found = _of_output(report)
     found += map(str, damages)
     found += _low_layers(report)
     found += _outliers(report)
@@ -27,6 +27,23 @@ def warnings_of(report: Report, damages: Sequence[Damage] = ()) -> tuple[str, ..
         found.append(
             "every layer is quantized; the first and the last are usually the most sensitive"
         )
+    return _worst_first(found)
+
+
+def with_output(report: Report, decibels: float) -> Report:
+    """Return a finished report with another SQNR of the output, and the warnings that go by it."""
+    before = _of_output(report)
+    report = attrs.evolve(report, output_sqnr_db=decibels)
+    kept = [warning for warning in report.warnings if warning not in before]
+    return attrs.evolve(report, warnings=_worst_first([*_of_output(report), *kept]))
+
+
+def _of_output(report: Report) -> list[str]:
+    decibels = report.output_sqnr_db
+    return _graded("the output", decibels) if decibels is not None else []
+
+
+def _worst_first(found: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(found, key=lambda text: not text.startswith("critical")))
 
 
