@@ -160,12 +160,12 @@ def refuse_operator(weight: PackedTensor, operation: Operation) -> str | None:
     if weight.tensors["codes"].device.type != "cpu":
         return "the integer operators are for processors"
     if isinstance(operation, MatrixProduct):
-        return None if ops.has_linear() else "torch has no integer operator for it here"
+        return ops.refuse_linear()
     if not isinstance(operation, Convolution) or len(operation.stride) != 2:
         return "the integer operator is for convolutions of two dimensions"
     if isinstance(operation.padding, str):
         return "its padding is given by a word"
-    return None if ops.has_conv() else "torch has no integer operator for it here"
+    return ops.refuse_conv()
 
 
 def _same(

@@ -4,11 +4,12 @@ They take int8 weights without zero points and ignore one in silence, so none ca
 Packed weights are opaque: they can be neither copied nor pickled, and are made anew where needed.
 """
 
-from functools import cache
 from typing import cast
 
 import torch
 from torch import Tensor
+
+from mono_quant.kernels.trial import refusal
 
 IntTuple = tuple[int, ...]
 Numbers = tuple[float, int, int]
@@ -112,32 +113,56 @@ def _target(output: Numbers | None) -> tuple[float, int, torch.dtype]:
     return (1.0, 0, torch.float32) if output is None else (output[0], output[1], torch.uint8)
 
 
-_INPUTS, _OUTPUT = (0.5, 3, 255), (0.25, 7, 255)
+def refuse_conv() -> str | None:
+    """Return why `conv` cannot be used by this torch on this machine, or None: by trying it."""
+    return refusal("the integer convolution", _CONV_TRIAL)
 
 
-@cache
-def has_conv() -> bool:
-    """Return whether `conv` works here, with codes added too: by trying it."""
-    x = torch.full((1, 1, 2, 2), 5, dtype=torch.uint8)
-    weight, scale = torch.full((1, 1, 1, 1), 2, dtype=torch.int8), torch.ones(1)
-    place = ((1, 1), (0, 0), (1, 1), 1)
-    try:
-        packed = pack_conv(weight, scale, _INPUTS, *place)
-        plain = conv(x, _INPUTS, packed, scale, None, *place, None)
-        added = (x.clone(), _INPUTS)
-        summed = conv(x, _INPUTS, packed, scale, None, *place, _OUTPUT, added)
-    except (AttributeError, RuntimeError):  # not in this build of torch, or not for this processor
-        return False
-    return bool((plain == 2).all()) and bool((summed == 19).all())
+def refuse_linear() -> str | None:
+    """Return why `linear` cannot be used by this torch on this machine, or None: by trying it."""
+    return refusal("the integer Linear", _LINEAR_TRIAL)
 
 
-@cache
-def has_linear() -> bool:
-    """Return whether `linear` works here: by trying it."""
-    x, scale = torch.full((1, 1), 5, dtype=torch.uint8), torch.ones(1)
-    try:
-        packed = pack_linear(torch.full((1, 1), 2, dtype=torch.int8))
-        done = linear(x, _INPUTS, packed, scale, None, _OUTPUT)
-    except (AttributeError, RuntimeError):
-        return False
-    return bool((done == 15).all())
+_CONV_TRIAL = """
+import torch
+from torch.nn.functional import conv2d
+
+onednn = torch.ops.onednn
+for channels, groups, taps, side in ((1, 1, 1, 2), (64, 1, 3, 9), (64, 64, 3, 9), (256, 1, 1, 9)):
+    x = torch.randint(0, 256, (2, channels, side, side), dtype=torch.uint8)
+    x = x.contiguous(memory_format=torch.channels_last)
+    shape = (channels, channels // groups, taps, taps)
+    weight = torch.randint(-128, 128, shape, dtype=torch.int8)
+    place = ((1, 1), (taps // 2, taps // 2), (1, 1), groups)
+    scale, zeros = torch.full((channels,), 0.5), torch.zeros(channels, dtype=torch.int32)
+    head = (x, 0.25, 3, onednn.qconv_prepack(weight, scale, 0.25, 3, *place, None), scale, zeros)
+    exact = conv2d(x.double() - 3, weight.double(), None, *place) / 8
+    done = onednn.qconv_pointwise(*head, None, *place, 1.0, 0, torch.float32, "none", [], "")
+    assert torch.equal(done.double(), exact), "a product is wrong"
+    step = float(exact.abs().max()) / 100
+    added = torch.randint(0, 256, exact.shape, dtype=torch.uint8)
+    added = added.contiguous(memory_format=torch.channels_last)
+    codes = ((exact + (added.double() - 5) * step) / step + 7).round().clamp(0, 255)
+    done = onednn.qconv2d_pointwise.binary(
+        *head, added, None, *place, step, 7, torch.uint8, step, 5, "sum", 1.0, "none", [], ""
+    )
+    assert (done.double() - codes).abs().max() <= 1, "a sum is wrong"
+"""
+
+_LINEAR_TRIAL = """
+import torch
+
+onednn = torch.ops.onednn
+for rows, length, count in ((1, 1, 1), (1, 256, 128), (3, 64, 32), (64, 256, 256)):
+    x = torch.randint(0, 256, (rows, length), dtype=torch.uint8)
+    weight = torch.randint(-128, 128, (count, length), dtype=torch.int8)
+    scale, zeros = torch.full((count,), 0.5), torch.zeros(count, dtype=torch.int32)
+    head = (x, 0.25, 3, onednn.qlinear_prepack(weight, None), scale, zeros, None)
+    exact = (x.double() - 3) @ weight.double().t() / 8
+    done = onednn.qlinear_pointwise(*head, 1.0, 0, torch.float32, "none", [], "")
+    assert torch.equal(done.double(), exact), "a product is wrong"
+    step = float(exact.abs().max()) / 100 or 1.0
+    done = onednn.qlinear_pointwise(*head, step, 7, torch.uint8, "none", [], "")
+    codes = (exact / step + 7).round().clamp(0, 255)
+    assert (done.double() - codes).abs().max() <= 1, "a code is wrong"
+"""
