@@ -1,7 +1,8 @@
 """oneDNN's operators on uint8 codes, typed: every call of `torch.ops` is in this file.
 
 They take int8 weights without zero points and ignore one in silence, so none can be given here.
-Packed weights are opaque: they can be neither copied nor pickled, and are made anew where needed.
+Sums of another dtype than the result's are misread in silence, so they have to be of that. Packed
+weights are opaque: they can be neither copied nor pickled, and are made anew where needed.
 """
 
 from typing import cast
@@ -14,31 +15,20 @@ from mono_quant.kernels.trial import refusal
 IntTuple = tuple[int, ...]
 Numbers = tuple[float, int, int]
 """Scale, zero point and largest code of a grid."""
+Place = tuple[IntTuple, IntTuple, IntTuple, int]
+"""Stride, padding (with real zeros) and dilation of both sides of a convolution, and its groups."""
 
 
-def pack_conv(
-    codes: Tensor,
-    scale: Tensor,
-    inputs: Numbers,
-    stride: IntTuple,
-    padding: IntTuple,
-    dilation: IntTuple,
-    groups: int,
-) -> Tensor:
+def pack_conv(codes: Tensor, scale: Tensor, inputs: Numbers, place: Place) -> Tensor:
     """Return the weight of a 2d convolution as `conv` takes it.
 
     Args:
         codes: ``int8 [out, in / groups, height, width]``.
         scale: ``float32 [out]``.
         inputs: grid of the inputs.
-        stride: of both sides, as `padding` and `dilation`.
-        padding: around the input, of real zeros.
-        dilation: between the taps.
-        groups: of channels.
+        place: of the convolution.
     """
-    packed = torch.ops.onednn.qconv_prepack(
-        codes, scale, inputs[0], inputs[1], stride, padding, dilation, groups, None
-    )
+    packed = torch.ops.onednn.qconv_prepack(codes, scale, inputs[0], inputs[1], *place, None)
     return cast("Tensor", packed)
 
 
@@ -48,10 +38,7 @@ def conv(
     packed: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    stride: IntTuple,
-    padding: IntTuple,
-    dilation: IntTuple,
-    groups: int,
+    place: Place,
     output: Numbers | None,
     added: tuple[Tensor, Numbers] | None = None,
 ) -> Tensor:
@@ -63,25 +50,22 @@ def conv(
         packed: from `pack_conv`, called with the same numbers.
         scale: ``float32 [out]``.
         bias: ``float32 [out]`` or None.
-        stride: as for `pack_conv`; so are `padding`, `dilation` and `groups`.
-        padding: see there.
-        dilation: see there.
-        groups: see there.
+        place: as for `pack_conv`.
         output: grid of the uint8 result; None for a float32 one.
-        added: codes of the result's shape and their grid, to be added before the result is put on
-            its grid; they are overwritten. Only with `output`.
+        added: what has the result's shape and dtype, and its grid, to be added before the result
+            is put on `output`; it is overwritten. Of floats, the grid's zero point is 0.
     """
     zeros = torch.zeros(scale.shape, dtype=torch.int32)
     out_scale, out_zero, dtype = _target(output)
-    place = (stride, padding, dilation, groups, out_scale, out_zero, dtype)
+    tail = (*place, out_scale, out_zero, dtype)
     head = (x, inputs[0], inputs[1], packed, scale, zeros)
     if added is not None:
         sums, grid = added
         done = torch.ops.onednn.qconv2d_pointwise.binary(
-            *head, sums, bias, *place, grid[0], grid[1], "sum", 1.0, "none", [], ""
+            *head, sums, bias, *tail, grid[0], grid[1], "sum", 1.0, "none", [], ""
         )
     else:
-        done = torch.ops.onednn.qconv_pointwise(*head, bias, *place, "none", [], "")
+        done = torch.ops.onednn.qconv_pointwise(*head, bias, *tail, "none", [], "")
     return cast("Tensor", done)
 
 
