@@ -9,7 +9,7 @@ from mono_quant.checkpoint import copy_structure
 from mono_quant.errors import InputError
 from mono_quant.flow.arithmetic import Grid
 from mono_quant.flow.assign import assign
-from mono_quant.flow.build import Builder
+from mono_quant.flow.build import Writer
 from mono_quant.flow.tracer import trace_products
 from mono_quant.modules import (
     QuantizedConv1d,
@@ -91,9 +91,9 @@ def integer_flow(model: nn.Module, *, reference: bool = False) -> Flow:
     _check_dtype(layers)
     traced = trace_products(model, layers)
     modules = dict(model.named_modules(remove_duplicate=False))
-    builder = Builder(traced, assign(traced, modules, inputs), modules, inputs, reference)
-    graph = builder.build(type(model).__name__)
-    return Flow(graph, (*builder.lines, *refused))
+    writer = Writer(traced, assign(traced, modules, inputs), modules, inputs, reference)
+    graph = writer.build(type(model).__name__)
+    return Flow(graph, (*writer.lines, *refused))
 
 
 def _grid_of(module: QuantizedModule) -> Grid | str:

@@ -16,7 +16,6 @@ from mono_quant.plan.request import Request, WeightPlan
 from mono_quant.plan.resolve import resolve
 from mono_quant.plan.warnings import with_output
 from mono_quant.result import Outline, QuantizationResult, seeded_outputs
-from mono_quant.transforms.watching import agree
 
 _SHOWN = 3
 
@@ -110,16 +109,17 @@ class GraphPlan(Generic[ModelT]):
         first = CalibrationData([data.first()], 1, data.forward)
         expected = seeded_outputs(first, self._model)
         try:
-            found = seeded_outputs(first, self._floats)
-        except CalibrationError as error:
-            raise InputError(f"{_ANOTHER}: {error}") from error
-        if not agree([expected], [found]):
+            error = compare([expected], [seeded_outputs(first, self._floats)])
+        except CalibrationError as reason:
+            raise InputError(f"{_ANOTHER}: {reason}") from reason
+        if not error.sqnr_db >= _SAME_DB:  # NaN is not
             raise InputError(
                 f"{_ANOTHER}: their outputs differ. In a graph, arguments that have a default keep "
                 "it; quantize the model without graph()"
             )
 
 
+_SAME_DB = 60.0  # float sums in another order are above 100
 _ANOTHER = "on the first batch of the data, the graph of the model's code is not the model"
 
 

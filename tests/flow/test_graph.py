@@ -334,6 +334,20 @@ def test_data_that_gives_arguments_with_a_default_is_refused_before_it_is_used()
     assert len(seen) <= 4, "the model and its graph ran once each, and nothing was calibrated"
 
 
+def test_outputs_with_equal_infinities_are_no_difference() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.layer(x)
+            return torch.cat([out, torch.full_like(out, -torch.inf)], 1)
+
+    result = WANTED.fit(batches(4, 6)).graph().apply(Masked(), progress=False)
+    assert (result.report.output_sqnr_db or 0) > 30
+
+
 def test_other_methods_of_the_model_that_the_data_calls_are_refused_too() -> None:
     class Encoder(nn.Module):
         def __init__(self) -> None:
