@@ -21,12 +21,9 @@ from mono_quant.errors import ConfigurationError
 from mono_quant.numerics.granularity import Granularity, PerGroup
 from mono_quant.observers import create_observer
 from mono_quant.plan.request import ACTIONS, Request
-from mono_quant.plan.written import calls_of, config_of, request_from
-from mono_quant.selection import Selection, Selector, check_selector
+from mono_quant.plan.written import GRAPH, calls_of, config_of, request_from
+from mono_quant.selection import Selector, check_selector
 from mono_quant.settings import Activations, Settings, granularity_of_inputs, granularity_of_weights
-
-GRAPH = "graph"
-"""The word of a configuration, and the call, that makes a graph."""
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -319,7 +316,8 @@ class Builder:
         Raises:
             ConfigurationError: a selector cannot be written down; use a name.
         """
-        return self._config(None)
+        graph: Config = {GRAPH: True} if self._graph else {}
+        return {**config_of(self._request, None), **graph}
 
     @classmethod
     def from_config(cls, config: Config, kinds: Kinds | None = None) -> Self:
@@ -358,10 +356,6 @@ class Builder:
 
     def _asking(self, request: Request) -> Self:
         return attrs.evolve(self, request=request)
-
-    def _config(self, selection: Selection | None) -> Config:
-        graph: Config = {GRAPH: True} if self._graph else {}
-        return {**config_of(self._request, selection), **graph}
 
 
 def _observer(observer: RangeEstimator | str | None) -> RangeEstimator | None:

@@ -11,6 +11,7 @@ from mono_quant.checkpoint import ModelT
 from mono_quant.errors import InputError
 from mono_quant.modules import BareModule, tree_of
 from mono_quant.plan import GraphPlan, GraphResult, Plan, resolve, resolve_graph
+from mono_quant.plan.written import config_of
 from mono_quant.result import QuantizationResult
 from mono_quant.selection import Selection
 
@@ -48,7 +49,7 @@ class Quantizer(Builder):
             ConfigurationError: a name matches no layer, or tied weights are asked for two things.
         """
         if isinstance(model, nn.Module):
-            return resolve(model, self._request, self._config(Selection.of(model)))
+            return resolve(model, self._request, config_of(self._request, Selection.of(model)))
         if not isinstance(model, Mapping):
             raise InputError(
                 f"a {type(model).__name__} is no model: give a torch.nn.Module or a state dict "
@@ -57,7 +58,7 @@ class Quantizer(Builder):
         if self._request.data is not None:
             raise InputError("a state dict cannot be run, so fit(data) has no use; give the model")
         tree = tree_of(model)
-        return resolve(tree, self._request, self._config(Selection.of(tree)))
+        return resolve(tree, self._request, config_of(self._request, Selection.of(tree)))
 
     @overload
     def apply(self, model: ModelT, *, progress: bool = True) -> QuantizationResult[ModelT]: ...
@@ -110,7 +111,7 @@ class GraphQuantizer(Builder):
             raise InputError(
                 f"a {type(model).__name__} has no code to make a graph of: give a torch.nn.Module"
             )
-        return resolve_graph(model, self._request, self._config(Selection.of(model)))
+        return resolve_graph(model, self._request, config_of(self._request, Selection.of(model)))
 
     def apply(self, model: ModelT, *, progress: bool = True) -> GraphResult[ModelT]:
         """Return the quantized model as a graph; the given one is not changed.

@@ -15,6 +15,7 @@ from mono_quant.plan.plan import Plan
 from mono_quant.plan.request import Request, WeightPlan
 from mono_quant.plan.resolve import resolve
 from mono_quant.plan.warnings import with_output
+from mono_quant.plan.written import GRAPH
 from mono_quant.result import Outline, QuantizationResult, seeded_outputs
 
 _SHOWN = 3
@@ -100,7 +101,10 @@ class GraphPlan(Generic[ModelT]):
         error = compare(data.outputs(self._model), data.outputs(flow.model, label))
         report = with_output(kept.report, error.sqnr_db)
         report = attrs.evolve(
-            report, class_kept_sqnr_db=kept.report.output_sqnr_db, flow=flow.lines
+            report,
+            class_kept_sqnr_db=kept.report.output_sqnr_db,
+            flow=flow.lines,
+            notes=(_note(self._model), *report.notes),
         )
         return GraphResult(flow.model, report, self.outline, kept._data, kept._layers, kept=kept)
 
@@ -126,6 +130,11 @@ _ANOTHER = "on the first batch of the data, the graph of the model's code is not
 def resolve_graph(model: ModelT, request: Request, config: Config) -> GraphPlan[ModelT]:
     """Return the plan for a model that is to become a graph: its code is traced, no tensor touched.
 
+    Args:
+        model: the model.
+        request: what was asked for.
+        config: of the same without a graph.
+
     Raises:
         InputError: the model cannot be quantized, is not float32, or its code cannot be traced.
         CalibrationError: there is no data.
@@ -141,26 +150,30 @@ def resolve_graph(model: ModelT, request: Request, config: Config) -> GraphPlan[
     flowing = [path for path, reason in reasons.items() if reason is None]
     if not flowing:
         said = [f"{path or 'the model'} ({reason})" for path, reason in reasons.items()]
+        said = said or [f"{type(model).__name__} has no weight that can be quantized"]
         more = f" and {len(said) - _SHOWN} more" if len(said) > _SHOWN else ""
         raise ConfigurationError(
             f"no layer would pass codes in a graph: {', '.join(said[:_SHOWN])}{more}; say "
             'activations("static") for Linear layers and convolutions, or leave graph() out'
         )
     floats = float_graph(model, flowing)
-    name = type(model).__name__
-    note = f"written as a graph: a GraphModule, no longer a {name}; files hold the {name}"
-    report = attrs.evolve(plan.outline.report, notes=(note, *plan.outline.report.notes))
+    report = attrs.evolve(plan.outline.report, notes=(_note(model), *plan.outline.report.notes))
     packed = sum(weight.parameters for weight in plan.weights if weight.path in flowing)  # bytes
-    peak = plan.outline.peak_bytes + packed
-    outline = attrs.evolve(plan.outline, report=report, peak_bytes=peak, peak_bytes_in_place=None)
-    return GraphPlan(
-        kept=attrs.evolve(plan, outline=outline),
-        model=model,
-        request=request,
-        data=request.data,
-        floats=floats,
-        outline=outline,
+    outline = attrs.evolve(
+        plan.outline,
+        report=report,
+        peak_bytes=plan.outline.peak_bytes + packed,
+        peak_bytes_in_place=None,
+        config={**config, GRAPH: True},
     )
+    return GraphPlan(
+        kept=plan, model=model, request=request, data=request.data, floats=floats, outline=outline
+    )
+
+
+def _note(model: nn.Module) -> str:
+    name = type(model).__name__
+    return f"written as a graph: a GraphModule, no longer a {name}; files hold the {name}"
 
 
 def _refusal(model: nn.Module, weight: WeightPlan) -> str | None:
@@ -182,7 +195,7 @@ def _refusal(model: nn.Module, weight: WeightPlan) -> str | None:
     dtype = model.get_parameter(weight.sources[0]).dtype
     if dtype != torch.float32:
         raise InputError(
-            f"{weight.path!r} is {dtype_name(dtype)}, and a graph computes in float32; call "
+            f"{weight.key!r} is {dtype_name(dtype)}, and a graph computes in float32; call "
             "float() on the model first"
         )
     return None

@@ -11,6 +11,9 @@ from mono_quant.plan.request import ACTIONS, Request
 from mono_quant.selection import Selection, Selector
 from mono_quant.settings import Activations, Settings
 
+GRAPH = "graph"
+"""The call that makes a graph, and its word in a configuration."""
+
 _OBSERVERS = {"observer": "weights", "activation_observer": "activations"}
 _STRATEGIES = ("layers", "containers", "transforms", "corrections")
 

@@ -109,7 +109,9 @@ def test_the_result_is_the_flow_of_the_class_kept_model() -> None:
         assert torch.equal(result.kept.model(x), kept.model(x))
     assert result.report.flow == flow.lines
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert [row.name for row in result.report.layers] == [row.name for row in kept.report.layers]
+    assert str(result.kept.report) == str(kept.report)
+    assert result.kept.plan.config == kept.plan.config
+    assert result.plan.config == {**kept.plan.config, "graph": True}
 
 
 def test_the_output_is_measured_on_the_graph_and_the_class_kept_one_stands_beside() -> None:
@@ -297,8 +299,13 @@ def test_if_no_layer_would_pass_codes_the_plan_says_why(wanted: Quantizer, why: 
     assert 'say activations("static")' in str(caught.value)
 
 
+def test_a_model_without_weights_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="Sequential has no weight that can be quantized"):
+        Quantizer().fit(batches(4, 6)).graph().plan(nn.Sequential(nn.ReLU()))
+
+
 def test_half_precision_is_refused_by_the_plan() -> None:
-    with pytest.raises(InputError, match=r"'0' is bfloat16.*call float\(\) on the model"):
+    with pytest.raises(InputError, match=r"'0.weight' is bfloat16.*call float\(\) on the model"):
         WANTED.fit(batches(4, 6)).graph().plan(nn.Sequential(nn.Linear(6, 6)).bfloat16())
 
 
