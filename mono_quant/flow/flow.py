@@ -47,9 +47,10 @@ def integer_flow(model: nn.Module, *, reference: bool = False) -> Flow:
     Everything else is computed in float. NaN has no code and is not carried on.
 
     Products run on oneDNN's integer operators, where torch has them: 2d convolutions and Linear
-    layers with symmetric weights of one scale a row, on a CPU; other layers are computed in float
-    between their codes, which `Flow.lines` says. What the model's code does with sizes stays
-    symbolic, so batches and images of all sizes may be given.
+    layers with weights of one scale a row, on a CPU; other layers are computed in float between
+    their codes, which `Flow.lines` says. Whether an operator can be trusted on this machine is
+    tried in a process of its own, once, which takes seconds. What the model's code does with sizes
+    stays symbolic, so batches and images of all sizes may be given.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference", arXiv 1712.05877; unlike there, outputs are rescaled by

@@ -179,6 +179,9 @@ def refuse_operator(weight: PackedTensor, operation: Operation) -> str | None:
     scheme = weight.scheme
     if not isinstance(scheme, Affine):
         return f"its weight is {scheme.describe()}"
+    zero_point = weight.tensors.get("zero_point")
+    if zero_point is not None and zero_point.is_floating_point():
+        return "the zero points of its weight are no codes"
     if weight.tensors["scale"].shape[-1] != 1:
         return "its weight has several scales a row"
     if weight.tensors["codes"].device.type != "cpu":

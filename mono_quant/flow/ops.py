@@ -131,6 +131,11 @@ for channels, groups, taps, side in ((1, 1, 1, 2), (64, 1, 3, 9), (64, 64, 3, 9)
         *head, added, None, *place, step, 7, torch.uint8, step, 5, "sum", 1.0, "none", [], ""
     )
     assert (done.double() - codes).abs().max() <= 1, "a sum is wrong"
+    added = exact.float().contiguous(memory_format=torch.channels_last)
+    done = onednn.qconv2d_pointwise.binary(
+        *head, added, None, *place, 1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, "none", [], ""
+    )
+    assert torch.equal(done.double(), 2 * exact), "a sum of floats is wrong"
 """
 
 _LINEAR_TRIAL = """

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from mono_quant.flow import ops
+from mono_quant.flow.arithmetic import SIGN
 from mono_quant.flow.ops import Numbers, Place
-
-_SHIFT = 128  # from an unsigned byte to a signed one
 
 
 @attrs.frozen(eq=False)
@@ -58,8 +57,8 @@ class PackedWeight:
         """
         zeros = None
         if zero_point is not None:
-            codes = (codes.to(torch.int16) - _SHIFT).to(torch.int8)
-            zeros = (_SHIFT - zero_point.to(torch.float32)) * scale
+            codes = (codes.to(torch.int16) - SIGN).to(torch.int8)
+            zeros = (SIGN - zero_point.to(torch.float32)) * scale
         if place is None:
             return cls(ops.pack_linear(codes), scale, inputs, place, zeros)
         packed = ops.pack_conv(codes, scale, inputs, place)
