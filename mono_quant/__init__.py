@@ -52,6 +52,7 @@ from mono_quant.errors import (
     UnknownKindError,
     UnsupportedLayerError,
 )
+from mono_quant.flow import Flow, integer_flow
 from mono_quant.layers import (
     BareWeightQuantizer,
     ConvQuantizer,
@@ -76,8 +77,8 @@ from mono_quant.observers import (
     Percentile,
     create_observer,
 )
-from mono_quant.plan import Plan
-from mono_quant.quantizer import Quantizer
+from mono_quant.plan import GraphPlan, GraphResult, Plan
+from mono_quant.quantizer import GraphQuantizer, Quantizer
 from mono_quant.report import InputReport, LayerReport, Report
 from mono_quant.result import Outline, QuantizationResult, Validation
 from mono_quant.rounding import RoundToNearest
@@ -113,9 +114,13 @@ __all__ = [
     "Entropy",
     "EqualizeLayers",
     "FloatCast",
+    "Flow",
     "FoldBatchNorm",
     "FormatVersionError",
     "Granularity",
+    "GraphPlan",
+    "GraphQuantizer",
+    "GraphResult",
     "Grid",
     "Histogram",
     "InputError",
@@ -170,6 +175,7 @@ __all__ = [
     "create_observer",
     "dequantize_model",
     "dynamic_quantize",
+    "integer_flow",
     "load_model",
     "quantize",
     "read_state_dict",

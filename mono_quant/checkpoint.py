@@ -35,8 +35,9 @@ def copy_structure(model: ModelT, device: torch.device | None = None) -> ModelT:
     """Return a copy of a model whose parameters share the storage of the original's.
 
     Every module is a new object, every parameter a new `nn.Parameter` on the old storage (one for
-    each tie), every buffer a clone: what is done to the copy (dtype, train mode, buffers) leaves
-    the original alone, and no weight is copied. With a device (meta), tensors are empty ones there.
+    each tie), every tensor of a quantized weight a new one on the old storage, every other buffer a
+    clone: what is done to the copy (dtype, train mode, buffers) leaves the original alone, and no
+    weight is copied. With a device (meta), tensors are empty ones there.
 
     Raises:
         InputError: the model cannot be copied.
@@ -45,7 +46,8 @@ def copy_structure(model: ModelT, device: torch.device | None = None) -> ModelT:
         if inspect.isfunction(vars(module).get("forward")):
             raise InputError(
                 f"the forward of {path or 'the model'} was replaced on the object by a function, "
-                "which a copy would share with the source; quantize it in place with apply_"
+                "which a copy would share with the source; make it a method of its class, or "
+                "quantize the model in place with apply_"
             )
     memo: dict[int, object] = {}
     for parameter in model.parameters():
@@ -53,6 +55,9 @@ def copy_structure(model: ModelT, device: torch.device | None = None) -> ModelT:
         if device is not None:
             data = torch.empty_like(data, device=device)
         memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+    for module in model.modules():
+        if isinstance(module, QuantizedWeight | QuantizedInput):
+            memo |= {id(buffer): buffer.detach() for buffer in module.buffers()}
     if device is not None:
         for buffer in model.buffers():
             memo[id(buffer)] = torch.empty_like(buffer, device=device)

@@ -1,50 +1,23 @@
 """The fluent builder: it names things and computes nothing."""
 
 from collections.abc import Mapping
-from typing import Self, overload
+from typing import ClassVar, overload
 
 import attrs
-import torch
 from torch import Tensor, nn
 
-from mono_quant.base import (
-    Container,
-    Correction,
-    LayerQuantizer,
-    Observer,
-    RangeEstimator,
-    Rounding,
-    Scheme,
-    Transform,
-)
-from mono_quant.calibration import DEFAULT_SAMPLES, CalibrationData, Forward
+from mono_quant.builder import Builder
 from mono_quant.checkpoint import ModelT
-from mono_quant.configurable import Config, Json, Kinds
-from mono_quant.errors import ConfigurationError, InputError
+from mono_quant.errors import InputError
 from mono_quant.modules import BareModule, tree_of
-from mono_quant.numerics.granularity import (
-    Granularity,
-    PerChannel,
-    PerGroup,
-    PerTensor,
-    PerToken,
-)
-from mono_quant.observers import create_observer
-from mono_quant.plan import Plan, Request, resolve
+from mono_quant.plan import GraphPlan, GraphResult, Plan, resolve, resolve_graph
+from mono_quant.plan.written import config_of
 from mono_quant.result import QuantizationResult
-from mono_quant.selection import Selection, Selector, check_selector
-from mono_quant.settings import Activations, Settings
-
-_GRANULARITIES: Mapping[str, Granularity] = {
-    "tensor": PerTensor(),
-    "channel": PerChannel(),
-    "group": PerGroup(),
-}
-_ACTIVATION_GRANULARITIES: Mapping[str, Granularity] = {"token": PerToken(), "tensor": PerTensor()}
+from mono_quant.selection import Selection
 
 
 @attrs.frozen(eq=False, repr=False)
-class Quantizer:
+class Quantizer(Builder):
     """Says how a model is to be quantized.
 
     Immutable: every method returns a new quantizer, so one may be kept, shared and varied. Its repr
@@ -54,278 +27,13 @@ class Quantizer:
         ``Quantizer().bits(4).group_size(64).skip("head").fit(data).apply(model)``
     """
 
-    _request: Request = attrs.field(factory=Request, alias="request")
+    def graph(self) -> "GraphQuantizer":
+        """Return a quantizer whose result is a `GraphModule`, in which layers pass codes on.
 
-    def bits(self, bits: int) -> Self:
-        """Quantize weights to 2 to 8 bits, or cast them to half precision with 16.
-
-        8 bits: symmetric, a scale for each channel. Fewer: asymmetric, a scale for each group of 64
-        (each channel, where 64 does not divide a row); embeddings and layers under 512 values then
-        stay float unless they are named. **Replaces**.
+        It knows the same calls, so this one may stand anywhere in the chain. See `integer_flow` for
+        what the graph computes.
         """
-        return self._settings(attrs.evolve(self._request.settings, bits=bits))
-
-    def symmetric(self, symmetric: bool = True) -> Self:
-        """Use a grid without a zero point. **Replaces** `asymmetric`."""
-        return self._settings(attrs.evolve(self._request.settings, symmetric=symmetric))
-
-    def asymmetric(self) -> Self:
-        """Use a grid with a zero point. **Replaces** `symmetric`."""
-        return self._settings(attrs.evolve(self._request.settings, symmetric=False))
-
-    def granularity(self, granularity: Granularity | str) -> Self:
-        """Say which values share one scale: an object, or "tensor", "channel" or "group".
-
-        **Replaces** an earlier granularity or group size.
-        """
-        return self._settings(
-            attrs.evolve(self._request.settings, granularity=_granularity(granularity))
-        )
-
-    def group_size(self, size: int) -> Self:
-        """Use a scale for each run of `size` values of a row.
-
-        Layers whose rows `size` does not divide stay float, with that reason. **Replaces** an
-        earlier group size.
-
-        Raises:
-            ConfigurationError: a granularity other than groups was asked for.
-        """
-        said = self._request.settings.granularity
-        if said is not None and not isinstance(said, PerGroup):
-            raise ConfigurationError(
-                f"granularity({said!r}) was asked for, which has no groups; say one of the two"
-            )
-        return self._settings(attrs.evolve(self._request.settings, granularity=PerGroup(size)))
-
-    def scale_dtype(self, dtype: torch.dtype) -> Self:
-        """Store scales as float16 (the default), bfloat16 or float32. **Replaces**."""
-        return self._settings(attrs.evolve(self._request.settings, scale_dtype=dtype))
-
-    def scheme(self, scheme: Scheme) -> Self:
-        """Use this grid, in place of bits, symmetry, granularity and scale dtype. **Replaces**.
-
-        Raises:
-            ConfigurationError: one of those was asked for before.
-        """
-        return self._settings(attrs.evolve(self._request.settings, scheme=scheme))
-
-    def observer(
-        self,
-        observer: RangeEstimator | str | None = None,
-        *,
-        weights: RangeEstimator | str | None = None,
-        activations: RangeEstimator | str | None = None,
-    ) -> Self:
-        """Say how ranges are found: one for all, or one for weights and one for activations.
-
-        Each is an observer, or its name as `create_observer` knows it. One for all is for weights
-        only where it is no `Observer`: activations are seen in pieces. **Replaces** those given.
-        """
-        if (observer is None) == (weights is None and activations is None):
-            raise ConfigurationError(
-                "give one observer for all, or weights= and activations=: "
-                "observer(MinMax()) or observer(weights=MSE())"
-            )
-        settings = self._request.settings
-        for_all, for_weights, watcher = map(_observer, (observer, weights, activations))
-        if isinstance(for_all, Observer):
-            watcher = for_all
-        return self._settings(
-            attrs.evolve(
-                settings,
-                observer=for_all or for_weights or settings.observer,
-                activation_observer=watcher or settings.activation_observer,
-            )
-        )
-
-    def activations(
-        self,
-        mode: str | None,
-        *,
-        bits: int = 8,
-        symmetric: bool = False,
-        granularity: Granularity | str | None = None,
-    ) -> Self:
-        """Say how the inputs of layers are quantized. **Replaces**.
-
-        Without a word, 8-bit weights get static activations where there is data to calibrate on
-        and dynamic ones where there is none; other widths, and a scheme of your own, get none.
-
-        Args:
-            mode: "dynamic" (each input has a range of its own), "static" (calibrated by `fit`) or
-                None: they stay float.
-            bits: 2 to 8.
-            symmetric: use a grid without a zero point.
-            granularity: "token" (a range for each row, the default of dynamic ones) or "tensor"
-                (all that static ones can be).
-        """
-        chosen = _activation_granularity(granularity) if granularity is not None else None
-        return self._settings(
-            attrs.evolve(
-                self._request.settings, activations=Activations(mode, bits, symmetric, chosen)
-            )
-        )
-
-    def rounding(self, rounding: Rounding) -> Self:
-        """Say how grid points are chosen. **Replaces**."""
-        return self._settings(attrs.evolve(self._request.settings, rounding=rounding))
-
-    def only(self, *selectors: Selector) -> Self:
-        """Quantize nothing but these layers. **Adds**.
-
-        Args:
-            selectors: names (``*`` and ``?`` match, dots too), module types, modules of the model,
-                or functions of ``(name, module)``. Each means all that lies below it as well.
-        """
-        return self._asking(
-            attrs.evolve(self._request, only=(*self._request.only, *map(check_selector, selectors)))
-        )
-
-    def skip(self, *selectors: Selector) -> Self:
-        """Leave these layers in float. **Adds**.
-
-        Args:
-            selectors: as for `only`.
-        """
-        return self._asking(
-            attrs.evolve(self._request, skip=(*self._request.skip, *map(check_selector, selectors)))
-        )
-
-    def override(
-        self,
-        selector: Selector,
-        *,
-        bits: int | None = None,
-        symmetric: bool | None = None,
-        granularity: Granularity | str | None = None,
-        group_size: int | None = None,
-        scale_dtype: torch.dtype | None = None,
-        scheme: Scheme | None = None,
-        observer: RangeEstimator | None = None,
-        rounding: Rounding | None = None,
-        activations: Activations | str | None = None,
-        activation_observer: RangeEstimator | None = None,
-    ) -> Self:
-        """Quantize some layers otherwise. **Adds**; where several apply, the last wins.
-
-        What is not said here stays as it is for all. A layer named here is quantized even where low
-        widths would leave it float by default.
-
-        Args:
-            selector: as for `only`.
-            bits: as the method of that name, and so are all others.
-            symmetric: see above.
-            granularity: see above.
-            group_size: see above.
-            scale_dtype: see above.
-            scheme: see above.
-            observer: for the weights.
-            rounding: see above.
-            activations: "dynamic", "static", "float" or an `Activations`.
-            activation_observer: for the activations.
-        """
-        if granularity is not None and group_size is not None:
-            raise ConfigurationError("say granularity or group_size, not both")
-        wanted = PerGroup(group_size) if group_size is not None else None
-        settings = Settings(
-            bits=bits,
-            symmetric=symmetric,
-            granularity=_granularity(granularity) if granularity is not None else wanted,
-            scale_dtype=scale_dtype,
-            scheme=scheme,
-            observer=observer,
-            rounding=rounding,
-            activations=Activations(None if activations == "float" else activations)
-            if isinstance(activations, str)
-            else activations,
-            activation_observer=activation_observer,
-        )
-        if settings == Settings():
-            raise ConfigurationError(f"override({selector!r}) says nothing; add bits= or another")
-        entry = (check_selector(selector), settings)
-        return self._asking(
-            attrs.evolve(self._request, overrides=(*self._request.overrides, entry))
-        )
-
-    def layer(self, *layers: LayerQuantizer | Container) -> Self:
-        """Teach it kinds of layer or container, asked before the built-in ones. **Adds**."""
-        quantizers = tuple(layer for layer in layers if isinstance(layer, LayerQuantizer))
-        containers = tuple(layer for layer in layers if isinstance(layer, Container))
-        if len(quantizers) + len(containers) < len(layers):
-            raise ConfigurationError("layer(...) takes instances of LayerQuantizer or Container")
-        return self._asking(
-            attrs.evolve(
-                self._request,
-                layers=(*self._request.layers, *quantizers),
-                containers=(*self._request.containers, *containers),
-            )
-        )
-
-    def fold(self, fold: bool = True) -> Self:
-        """Fold batch normalizations into the layers before them, or leave them alone. **Replaces**.
-
-        Without a word they are folded where any inputs are quantized. A folded one becomes an
-        `nn.Identity`, in the result and in what its file is loaded into.
-        """
-        return self._asking(attrs.evolve(self._request, fold=fold))
-
-    def on_damage(self, action: str) -> Self:
-        """Say what happens where quantizing destroys what a layer computes. **Replaces**.
-
-        A layer is destroyed if what it returns for its float inputs is below 20 dB SQNR (10 dB for
-        weights of fewer than 8 bits), measured on the data of `fit`; without data a weight is
-        judged by an estimate, below 10 dB (see the report).
-
-        Args:
-            action: "warn" (the default) names the layer, what does it and the call that mends it;
-                "keep" keeps the weights that do it at 16 bits, or leaves their inputs in float, and
-                the report says so; "error" raises a `DamageError`.
-        """
-        if action not in _ACTIONS:
-            raise ConfigurationError(
-                f"on_damage is {', '.join(map(repr, _ACTIONS))}, not {action!r}"
-            )
-        return self._asking(attrs.evolve(self._request, on_damage=action))
-
-    def transform(self, *transforms: Transform | Correction) -> Self:
-        """Change the working copy: first the float model, then the quantized one. **Adds**.
-
-        Args:
-            transforms: a `Transform` changes the float model before it is quantized, after batch
-                normalizations are folded; a `Correction` changes the quantized one. Each kind in
-                the order given.
-        """
-        for transform in transforms:
-            if not isinstance(transform, Transform | Correction):
-                raise ConfigurationError(f"transform(...) takes instances, not {transform!r}")
-        before = tuple(one for one in transforms if isinstance(one, Transform))
-        after = tuple(one for one in transforms if isinstance(one, Correction))
-        return self._asking(
-            attrs.evolve(
-                self._request,
-                transforms=(*self._request.transforms, *before),
-                corrections=(*self._request.corrections, *after),
-            )
-        )
-
-    def fit(
-        self, data: object, *, samples: int = DEFAULT_SAMPLES, forward: Forward | None = None
-    ) -> Self:
-        """Bind data to calibrate and measure on; nothing runs yet. **Replaces**.
-
-        Args:
-            data: a tensor or mapping (one batch), a list of batches, a Dataset or a DataLoader. Of
-                a batch that is a tuple, what forward has no parameter for is taken for labels.
-            samples: go on until this many samples were seen.
-            forward: calls the model with a batch, where it is called in a way of its own.
-
-        Raises:
-            InputError: the data is empty or can be gone through only once.
-        """
-        return self._asking(
-            attrs.evolve(self._request, data=CalibrationData.bind(data, samples, forward))
-        )
+        return GraphQuantizer(self._request)
 
     @overload
     def plan(self, model: ModelT) -> Plan[ModelT]: ...
@@ -341,7 +49,7 @@ class Quantizer:
             ConfigurationError: a name matches no layer, or tied weights are asked for two things.
         """
         if isinstance(model, nn.Module):
-            return resolve(model, self._request, self._config(Selection.of(model)))
+            return resolve(model, self._request, config_of(self._request, Selection.of(model)))
         if not isinstance(model, Mapping):
             raise InputError(
                 f"a {type(model).__name__} is no model: give a torch.nn.Module or a state dict "
@@ -350,7 +58,7 @@ class Quantizer:
         if self._request.data is not None:
             raise InputError("a state dict cannot be run, so fit(data) has no use; give the model")
         tree = tree_of(model)
-        return resolve(tree, self._request, self._config(Selection.of(tree)))
+        return resolve(tree, self._request, config_of(self._request, Selection.of(tree)))
 
     @overload
     def apply(self, model: ModelT, *, progress: bool = True) -> QuantizationResult[ModelT]: ...
@@ -374,197 +82,40 @@ class Quantizer:
         """Quantize the given model itself, freeing its float weights on the way."""
         return self.plan(model).run(in_place=True, progress=progress)
 
-    def to_config(self) -> Config:
-        """Return everything but the data as JSON data.
+
+@attrs.frozen(eq=False, repr=False)
+class GraphQuantizer(Builder):
+    """Says how a model is to be quantized, and written as a graph whose layers pass codes on.
+
+    What `Quantizer.graph` returns; it has the same calls, but none that works in place. The
+    result's model is a `torch.fx.GraphModule`, no longer of the model's class.
+
+    Example:
+        ``Quantizer().fit(data).graph().apply(model)``
+    """
+
+    _graph: ClassVar[bool] = True
+
+    def plan(self, model: ModelT) -> GraphPlan[ModelT]:
+        """Return what will be done to each layer of a model whose code can be followed.
+
+        The code is traced, on symbols; no tensor is touched.
 
         Raises:
-            ConfigurationError: a selector cannot be written down; use a name.
+            InputError: the model cannot be quantized, or its code cannot be traced, with the module
+                and line where.
+            CalibrationError: there is no data, on which grids are calibrated.
+            ConfigurationError: no layer would pass codes on, with the reasons.
         """
-        return self._config(None)
-
-    @classmethod
-    def from_config(cls, config: Config, kinds: Kinds | None = None) -> Self:
-        """Return the quantizer that wrote `config`.
-
-        Args:
-            config: what `to_config` returned, or a file's ``config``.
-            kinds: classes of your own by their kind.
-
-        Raises:
-            ConfigurationError: it holds something unknown.
-            UnknownKindError: it names an unknown kind.
-        """
-        known = {"settings", "overrides", "only", "skip", "fold", "on_damage", *_STRATEGIES}
-        if unknown := set(config) - known:
-            raise ConfigurationError(f"a quantizer has no {', '.join(sorted(unknown))}")
-        overrides = []
-        for entry in _list(config.get("overrides", [])):
-            said = dict(_object(entry))
-            selector = said.pop("selector", None)
-            if not isinstance(selector, str):
-                raise ConfigurationError(f"an override's selector is a name, not {selector!r}")
-            overrides.append((selector, Settings.from_config(said, kinds)))
-        fold = config.get("fold")
-        if not isinstance(fold, bool | None):
-            raise ConfigurationError(f"fold is true, false or null, not {fold!r}")
-        action = config.get("on_damage", "warn")
-        if action not in _ACTIONS:
-            raise ConfigurationError(f"on_damage is one of {', '.join(_ACTIONS)}, not {action!r}")
-        return cls(
-            Request(
-                settings=Settings.from_config(_object(config.get("settings", {})), kinds),
-                overrides=tuple(overrides),
-                only=_names(config.get("only", [])),
-                skip=_names(config.get("skip", [])),
-                layers=tuple(
-                    LayerQuantizer.from_config(one, kinds) for one in _objects(config.get("layers"))
-                ),
-                containers=tuple(
-                    Container.from_config(one, kinds) for one in _objects(config.get("containers"))
-                ),
-                transforms=tuple(
-                    Transform.from_config(one, kinds) for one in _objects(config.get("transforms"))
-                ),
-                corrections=tuple(
-                    Correction.from_config(one, kinds)
-                    for one in _objects(config.get("corrections"))
-                ),
-                fold=fold,
-                on_damage=str(action),
+        if not isinstance(model, nn.Module):
+            raise InputError(
+                f"a {type(model).__name__} has no code to make a graph of: give a torch.nn.Module"
             )
-        )
+        return resolve_graph(model, self._request, config_of(self._request, Selection.of(model)))
 
-    def __repr__(self) -> str:
-        """Return the chain of calls; data, modules and functions are shown, not written down."""
-        request, settings = self._request, self._request.settings
-        calls = [_call(name, value) for name, value in _said(settings)]
-        if request.only:
-            calls.append(f"only({', '.join(map(_show, request.only))})")
-        if request.skip:
-            calls.append(f"skip({', '.join(map(_show, request.skip))})")
-        for selector, override in request.overrides:
-            said = ", ".join(f"{name}={value!r}" for name, value in _said(override))
-            calls.append(f"override({_show(selector)}, {said})")
-        calls += [f"layer({layer!r})" for layer in (*request.layers, *request.containers)]
-        calls += [f"fold({request.fold})"] if request.fold is not None else []
-        if request.on_damage != "warn":
-            calls.append(f"on_damage({request.on_damage!r})")
-        changing = (*request.transforms, *request.corrections)
-        calls += [f"transform({transform!r})" for transform in changing]
-        if request.data is not None:
-            calls.append(f"fit(<{type(request.data.source).__name__}>)")
-        return ".".join(["Quantizer()", *calls])
+    def apply(self, model: ModelT, *, progress: bool = True) -> GraphResult[ModelT]:
+        """Return the quantized model as a graph; the given one is not changed.
 
-    def _settings(self, settings: Settings) -> Self:
-        return self._asking(attrs.evolve(self._request, settings=settings))
-
-    def _asking(self, request: Request) -> Self:
-        return attrs.evolve(self, request=request)
-
-    def _config(self, selection: Selection | None) -> Config:
-        def write(selector: Selector) -> list[str]:
-            if isinstance(selector, str):
-                return [selector]
-            if selection is None:
-                raise ConfigurationError(
-                    f"{_show(selector)} cannot be written down; name the layers instead"
-                )
-            return selection.roots(selector)
-
-        request = self._request
-        return {
-            "settings": request.settings.to_config(),
-            "overrides": [
-                {"selector": name, **settings.to_config()}
-                for selector, settings in request.overrides
-                for name in write(selector)
-            ],
-            "only": [name for selector in request.only for name in write(selector)],
-            "skip": [name for selector in request.skip for name in write(selector)],
-            "layers": [layer.to_config() for layer in request.layers],
-            "containers": [container.to_config() for container in request.containers],
-            "transforms": [transform.to_config() for transform in request.transforms],
-            "corrections": [correction.to_config() for correction in request.corrections],
-            "fold": request.fold,
-            "on_damage": request.on_damage,
-        }
-
-
-_ACTIONS = ("warn", "keep", "error")
-_OBSERVERS = {"observer": "weights", "activation_observer": "activations"}
-_STRATEGIES = ("layers", "containers", "transforms", "corrections")
-
-
-def _granularity(granularity: Granularity | str) -> Granularity:
-    if isinstance(granularity, Granularity):
-        return granularity
-    found = _GRANULARITIES.get(str(granularity))
-    if found is None:
-        raise ConfigurationError(
-            f"granularity is {', '.join(map(repr, _GRANULARITIES))} or a Granularity, "
-            f"not {granularity!r}"
-        )
-    return found
-
-
-def _observer(observer: RangeEstimator | str | None) -> RangeEstimator | None:
-    return create_observer(observer) if isinstance(observer, str) else observer
-
-
-def _activation_granularity(granularity: Granularity | str) -> Granularity:
-    if isinstance(granularity, Granularity):
-        return granularity
-    found = _ACTIVATION_GRANULARITIES.get(str(granularity))
-    if found is None:
-        raise ConfigurationError(
-            f"the granularity of activations is "
-            f"{' or '.join(map(repr, _ACTIVATION_GRANULARITIES))}, not {granularity!r}"
-        )
-    return found
-
-
-def _said(settings: Settings) -> list[tuple[str, object]]:
-    values = attrs.asdict(settings, recurse=False)
-    return [(name, value) for name, value in values.items() if value is not None]
-
-
-def _call(name: str, value: object) -> str:
-    if isinstance(value, Activations):
-        said = {
-            "bits": value.bits if value.bits != 8 else None,
-            "symmetric": value.symmetric or None,
-            "granularity": value.granularity,
-        }
-        more = "".join(f", {key}={one!r}" for key, one in said.items() if one is not None)
-        return f"activations({value.mode!r}{more})"
-    if name in _OBSERVERS:
-        return f"observer({_OBSERVERS[name]}={value!r})"
-    return f"{name}({value!r})"
-
-
-def _show(selector: Selector) -> str:
-    if isinstance(selector, type):
-        return f"{selector.__module__}.{selector.__qualname__}"
-    if isinstance(selector, str):
-        return repr(selector)
-    return f"<{getattr(selector, '__name__', type(selector).__name__)}>"
-
-
-def _object(value: Json) -> Config:
-    if not isinstance(value, Mapping):
-        raise ConfigurationError(f"expected a mapping, not {value!r}")
-    return value
-
-
-def _objects(value: Json) -> list[Config]:
-    return [_object(one) for one in _list(value or [])]
-
-
-def _list(value: Json) -> list[Json]:
-    if isinstance(value, str) or not isinstance(value, list | tuple):
-        raise ConfigurationError(f"expected a list, not {value!r}")
-    return list(value)
-
-
-def _names(value: Json) -> tuple[str, ...]:
-    return tuple(str(name) for name in _list(value))
+        It *is* ``plan(model).run()``.
+        """
+        return self.plan(model).run(progress=progress)

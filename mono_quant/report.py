@@ -159,6 +159,8 @@ class Report:
         head: name of the weight of the last layer, as a rule the output head.
         changes: what transforms and corrections did, and what they refused to do.
         original_bytes: bytes of the model before, where transforms changed its structure.
+        flow: of a graph, what each layer takes and gives, and where floats are left and why.
+        class_kept_sqnr_db: of a graph, `output_sqnr_db` of the model that keeps its class.
     """
 
     layers: tuple[LayerReport, ...]
@@ -170,6 +172,8 @@ class Report:
     head: str | None = None
     changes: tuple[Change, ...] = ()
     original_bytes: int | None = None
+    flow: tuple[str, ...] = ()
+    class_kept_sqnr_db: float | None = None
 
     @property
     def quantized(self) -> tuple[LayerReport, ...]:
@@ -242,7 +246,7 @@ class Report:
             }
             for layer in self.layers
         ]
-        return {**self.summary(), "layers": rows}
+        return {**self.summary(), "layers": rows, "flow": list(self.flow)}
 
     def summary(self) -> Config:
         """Return the figures of the whole model as JSON data."""
@@ -253,6 +257,7 @@ class Report:
             "bits_per_weight": self.bits_per_weight,
             "mean_weight_sqnr_db": _finite(self.mean_sqnr_db),
             "output_sqnr_db": _finite(self.output_sqnr_db),
+            "class_kept_sqnr_db": _finite(self.class_kept_sqnr_db),
             "samples": self.samples,
             "quantized_weights": len(self.quantized),
             "changes": [
@@ -277,20 +282,27 @@ class Report:
             "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
             for row in self._rows()
         ]
+        title, *flow = self._flowing()[1:] or [""]
+        lines += ["", title, "", *(f"- {line.strip()}" for line in flow)] if flow else []
         return "\n".join(lines) + "\n"
 
     def __str__(self) -> str:
         """Return the report as text for a terminal."""
-        return "\n".join([*self._head(), "", *table(_COLUMNS, self._rows(), _NUMERIC)])
+        rows = table(_COLUMNS, self._rows(), _NUMERIC)
+        return "\n".join([*self._head(), "", *rows, *self._flowing()])
 
-    def forecast(self, peak_bytes: int, peak_bytes_in_place: int) -> str:
+    def forecast(self, peak_bytes: int, peak_bytes_in_place: int | None) -> str:
         """Return the report of a plan, whose sizes are predictions, as text."""
+        in_place = (
+            f", {format_bytes(peak_bytes_in_place)} for apply_"
+            if peak_bytes_in_place is not None
+            else ""
+        )
         head = [
             f"predicted: {format_bytes(self.float_bytes)} -> {format_bytes(self.bytes)} "
             f"({self.ratio:.2f} times smaller), {len(self.quantized)} weights at "
             f"{self.bits_per_weight:.3f} bits per weight",
-            f"peak memory: {format_bytes(peak_bytes)} for apply, "
-            f"{format_bytes(peak_bytes_in_place)} for apply_",
+            f"peak memory: {format_bytes(peak_bytes)} for apply{in_place}",
             *self.notes,
         ]
         return "\n".join([*head, "", *table(_COLUMNS, self._rows(), _NUMERIC)])
@@ -306,6 +318,7 @@ class Report:
         return (
             f"<p><b>{head}</b></p><ul>{items}</ul>"
             f"<table><thead><tr>{columns}</tr></thead><tbody>{rows}</tbody></table>"
+            + (f"<pre>{html.escape(chr(10).join(self.flow))}</pre>" if self.flow else "")
         )
 
     def _head(self) -> list[str]:
@@ -323,10 +336,24 @@ class Report:
             lines.append(
                 f"output SQNR {format_db(self.output_sqnr_db)} on {self.samples} samples "
                 f"({grade(self.output_sqnr_db)})"
+                + (
+                    f"; {format_db(self.class_kept_sqnr_db)} with its class kept"
+                    if self.class_kept_sqnr_db is not None
+                    else ""
+                )
             )
         else:
             lines.append("output SQNR not measured: no data; give some with fit(data)")
         return [*lines, *self._changed(), *self.notes]
+
+    def _flowing(self) -> list[str]:
+        """Return what the layers of a graph take and give, under a title; nothing of other models.
+
+        A blank line goes before it.
+        """
+        if not self.flow:
+            return []
+        return ["", "what layers take and give:", *(f"  {line}" for line in self.flow)]
 
     def _changed(self) -> list[str]:
         """Return how much transforms did, and each thing that they refused to do."""

@@ -1,7 +1,7 @@
 """What quantizing gives back: the model, the evidence, and what can be done with both."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Generic
@@ -35,13 +35,13 @@ class Outline:
     Attributes:
         report: every weight's fate and predicted bytes.
         peak_bytes: predicted peak memory of `apply`: the model, the result and one layer's work.
-        peak_bytes_in_place: the same for `apply_`.
+        peak_bytes_in_place: the same for `apply_`; None for a graph, which has no such form.
         config: the quantizer's configuration, predicates resolved to names.
     """
 
     report: Report
     peak_bytes: int
-    peak_bytes_in_place: int
+    peak_bytes_in_place: int | None
     config: Config
 
     def explain(self) -> str:
@@ -88,7 +88,7 @@ class QuantizationResult(Generic[ModelT]):
 
     def checkpoint(self) -> Checkpoint:
         """Return the model as plain data that shares its memory."""
-        return to_checkpoint(self.model, self.plan.config, self.report.summary())
+        return to_checkpoint(self._class_kept, self.plan.config, self.report.summary())
 
     def save(self, path: str | PathLike[str], *, serializer: Serializer | None = None) -> Path:
         """Write the model to a file and return its path.
@@ -127,7 +127,9 @@ class QuantizationResult(Generic[ModelT]):
             "valid" only if both were run on an example and agree to the bit.
         """
         saved = Path(path) if path is not None else None
-        return validate(self.model, self._example(example), serializer, self._layers, saved)
+        data = self._example(example)
+        model, layers = self._class_kept, self._layers
+        return validate(model, data, serializer, layers, saved, self._as_run)
 
     def export(
         self, example: object = None, *, strict: bool = False
@@ -147,17 +149,26 @@ class QuantizationResult(Generic[ModelT]):
                 "the data is run by fit(forward=...), and export traces the model's own forward: "
                 "give its arguments, export(example)"
             )
-        batch = data.first()
+        batch, model = data.first(), self._class_kept
         args: tuple[object, ...] = ()
         kwargs: dict[str, object] = {}
         if isinstance(batch, Mapping):
             kwargs = {str(name): value for name, value in batch.items()}
         elif isinstance(batch, tuple | list):
-            args = tuple(batch[: positional_arguments(self.model)])
+            args = tuple(batch[: positional_arguments(model)])
         else:
             args = (batch,)
-        with evaluating(self.model):
-            return torch.export.export(self.model, args, kwargs, strict=strict)
+        with evaluating(model):
+            return torch.export.export(model, args, kwargs, strict=strict)
+
+    @property
+    def _class_kept(self) -> nn.Module:
+        """The model that files hold."""
+        return self.model
+
+    def _as_run(self, model: nn.Module) -> nn.Module:
+        """Return what is run of a model that files hold."""
+        return model
 
     def _example(self, example: object) -> CalibrationData | None:
         if example is None:
@@ -168,16 +179,22 @@ class QuantizationResult(Generic[ModelT]):
         return CalibrationData.bind(example, samples=1, forward=forward)
 
 
+def _itself(model: nn.Module) -> nn.Module:
+    return model
+
+
 def validate(
     model: nn.Module,
     example: CalibrationData | None,
     serializer: Serializer | None = None,
     layers: tuple[LayerQuantizer, ...] = (),
     path: Path | None = None,
+    as_run: Callable[[nn.Module], nn.Module] = _itself,
 ) -> Validation:
     """Return what saving, reloading and running a quantized model shows; see `Validation`.
 
-    With a path, the file there is taken for the saved model.
+    With a path, the file there is taken for the saved model; with `as_run`, what that returns is
+    run of either.
 
     Raises:
         InputError: nothing of the model is quantized.
@@ -209,7 +226,7 @@ def validate(
         why = "a state dict has no forward" if bare else "no example: validate(example=...)"
         return Validation("reloaded, not run", (*checks, ("run", why)))
     one = CalibrationData([example.first()], 1, example.forward)
-    ours, theirs = (_seeded_outputs(one, which) for which in (model, fresh))
+    ours, theirs = (seeded_outputs(one, as_run(which)) for which in (model, fresh))
     if not all(_same_tensor(x, y) for x, y in zip(ours, theirs, strict=True)):
         return Validation("failed", (*checks, ("run", "the reloaded model's output differs")))
     count = sum(x.numel() for x in ours)
@@ -222,7 +239,7 @@ def validate(
     return Validation("valid", (*checks, ("run", seen)))
 
 
-def _seeded_outputs(data: CalibrationData, model: nn.Module) -> list[Tensor]:
+def seeded_outputs(data: CalibrationData, model: nn.Module) -> list[Tensor]:
     """Return the outputs for the first batch, the same random numbers given to every model."""
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -278,5 +278,42 @@ _MODES = ("dynamic", "static", None)
 _WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
 
 
+def granularity_of_weights(said: Granularity | str) -> Granularity:
+    """Return a granularity, or the one that a name means for weights.
+
+    Raises:
+        ConfigurationError: there is no such name.
+    """
+    return _named(said, _OF_WEIGHTS, "granularity")
+
+
+def granularity_of_inputs(said: Granularity | str) -> Granularity:
+    """Return a granularity, or the one that a name means for activations.
+
+    Raises:
+        ConfigurationError: there is no such name.
+    """
+    return _named(said, _OF_INPUTS, "the granularity of activations")
+
+
+_OF_WEIGHTS: Mapping[str, Granularity] = {
+    "tensor": PerTensor(),
+    "channel": PerChannel(),
+    "group": PerGroup(),
+}
+_OF_INPUTS: Mapping[str, Granularity] = {"token": PerToken(), "tensor": PerTensor()}
+
+
+def _named(said: Granularity | str, names: Mapping[str, Granularity], what: str) -> Granularity:
+    if isinstance(said, Granularity):
+        return said
+    found = names.get(str(said))
+    if found is None:
+        raise ConfigurationError(
+            f"{what} is {', '.join(map(repr, names))} or a Granularity, not {said!r}"
+        )
+    return found
+
+
 def _first(one: T | None, other: T | None) -> T | None:
     return one if one is not None else other

@@ -283,7 +283,7 @@ def test_an_unknown_mode_is_refused_with_those_there_are(mode: object) -> None:
 
 
 def test_granularities_that_inputs_cannot_have_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="of activations is 'token' or 'tensor', not 'ro"):
+    with pytest.raises(ConfigurationError, match="of activations is 'token', 'tensor' or a"):
         Quantizer().activations("dynamic", granularity="row")
     with pytest.raises(ConfigurationError, match=r"of static activations is PerTensor\(\), not P"):
         Quantizer().activations("static", granularity="token")

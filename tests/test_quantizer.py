@@ -65,7 +65,7 @@ def test_a_call_returns_a_new_quantizer_and_leaves_the_old_one_alone(name: str) 
 
 
 def test_every_method_that_sets_something_is_tried_here() -> None:
-    others = {"plan", "apply", "apply_", "to_config", "from_config"}
+    others = {"plan", "apply", "apply_", "graph", "to_config", "from_config"}
     public = {name for name in dir(Quantizer) if not name.startswith("_")}
     assert public - others == set(CALLS)
 

@@ -156,6 +156,19 @@ def add(
     return total.add_(constant).round_().clamp_(0, top).to(torch.uint8)
 
 
+SIGN = 128
+"""What turns an unsigned byte into a signed one."""
+
+
+def signed_codes(values: Tensor, top: int) -> Tensor:
+    """Return the uint8 codes of float32 `values` in units of a code, less `SIGN`; overwrites them.
+
+    By way of signed bytes, which torch turns floats into faster than into unsigned ones.
+    """
+    codes = values.round_().clamp_(-SIGN, top - SIGN).to(torch.int8)
+    return codes.bitwise_xor_(-SIGN).view(torch.uint8)
+
+
 def numbers(value: object) -> tuple[float, int, int]:
     """Return what `Grid.numbers` gave, read back from an argument of a graph."""
     return cast("tuple[float, int, int]", value)  # the graph was built from it

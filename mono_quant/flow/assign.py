@@ -51,17 +51,10 @@ def assign(
     Raises:
         InputError: a step changes a tensor in place that is read again later.
     """
-    for node in list(traced.graph.nodes):
-        if (step := _step(node, modules)).kind == "idle":
-            node.replace_all_uses_with(step.inputs[0])
-            traced.graph.erase_node(node)
-    steps = {node: _step(node, modules) for node in traced.graph.nodes}
-    place = {node: index for index, node in enumerate(steps)}
+    steps = checked_steps(traced, modules)
     grids: dict[fx.Node, Grid] = {}
     reasons: dict[fx.Node, str] = {}
     for node in reversed(steps):
-        if steps[node] is not _PRODUCT:
-            _check_in_place(node, modules, steps, place)
         wanted: set[Grid | None] = set()
         for user in node.users:
             if user in traced.asserted or (node in steps[user].inputs and _is_free(steps[user])):
@@ -76,6 +69,28 @@ def assign(
             continue
         reasons.setdefault(node, _MANY if wanted else _NONE)
     return Assignment(steps, grids, reasons, _sums(steps, grids))
+
+
+def checked_steps(traced: Traced, modules: Mapping[str, nn.Module]) -> dict[fx.Node, Step]:
+    """Return how each node treats codes, in the order of execution; take out what does nothing.
+
+    Args:
+        traced: the graph, which is changed.
+        modules: of the model, by name.
+
+    Raises:
+        InputError: a step changes a tensor in place that is read again later.
+    """
+    for node in list(traced.graph.nodes):
+        if (step := _step(node, modules)).kind == "idle":
+            node.replace_all_uses_with(step.inputs[0])
+            traced.graph.erase_node(node)
+    steps = {node: _step(node, modules) for node in traced.graph.nodes}
+    place = {node: index for index, node in enumerate(steps)}
+    for node in steps:
+        if steps[node] is not _PRODUCT:
+            _check_in_place(node, modules, steps, place)
+    return steps
 
 
 def _step(node: fx.Node, modules: Mapping[str, nn.Module]) -> Step:

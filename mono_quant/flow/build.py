@@ -17,7 +17,7 @@ from mono_quant.modules import QuantizedLayer
 
 
 @attrs.frozen(eq=False)
-class Builder:
+class Writer:
     """Writes one graph.
 
     Attributes:

@@ -1,16 +1,15 @@
 """The one function that turns a statically quantized model into a graph of codes."""
 
-import copy
-
 import attrs
 import torch
 from torch import fx, nn
 
 from mono_quant.base import QuantizedModule
+from mono_quant.checkpoint import copy_structure
 from mono_quant.errors import InputError
 from mono_quant.flow.arithmetic import Grid
 from mono_quant.flow.assign import assign
-from mono_quant.flow.build import Builder
+from mono_quant.flow.build import Writer
 from mono_quant.flow.tracer import trace_products
 from mono_quant.modules import (
     QuantizedConv1d,
@@ -48,9 +47,10 @@ def integer_flow(model: nn.Module, *, reference: bool = False) -> Flow:
     Everything else is computed in float. NaN has no code and is not carried on.
 
     Products run on oneDNN's integer operators, where torch has them: 2d convolutions and Linear
-    layers with symmetric weights of one scale a row, on a CPU; other layers are computed in float
-    between their codes, which `Flow.lines` says. What the model's code does with sizes stays
-    symbolic, so batches and images of all sizes may be given.
+    layers with weights of one scale a row, on a CPU; other layers are computed in float between
+    their codes, which `Flow.lines` says. Whether an operator can be trusted on this machine is
+    tried in a process of its own, once, which takes seconds. What the model's code does with sizes
+    stays symbolic, so batches and images of all sizes may be given.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference", arXiv 1712.05877; unlike there, outputs are rescaled by
@@ -58,7 +58,10 @@ def integer_flow(model: nn.Module, *, reference: bool = False) -> Flow:
 
     Args:
         model: with Linear layers and convolutions whose inputs are static, asymmetric and of one
-            scale; float32. It is copied.
+            scale; float32. The graph shares the storage of its parameters and quantized weights,
+            never objects: moving either to another dtype or device leaves the other alone, and
+            what writes into a weight in place (loading a state dict does) shows in both. Other
+            buffers are copies. A weight is packed for its operator at the first call, once more.
         reference: compute products in float as the model that keeps its class does, bit for bit:
             an oracle, and no faster.
 
@@ -70,7 +73,7 @@ def integer_flow(model: nn.Module, *, reference: bool = False) -> Flow:
         InputError: no layer has static inputs; the model is not float32; its code cannot be traced,
             with the module and line where; or it changes a tensor in place that it reads again.
     """
-    model = copy.deepcopy(model).eval()
+    model = copy_structure(model).eval()
     refused: list[str] = []
     layers: dict[str, QuantizedLayer] = {}
     inputs: dict[str, Grid] = {}
@@ -89,9 +92,9 @@ def integer_flow(model: nn.Module, *, reference: bool = False) -> Flow:
     _check_dtype(layers)
     traced = trace_products(model, layers)
     modules = dict(model.named_modules(remove_duplicate=False))
-    builder = Builder(traced, assign(traced, modules, inputs), modules, inputs, reference)
-    graph = builder.build(type(model).__name__)
-    return Flow(graph, (*builder.lines, *refused))
+    writer = Writer(traced, assign(traced, modules, inputs), modules, inputs, reference)
+    graph = writer.build(type(model).__name__)
+    return Flow(graph, (*writer.lines, *refused))
 
 
 def _grid_of(module: QuantizedModule) -> Grid | str:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from mono_quant.base import Operation, PackedTensor
 from mono_quant.flow import ops
-from mono_quant.flow.arithmetic import Grid, dequantize, numbers, quantize
+from mono_quant.flow.arithmetic import SIGN, Grid, dequantize, numbers, quantize, signed_codes
+from mono_quant.flow.packed import PackedWeight
 from mono_quant.modules import QuantizedLayer, QuantizedWeight
 from mono_quant.operations import Convolution, MatrixProduct
 from mono_quant.schemes import Affine
@@ -76,9 +77,10 @@ class IntegerLayer(nn.Module):
         output = self.output.numbers if self.output is not None else None
         if isinstance(self.operation, Convolution):
             return self._conv(self.operation, codes, output, added, added_grid)
-        packed, scale = self._packed()
-        done = ops.linear(codes, self.inputs.numbers, packed, scale, self._bias(), output)
-        return self._within(done)
+        pack = self._packed()
+        if pack.zeros is not None:
+            return self._corrected(pack, codes, added, added_grid)
+        return self._within(pack.product(codes, self._bias(), output))
 
     def _conv(
         self,
@@ -91,18 +93,38 @@ class IntegerLayer(nn.Module):
         single = codes.dim() == 3
         batch = codes.unsqueeze(0) if single else codes
         batch = batch.contiguous(memory_format=torch.channels_last)
-        packed, scale = self._packed()
-        padding = cast("ops.IntTuple", operation.padding)  # words are refused for the operator
-        place = (operation.stride, padding, operation.dilation, operation.groups)
-        head = (batch, self.inputs.numbers, packed, scale, self._bias(), *place)
-        if added is None:
-            done = self._within(ops.conv(*head, output))
+        pack = self._packed()
+        if pack.zeros is not None:
+            beside = added.unsqueeze(0) if single and added is not None else added
+            done = self._corrected(pack, batch, beside, added_grid)
             return done.squeeze(0) if single else done
-        if single or output is None or not _same(added, batch, place, scale.numel(), self.weight):
-            floats = ops.conv(*head, None)
+        if added is None:
+            done = self._within(pack.product(batch, self._bias(), output))
+            return done.squeeze(0) if single else done
+        if single or output is None or not _same(added, batch, operation, self.weight):
+            floats = pack.product(batch, self._bias(), None)
             return self._finish(floats.squeeze(0) if single else floats, added, added_grid)
         sums = added.clone(memory_format=torch.channels_last)  # overwritten, and read by others
-        return self._within(ops.conv(*head, output, (sums, numbers(added_grid))))
+        done = pack.sum_with(batch, self._bias(), output, sums, numbers(added_grid))
+        return self._within(done)
+
+    def _corrected(
+        self, pack: PackedWeight, x: Tensor, added: Tensor | None, added_grid: object
+    ) -> Tensor:
+        """Return what a weight with zero points gives, codes added where there are some."""
+        bias, output = self._bias(), self.output
+        if output is None:
+            none = torch.zeros_like(pack.scale)
+            y = pack.corrected(x, none if bias is None else bias, 1.0)
+            return self._finish(y, added, added_grid)
+        unit, offset = output.scale, float(output.zero_point)
+        step, zero_point, _ = (0.0, 0, 0) if added is None else numbers(added_grid)
+        offset -= zero_point * step / unit
+        shifts = torch.full_like(pack.scale, offset) if bias is None else bias / unit + offset
+        y = pack.corrected(x, shifts - SIGN, unit)
+        if added is not None:
+            y = torch.add(y, added, alpha=step / unit)
+        return signed_codes(y, output.top)
 
     def _finish(self, y: Tensor, added: Tensor | None, added_grid: object) -> Tensor:
         """Return floats with codes added, on the grid of the output."""
@@ -123,22 +145,24 @@ class IntegerLayer(nn.Module):
     def _bias(self) -> Tensor | None:
         return self.bias.to(torch.float32) if self.bias is not None else None
 
-    def _packed(self) -> tuple[Tensor, Tensor]:
+    def _packed(self) -> PackedWeight:
         if _PACK not in self.__dict__:
             self.__dict__[_PACK] = self._pack_weight()
-        return cast("tuple[Tensor, Tensor]", self.__dict__[_PACK])  # set in the line above
+        return cast("PackedWeight", self.__dict__[_PACK])  # set in the line above
 
-    def _pack_weight(self) -> tuple[Tensor, Tensor]:
-        weight, operation = self.weight, self.operation
+    def _pack_weight(self) -> PackedWeight:
+        weight = self.weight
         q = weight.unpack()
+        rows = q.codes.shape[:2]
         scale = cast("Tensor", q.qparams.scale)  # an affine grid has one
-        scales = scale.to(torch.float32).expand(*q.codes.shape[:2], 1).flatten()  # [out]
-        codes = weight.layout.to_native(q.codes)
-        if not isinstance(operation, Convolution):
-            return ops.pack_linear(codes), scales
-        padding = cast("ops.IntTuple", operation.padding)  # words are refused for the operator
-        place = (operation.stride, padding, operation.dilation, operation.groups)
-        return ops.pack_conv(codes, scales, self.inputs.numbers, *place), scales
+        zero_point = q.qparams.zero_point
+        return PackedWeight.of(
+            weight.layout.to_native(q.codes),
+            scale.to(torch.float32).expand(*rows, 1).flatten(),  # [out]
+            zero_point.expand(*rows, 1).flatten() if zero_point is not None else None,
+            self.inputs.numbers,
+            _place(self.operation) if isinstance(self.operation, Convolution) else None,
+        )
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the packed weight out: it cannot be copied, and is made again."""
@@ -153,34 +177,37 @@ class IntegerLayer(nn.Module):
 def refuse_operator(weight: PackedTensor, operation: Operation) -> str | None:
     """Return why no integer operator computes `operation` on `weight`, or None."""
     scheme = weight.scheme
-    if not isinstance(scheme, Affine) or not scheme.symmetric:
-        return "its weight has zero points, which the integer operators ignore"
+    if not isinstance(scheme, Affine):
+        return f"its weight is {scheme.describe()}"
+    zero_point = weight.tensors.get("zero_point")
+    if zero_point is not None and zero_point.is_floating_point():
+        return "the zero points of its weight are no codes"
     if weight.tensors["scale"].shape[-1] != 1:
         return "its weight has several scales a row"
     if weight.tensors["codes"].device.type != "cpu":
         return "the integer operators are for processors"
     if isinstance(operation, MatrixProduct):
-        return None if ops.has_linear() else "torch has no integer operator for it here"
+        return ops.refuse_linear()
     if not isinstance(operation, Convolution) or len(operation.stride) != 2:
         return "the integer operator is for convolutions of two dimensions"
     if isinstance(operation.padding, str):
         return "its padding is given by a word"
-    return None if ops.has_conv() else "torch has no integer operator for it here"
+    return ops.refuse_conv()
 
 
-def _same(
-    added: Tensor,
-    x: Tensor,
-    place: tuple[ops.IntTuple, ops.IntTuple, ops.IntTuple, int],
-    channels: int,
-    weight: PackedTensor,
-) -> bool:
+def _place(operation: Convolution) -> ops.Place:
+    padding = cast("ops.IntTuple", operation.padding)  # words are refused for the operator
+    return operation.stride, padding, operation.dilation, operation.groups
+
+
+def _same(added: Tensor, x: Tensor, operation: Convolution, weight: PackedTensor) -> bool:
     """Return whether a tensor has the shape of the result, so that it need not be broadcast."""
-    stride, padding, dilation, _ = place
+    stride, padding, dilation, _ = _place(operation)
+    channels, _, *window = weight.layout.native
     sides = [
         (x.shape[side + 2] + 2 * padding[side] - dilation[side] * (taps - 1) - 1) // stride[side]
         + 1
-        for side, taps in enumerate(weight.layout.native[2:])
+        for side, taps in enumerate(window)
     ]
     return tuple(added.shape) == (x.shape[0], channels, *sides)
 

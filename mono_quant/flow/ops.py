@@ -1,43 +1,34 @@
 """oneDNN's operators on uint8 codes, typed: every call of `torch.ops` is in this file.
 
 They take int8 weights without zero points and ignore one in silence, so none can be given here.
-Packed weights are opaque: they can be neither copied nor pickled, and are made anew where needed.
+Sums of another dtype than the result's are misread in silence, so they have to be of that. Packed
+weights are opaque: they can be neither copied nor pickled, and are made anew where needed.
 """
 
-from functools import cache
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from mono_quant.kernels.trial import refusal
+
 IntTuple = tuple[int, ...]
 Numbers = tuple[float, int, int]
 """Scale, zero point and largest code of a grid."""
+Place = tuple[IntTuple, IntTuple, IntTuple, int]
+"""Stride, padding (with real zeros) and dilation of both sides of a convolution, and its groups."""
 
 
-def pack_conv(
-    codes: Tensor,
-    scale: Tensor,
-    inputs: Numbers,
-    stride: IntTuple,
-    padding: IntTuple,
-    dilation: IntTuple,
-    groups: int,
-) -> Tensor:
+def pack_conv(codes: Tensor, scale: Tensor, inputs: Numbers, place: Place) -> Tensor:
     """Return the weight of a 2d convolution as `conv` takes it.
 
     Args:
         codes: ``int8 [out, in / groups, height, width]``.
         scale: ``float32 [out]``.
         inputs: grid of the inputs.
-        stride: of both sides, as `padding` and `dilation`.
-        padding: around the input, of real zeros.
-        dilation: between the taps.
-        groups: of channels.
+        place: of the convolution.
     """
-    packed = torch.ops.onednn.qconv_prepack(
-        codes, scale, inputs[0], inputs[1], stride, padding, dilation, groups, None
-    )
+    packed = torch.ops.onednn.qconv_prepack(codes, scale, inputs[0], inputs[1], *place, None)
     return cast("Tensor", packed)
 
 
@@ -47,10 +38,7 @@ def conv(
     packed: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    stride: IntTuple,
-    padding: IntTuple,
-    dilation: IntTuple,
-    groups: int,
+    place: Place,
     output: Numbers | None,
     added: tuple[Tensor, Numbers] | None = None,
 ) -> Tensor:
@@ -62,25 +50,22 @@ def conv(
         packed: from `pack_conv`, called with the same numbers.
         scale: ``float32 [out]``.
         bias: ``float32 [out]`` or None.
-        stride: as for `pack_conv`; so are `padding`, `dilation` and `groups`.
-        padding: see there.
-        dilation: see there.
-        groups: see there.
+        place: as for `pack_conv`.
         output: grid of the uint8 result; None for a float32 one.
-        added: codes of the result's shape and their grid, to be added before the result is put on
-            its grid; they are overwritten. Only with `output`.
+        added: what has the result's shape and dtype, and its grid, to be added before the result
+            is put on `output`; it is overwritten. Of floats, the grid's zero point is 0.
     """
     zeros = torch.zeros(scale.shape, dtype=torch.int32)
     out_scale, out_zero, dtype = _target(output)
-    place = (stride, padding, dilation, groups, out_scale, out_zero, dtype)
+    tail = (*place, out_scale, out_zero, dtype)
     head = (x, inputs[0], inputs[1], packed, scale, zeros)
     if added is not None:
         sums, grid = added
         done = torch.ops.onednn.qconv2d_pointwise.binary(
-            *head, sums, bias, *place, grid[0], grid[1], "sum", 1.0, "none", [], ""
+            *head, sums, bias, *tail, grid[0], grid[1], "sum", 1.0, "none", [], ""
         )
     else:
-        done = torch.ops.onednn.qconv_pointwise(*head, bias, *place, "none", [], "")
+        done = torch.ops.onednn.qconv_pointwise(*head, bias, *tail, "none", [], "")
     return cast("Tensor", done)
 
 
@@ -112,32 +97,61 @@ def _target(output: Numbers | None) -> tuple[float, int, torch.dtype]:
     return (1.0, 0, torch.float32) if output is None else (output[0], output[1], torch.uint8)
 
 
-_INPUTS, _OUTPUT = (0.5, 3, 255), (0.25, 7, 255)
+def refuse_conv() -> str | None:
+    """Return why `conv` cannot be used by this torch on this machine, or None: by trying it."""
+    return refusal("the integer convolution", _CONV_TRIAL)
 
 
-@cache
-def has_conv() -> bool:
-    """Return whether `conv` works here, with codes added too: by trying it."""
-    x = torch.full((1, 1, 2, 2), 5, dtype=torch.uint8)
-    weight, scale = torch.full((1, 1, 1, 1), 2, dtype=torch.int8), torch.ones(1)
-    place = ((1, 1), (0, 0), (1, 1), 1)
-    try:
-        packed = pack_conv(weight, scale, _INPUTS, *place)
-        plain = conv(x, _INPUTS, packed, scale, None, *place, None)
-        added = (x.clone(), _INPUTS)
-        summed = conv(x, _INPUTS, packed, scale, None, *place, _OUTPUT, added)
-    except (AttributeError, RuntimeError):  # not in this build of torch, or not for this processor
-        return False
-    return bool((plain == 2).all()) and bool((summed == 19).all())
+def refuse_linear() -> str | None:
+    """Return why `linear` cannot be used by this torch on this machine, or None: by trying it."""
+    return refusal("the integer Linear", _LINEAR_TRIAL)
 
 
-@cache
-def has_linear() -> bool:
-    """Return whether `linear` works here: by trying it."""
-    x, scale = torch.full((1, 1), 5, dtype=torch.uint8), torch.ones(1)
-    try:
-        packed = pack_linear(torch.full((1, 1), 2, dtype=torch.int8))
-        done = linear(x, _INPUTS, packed, scale, None, _OUTPUT)
-    except (AttributeError, RuntimeError):
-        return False
-    return bool((done == 15).all())
+_CONV_TRIAL = """
+import torch
+from torch.nn.functional import conv2d
+
+onednn = torch.ops.onednn
+for channels, groups, taps, side in ((1, 1, 1, 2), (64, 1, 3, 9), (64, 64, 3, 9), (256, 1, 1, 9)):
+    x = torch.randint(0, 256, (2, channels, side, side), dtype=torch.uint8)
+    x = x.contiguous(memory_format=torch.channels_last)
+    shape = (channels, channels // groups, taps, taps)
+    weight = torch.randint(-128, 128, shape, dtype=torch.int8)
+    place = ((1, 1), (taps // 2, taps // 2), (1, 1), groups)
+    scale, zeros = torch.full((channels,), 0.5), torch.zeros(channels, dtype=torch.int32)
+    head = (x, 0.25, 3, onednn.qconv_prepack(weight, scale, 0.25, 3, *place, None), scale, zeros)
+    exact = conv2d(x.double() - 3, weight.double(), None, *place) / 8
+    done = onednn.qconv_pointwise(*head, None, *place, 1.0, 0, torch.float32, "none", [], "")
+    assert torch.equal(done.double(), exact), "a product is wrong"
+    step = float(exact.abs().max()) / 100
+    added = torch.randint(0, 256, exact.shape, dtype=torch.uint8)
+    added = added.contiguous(memory_format=torch.channels_last)
+    codes = ((exact + (added.double() - 5) * step) / step + 7).round().clamp(0, 255)
+    done = onednn.qconv2d_pointwise.binary(
+        *head, added, None, *place, step, 7, torch.uint8, step, 5, "sum", 1.0, "none", [], ""
+    )
+    assert (done.double() - codes).abs().max() <= 1, "a sum is wrong"
+    added = exact.float().contiguous(memory_format=torch.channels_last)
+    done = onednn.qconv2d_pointwise.binary(
+        *head, added, None, *place, 1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, "none", [], ""
+    )
+    assert torch.equal(done.double(), 2 * exact), "a sum of floats is wrong"
+"""
+
+_LINEAR_TRIAL = """
+import torch
+
+onednn = torch.ops.onednn
+for rows, length, count in ((1, 1, 1), (1, 256, 128), (3, 64, 32), (64, 256, 256)):
+    x = torch.randint(0, 256, (rows, length), dtype=torch.uint8)
+    weight = torch.randint(-128, 128, (count, length), dtype=torch.int8)
+    scale, zeros = torch.full((count,), 0.5), torch.zeros(count, dtype=torch.int32)
+    head = (x, 0.25, 3, onednn.qlinear_prepack(weight, None), scale, zeros, None)
+    exact = (x.double() - 3) @ weight.double().t() / 8
+    done = onednn.qlinear_pointwise(*head, 1.0, 0, torch.float32, "none", [], "")
+    assert torch.equal(done.double(), exact), "a product is wrong"
+    step = float(exact.abs().max()) / 100 or 1.0
+    done = onednn.qlinear_pointwise(*head, step, 7, torch.uint8, "none", [], "")
+    codes = (exact / step + 7).round().clamp(0, 255)
+    assert (done.double() - codes).abs().max() <= 1, "a code is wrong"
+"""

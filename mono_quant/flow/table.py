@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.nn import functional
 
 from mono_quant.transforms import activation
+from mono_quant.transforms.graph import IDLE
 from mono_quant.transforms.tracing import hooked
 
 Pair = tuple[int, int]
@@ -55,10 +56,6 @@ class Step:
 _FLOAT = Step("float")
 _QUESTIONS = {"shape", "ndim", "device", "size", "dim"}
 
-_IDLE_MODULES = (
-    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
-)
 _MOVING_MODULES = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle)
 _AVERAGING_MODULES = (
     *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
@@ -118,7 +115,7 @@ def mutates(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
 def _of_module(module: nn.Module, x: object) -> Step:
     assert isinstance(x, fx.Node)  # the caller has seen to it; this is for the type checker
     kind = type(module)
-    if kind in _IDLE_MODULES:
+    if kind in IDLE:
         return Step("idle", (x,))
     if kind in _MOVING_MODULES:
         return Step("move", (x,))

@@ -4,20 +4,19 @@ import builtins
 import inspect
 import operator
 import traceback
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 import attrs
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from mono_quant.base import Operation
 from mono_quant.errors import InputError
 from mono_quant.modules import QuantizedLayer
-from mono_quant.transforms.aside import answering, as_it_was, python_modules
+from mono_quant.transforms.aside import following, named
 from mono_quant.transforms.tracing import is_leaf
 
 PRODUCT = "product"
@@ -52,21 +51,45 @@ def trace_products(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Tr
     Raises:
         InputError: the code cannot be traced; the message says in which module and line.
     """
-    tracer = _Tracer(layers)
+    return _trace(model, layers, layers)
+
+
+def trace_floats(model: nn.Module, layers: Mapping[str, nn.Module]) -> Traced:
+    """Return the graph of a float model in eval mode, as `trace_products` does.
+
+    Args:
+        model: the model.
+        layers: to be looked into, where they have a forward of their own.
+
+    Raises:
+        InputError: the code cannot be traced; the message says in which module and line.
+    """
+    return _trace(
+        model,
+        {
+            path: layer
+            for path, layer in layers.items()
+            if not type(layer).__module__.startswith("torch.nn.") and not is_parametrized(layer)
+        },
+        {},
+    )
+
+
+def _trace(
+    model: nn.Module, inside: Mapping[str, nn.Module], products: Mapping[str, nn.Module]
+) -> Traced:
+    tracer = _Tracer(inside)
     signature = inspect.signature(model.forward).parameters.values()
     defaults = {one.name: one.default for one in signature if one.default is not one.empty}
-    with as_it_was(model), answering(model, True), _symbolic(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what the model's code warns of is not about this run
-        for module in python_modules(model):
-            module.training = False
-        for path, layer in layers.items():
-            vars(layer)["run"] = partial(tracer.product, path)  # taken away by `as_it_was`
+    with following(model), named(model, _BUILT_INS):
+        for path, layer in products.items():
+            vars(layer)["run"] = partial(tracer.product, path)  # taken away by `following`
         try:
             graph = tracer.trace(model, concrete_args=defaults)
         except Exception as error:  # whatever the model's own code raises on symbolic values
             raise InputError(_refusal(tracer.failed or "", model, error)) from error
         for node in graph.nodes:
-            if node.op == "get_attr":  # a constant of the trace is taken away by `as_it_was`
+            if node.op == "get_attr":  # a constant of the trace is taken away by `following`
                 node.meta[VALUE] = operator.attrgetter(str(node.target))(model)
     given = {name for name in inspect.signature(model.forward).parameters if name not in defaults}
     asserted: set[fx.Node] = set()
@@ -78,7 +101,7 @@ def trace_products(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Tr
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, layers: Mapping[str, QuantizedLayer]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.layers = frozenset(map(id, layers.values()))
         self.failed: str | None = None
@@ -131,31 +154,6 @@ def _refusal(path: str, model: nn.Module, error: Exception) -> str:
     )
 
 
-@contextmanager
-def _symbolic(model: nn.Module) -> Iterator[None]:
-    """Let `max` and `min` take symbolic sizes in the files that define a forward.
-
-    Code that pads asks for ``max(missing, 0)``, which is a branch to Python and none to a graph.
-    """
-    names = {"max": (builtins.max, torch.sym_max), "min": (builtins.min, torch.sym_min)}
-    classes = {cls for module in model.modules() for cls in type(module).__mro__}
-    forwards = [inspect.unwrap(vars(cls)["forward"]) for cls in classes if "forward" in vars(cls)]
-    files = {id(one.__globals__): one.__globals__ for one in forwards if inspect.isfunction(one)}
-    patched = [
-        (space, name)
-        for space in files.values()
-        for name in names
-        if not f"{space.get('__name__')}.".startswith("torch.") and name not in space
-    ]
-    for space, name in patched:
-        space[name] = partial(_recorded, *names[name])
-    try:
-        yield
-    finally:
-        for space, name in patched:
-            del space[name]
-
-
 def _recorded(
     function: Callable[..., object], step: Callable[..., object], *args: object, **kwargs: object
 ) -> object:
@@ -169,3 +167,10 @@ def _recorded(
     for other in others:
         found = step(found, other)
     return found
+
+
+_BUILT_INS = {
+    "max": partial(_recorded, builtins.max, torch.sym_max),
+    "min": partial(_recorded, builtins.min, torch.sym_min),
+}
+"""What takes symbolic sizes: code that pads asks for ``max(missing, 0)``, a branch to Python."""

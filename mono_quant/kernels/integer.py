@@ -7,8 +7,7 @@ from torch import Tensor
 from mono_quant.base import Activation, KernelSpec, PackedTensor
 from mono_quant.kernels.blocks import BLOCKS
 from mono_quant.kernels.codes import flat, refuse, row_sums, shaped
-from mono_quant.kernels.ops import LONGEST_ROW, SHORTEST_ROW, int_mm
-from mono_quant.kernels.trial import int_mm_works
+from mono_quant.kernels.ops import LONGEST_ROW, SHORTEST_ROW, int_mm, int_mm_refusal
 from mono_quant.numerics.granularity import PerChannel, PerTensor, PerToken
 from mono_quant.schemes import Affine
 
@@ -40,7 +39,7 @@ class Integer:
         reason = refuse(spec, device, dtype)
         if reason is None:
             reason = _refuse_weight(spec) or _refuse_activation(spec.activation)
-        return reason if reason is not None else int_mm_works()
+        return reason if reason is not None else int_mm_refusal()
 
     def __call__(
         self, spec: KernelSpec, x: Tensor, weight: PackedTensor, bias: Tensor | None

@@ -1,11 +1,10 @@
 """The few operators of torch that are not public, typed, and whether this machine has them."""
 
-import subprocess
-import sys
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from mono_quant.kernels.trial import refusal
 
 SHORTEST_ROW = 32
 """Shorter rows gain nothing, and torch 2.13 gets products over rows of one value wrong."""
@@ -13,7 +12,6 @@ SHORTEST_ROW = 32
 LONGEST_ROW = 1 << 15
 """Up to here no sum of products of two bytes leaves 32 bits, corrections included."""
 
-_TIMEOUT_S = 120.0
 _TRIAL = """
 import torch
 for rows in (1, 3, 17, 64):
@@ -37,20 +35,8 @@ def int_mm(left: Tensor, right: Tensor) -> Tensor:
 
 
 def int_mm_refusal() -> str | None:
-    """Return why `int_mm` cannot be used by this torch on this machine, or None.
-
-    It is tried in a process of its own, which takes seconds: some virtual machines announce
-    instructions (AMX) and kill the process that uses them.
-    """
-    if not hasattr(torch, "_int_mm"):
-        return "this torch has no integer product"
-    try:
-        subprocess.run(
-            [sys.executable, "-c", _TRIAL], check=True, capture_output=True, timeout=_TIMEOUT_S
-        )
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        return f"the integer product failed on trial: {type(error).__name__}"
-    return None
+    """Return why `int_mm` cannot be used by this torch on this machine, or None."""
+    return refusal("the integer product", _TRIAL)
 
 
 def followed(*tensors: Tensor | None) -> bool:

@@ -1,7 +1,8 @@
 """Plans: decided, shown, then run."""
 
+from mono_quant.plan.graph import GraphPlan, GraphResult, resolve_graph
 from mono_quant.plan.plan import Plan
 from mono_quant.plan.request import Request, WeightPlan
 from mono_quant.plan.resolve import resolve
 
-__all__ = ["Plan", "Request", "WeightPlan", "resolve"]
+__all__ = ["GraphPlan", "GraphResult", "Plan", "Request", "WeightPlan", "resolve", "resolve_graph"]

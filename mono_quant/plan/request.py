@@ -11,6 +11,9 @@ from mono_quant.settings import Recipe, Settings
 LOW_BITS = 8
 """Widths below this are low: small layers and embeddings stay float by default."""
 
+ACTIONS = ("warn", "keep", "error")
+"""What may happen where quantizing destroys a layer."""
+
 
 @attrs.frozen(eq=False)
 class Request:

@@ -1,7 +1,9 @@
 """What ought to be looked at before a quantized model is used."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+import attrs
 
 from mono_quant.plan.damage import Damage
 from mono_quant.report import (
@@ -30,9 +32,7 @@ _GROUPS = (32, 16, 8)
 
 def warnings_of(report: Report, damages: Sequence[Damage] = ()) -> tuple[str, ...]:
     """Return warnings on a finished report, the worst first."""
-    found: list[str] = []
-    if report.output_sqnr_db is not None:
-        found += _graded("the output", report.output_sqnr_db)
+    found = _of_output(report)
     found += _first(
         [str(one) for one in sorted(damages, key=_returned)],
         'layers are damaged; on_damage("keep") mends all of them',
@@ -48,6 +48,23 @@ def warnings_of(report: Report, damages: Sequence[Damage] = ()) -> tuple[str, ..
         found.append(
             "every layer is quantized; the first and the last are usually the most sensitive"
         )
+    return _worst_first(found)
+
+
+def with_output(report: Report, decibels: float) -> Report:
+    """Return a finished report with another SQNR of the output, and the warnings that go by it."""
+    before = _of_output(report)
+    report = attrs.evolve(report, output_sqnr_db=decibels)
+    kept = [warning for warning in report.warnings if warning not in before]
+    return attrs.evolve(report, warnings=_worst_first([*_of_output(report), *kept]))
+
+
+def _of_output(report: Report) -> list[str]:
+    decibels = report.output_sqnr_db
+    return _graded("the output", decibels) if decibels is not None else []
+
+
+def _worst_first(found: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(found, key=lambda text: not text.startswith("critical")))
 
 
@@ -95,7 +112,7 @@ def _notes(report: Report) -> list[str]:
 def _outliers(report: Report) -> list[str]:
     """Return the weights with columns or rows that dwarf others with which they share a scale."""
     columns, rows = [], []
-    for row in _worst_first(report):
+    for row in _rows_by_harm(report):
         by_tensor = "per-tensor" in (row.scheme or "")
         if _sound(row) or not (by_tensor or "per-channel" in (row.scheme or "")):
             continue
@@ -121,7 +138,7 @@ def _inputs(report: Report) -> list[str]:
     """Return the inputs whose range is a point, cuts off much or is stretched by few values."""
     dead, cut, stretched = [], [], []
     bad = _low(report.output_sqnr_db)
-    for row in _worst_first(report):
+    for row in _rows_by_harm(report):
         damaged = bad or _low(row.output_sqnr_db)
         for one in row.inputs:
             if one.low == one.high and one.cut is not None:
@@ -191,7 +208,7 @@ def _percent(share: float | None) -> str:
     return f"{100 * (share or 0):.2g}%"
 
 
-def _worst_first(report: Report) -> list[LayerReport]:
+def _rows_by_harm(report: Report) -> list[LayerReport]:
     """Return the quantized rows, those first whose layers return least of what they should."""
 
     def returned(row: LayerReport) -> float:

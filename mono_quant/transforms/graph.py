@@ -24,6 +24,17 @@ LAYERS = (
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 """Batch normalizations, which in eval mode are affine in their input, channel by channel."""
 
+IDLE = (
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+"""What returns its input in eval mode."""
+
 
 @attrs.frozen
 class Chain:

@@ -2,7 +2,6 @@
 
 import inspect
 import operator
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -14,27 +13,16 @@ from torch.nn import functional
 from mono_quant.base import QuantizedModule
 from mono_quant.transforms import activation
 from mono_quant.transforms.activation import Nonlinearity
-from mono_quant.transforms.aside import answering, as_it_was, proxies, python_modules
-from mono_quant.transforms.graph import LAYERS, NORMS, Chain, Graph, Source, View
+from mono_quant.transforms.aside import following, proxies, python_modules
+from mono_quant.transforms.graph import IDLE, LAYERS, NORMS, Chain, Graph, Source, View
 
 _VARIANTS = 8
 """Ways of calling a model that are tried beside the one by default."""
 
-_IDLE = (
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)
-"""What returns its input in eval mode."""
-
 _QUESTIONS = {"shape", "dtype", "device", "ndim", "size", "dim"}
 """Attributes and methods of a tensor that do not read its values."""
 
-_SAME_SHAPE_LAYERS = (nn.Linear, *NORMS, *_IDLE)
+_SAME_SHAPE_LAYERS = (nn.Linear, *NORMS, *IDLE)
 
 
 def trace(model: nn.Module) -> Graph:
@@ -101,10 +89,7 @@ def _variants(model: nn.Module) -> Iterator[dict[str, object]]:
 
 def _view(model: nn.Module, arguments: dict[str, object], *, tensors: bool = True) -> View:
     tracer = _Tracer()
-    with as_it_was(model), answering(model, tensors), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what the model's code warns of is not about this run
-        for module in python_modules(model):
-            module.training = False
+    with following(model, tensors=tensors):
         graph = tracer.trace(model, concrete_args=arguments)
         kept = {one.node for module in python_modules(model) for one in proxies(vars(module))}
     return _Reader(graph, dict(model.named_modules()), frozenset(kept)).view()
@@ -174,7 +159,7 @@ class _Reader:
     def _idle(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             module = self.modules[str(node.target)]
-            return type(module) in _IDLE and not hooked(module)
+            return type(module) in IDLE and not hooked(module)
         if node.target is functional.dropout:
             return node.kwargs.get("training") is False or node.args[2:3] == (False,)
         return False

@@ -25,7 +25,10 @@ def main() -> None:
         "fp32 channels_last, ms",
         "class-kept static",
         "integer flow",
+        "asymmetric weights: products in float",
+        "asymmetric weights: integer flow",
         "SQNR of outputs: class-kept → flow",
+        "of asymmetric weights",
     )
     print(f"Speed-ups over fp32: ratios of medians of {REPEATS} runs, by turns.\n")
     print_table(columns, _rows())
@@ -41,7 +44,7 @@ def _rows() -> Iterator[tuple[str, ...]]:
         published = efficientnet_lite0.load()
         crops, photos = efficientnet_lite0.unlabelled_crops(), efficientnet_lite0.labelled_images()
     except AssetUnavailable as reason:
-        yield ("EfficientNet-Lite0", "", f"skipped: {reason}", *[""] * 3)
+        yield ("EfficientNet-Lite0", "", f"skipped: {reason}", *[""] * 6)
         return
     yield from _measured("EfficientNet-Lite0", published, crops[::6], photos[0])
 
@@ -51,25 +54,24 @@ def _measured(
     name: str, model: nn.Module, data: Tensor, images: Tensor
 ) -> Iterator[tuple[str, ...]]:
     quantizer = Quantizer().activations("static").fit(list(torch.split(data, 8)))
-    kept = quantizer.apply(model, progress=False).model
-    graph = integer_flow(kept).model
-    exact = [model(images)]
-    near = [f"{sqnr(exact, [other(images)]):.1f}" for other in (kept, graph)]
+    exact, near, models = [model(images)], [], []
+    for chosen in (quantizer, quantizer.asymmetric()):
+        kept = chosen.apply(model, progress=False).model
+        graph = integer_flow(kept).model
+        found = (f"{sqnr(exact, [other(images)]):.1f}" for other in (kept, graph))
+        near.append(f"{' → '.join(found)} dB")
+        models.append((kept, graph))
+    (doors, flow), (kept, asymmetric) = models
+    floats = integer_flow(kept, reference=True).model
     for weight in model.parameters():
         if weight.dim() == 4:
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     for batch in BATCHES:
         x = images[:batch]
         laid = x.contiguous(memory_format=torch.channels_last)
-        actions = [partial(model, laid), partial(kept, laid), partial(graph, laid)]
+        actions = [partial(one, laid) for one in (model, doors, flow, floats, asymmetric)]
         for action in actions:
             action()
-        base, doors, flow = median_seconds(actions, REPEATS)
-        yield (
-            name,
-            str(batch),
-            f"{base * 1e3:.1f}",
-            f"{base / doors:.2f}",
-            f"{base / flow:.2f}",
-            " → ".join(near) + " dB",
-        )
+        base, *others = median_seconds(actions, REPEATS)
+        ratios = [f"{base / other:.2f}" for other in others]
+        yield (name, str(batch), f"{base * 1e3:.1f}", *ratios, *near)

@@ -57,6 +57,7 @@ def child(call: str, bits: str, path: str) -> None:
         model = network()
         outline = quantizer.plan(model).outline
         found = {"model": outline.report.float_bytes, "result": outline.report.bytes}
+        assert outline.peak_bytes_in_place is not None, "it is no graph"
         found["apply"], found["apply_"] = outline.peak_bytes, outline.peak_bytes_in_place
         if call == "save":
             kept = quantizer.apply_(model)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mono_quant import ConfigurationError, QuantizedLayer, Quantizer, kernels
 from mono_quant.base import Kernel, KernelSpec, PackedTensor
-from mono_quant.kernels import ops, store
+from mono_quant.kernels import ops, store, trial
 from mono_quant.kernels.store import STORE
 from tests.helpers import noise, same_bits
 from tests.kernels.cases import CPU, DECODED, FLOATS, INTEGERS, layer, spec_of
@@ -75,7 +75,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[tupl
 
     monkeypatch.setattr("mono_quant.kernels.timing._seconds", seconds)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("mono_quant.kernels.integer.int_mm_works", lambda: None)
+    monkeypatch.setattr("mono_quant.kernels.integer.int_mm_refusal", lambda: None)
     STORE.forget()
     yield asked
     STORE.forget()
@@ -233,10 +233,55 @@ def test_a_copy_that_ran_computes_the_same_bits(made: QuantizedLayer) -> None:
             assert same_bits(other(x), expected)
 
 
-def test_a_trial_that_dies_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def untried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Let nothing be known of this machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    STORE.forget()
+    trial.refusal.cache_clear()
+    yield
+    STORE.forget()
+    trial.refusal.cache_clear()
+
+
+DEATHS = [
+    ("import os; os.abort()", "the process died of SIGABRT"),
+    ("raise RuntimeError('no such operator')", "RuntimeError: no such operator"),
+    ("import sys; sys.exit(3)", "the process ended with 3"),
+]
+
+
+@pytest.mark.usefixtures("untried")
+@pytest.mark.parametrize(("program", "why"), DEATHS)
+def test_a_trial_that_fails_is_a_refusal_that_says_why(program: str, why: str) -> None:
+    assert trial.refusal("it", program) == f"it failed on trial: {why}"
+
+
+@pytest.mark.usefixtures("untried")
+def test_a_trial_is_made_once_on_a_machine(tmp_path: Path) -> None:
+    mark = tmp_path / "tried"
+    program = f"open({str(mark)!r}, 'a').write('x')"
+    assert trial.refusal("it", program) is None
+    trial.refusal.cache_clear()  # as a new process does
+    STORE.forget()
+    assert trial.refusal("it", program) is None
+    assert mark.read_text() == "x"
+
+
+@pytest.mark.usefixtures("untried")
+def test_a_trial_that_could_not_be_held_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", "/nowhere/python")
+        assert trial.refusal("it", "") == "it could not be tried: FileNotFoundError"
+        trial.refusal.cache_clear()
+        patch.undo()
+        patch.setattr(trial, "_TIMEOUT_S", 0.01)
+        assert trial.refusal("it", "") == "it could not be tried: TimeoutExpired"
+    trial.refusal.cache_clear()
+    assert trial.refusal("it", "") is None
+
+
+@pytest.mark.usefixtures("untried")
+def test_the_trial_of_the_integer_product_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_TRIAL", "import os; os.abort()")
-    assert "CalledProcessError" in str(ops.int_mm_refusal())
-    monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    assert "FileNotFoundError" in str(ops.int_mm_refusal())
-    monkeypatch.delattr(torch, "_int_mm")
-    assert ops.int_mm_refusal() == "this torch has no integer product"
+    assert str(ops.int_mm_refusal()).startswith("the integer product failed on trial: ")

@@ -160,7 +160,7 @@ def test_it_says_why_it_cannot() -> None:
 
 def test_it_is_refused_where_the_product_fails_on_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     made = layer(INTEGERS["dynamic"], 65, 1040)
-    monkeypatch.setattr("mono_quant.kernels.integer.int_mm_works", lambda: "it died")
+    monkeypatch.setattr("mono_quant.kernels.integer.int_mm_refusal", lambda: "it died")
     assert reasons(made) == "it died"
 
 

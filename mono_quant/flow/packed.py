@@ -1,0 +1,118 @@
+"""Weights as the integer operators want them, and what makes up for zero points.
+
+The operators know no zero points of weights. With ``w = scale * (q - z)``, a product with `w` is
+``scale * (product with q - z * sum of the inputs)``: the sum over a window is a convolution with
+ones, one for each group of channels.
+"""
+
+from typing import Self
+
+import attrs
+import torch
+from torch import Tensor
+
+from mono_quant.flow import ops
+from mono_quant.flow.arithmetic import SIGN
+from mono_quant.flow.ops import Numbers, Place
+
+
+@attrs.frozen(eq=False)
+class PackedWeight:
+    """One weight for one operator; opaque, so it can be neither copied nor pickled.
+
+    Attributes:
+        weight: of signed codes.
+        scale: ``float32 [out]``.
+        inputs: grid of the inputs.
+        place: of a convolution; None for a matrix.
+        zeros: what the sum of its inputs is multiplied by, ``float32 [out]``; None for a weight
+            without zero points.
+        ones: of a convolution with zero points, the sum over a window.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    inputs: Numbers
+    place: Place | None
+    zeros: Tensor | None = None
+    ones: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        inputs: Numbers,
+        place: Place | None,
+    ) -> Self:
+        """Return a weight, packed.
+
+        Args:
+            codes: in the weight's native shape; int8, or uint8 where there are zero points.
+            scale: ``float32 [out]``.
+            zero_point: codes ``[out]``, or None.
+            inputs: grid of the inputs.
+            place: of a convolution; None for a matrix.
+        """
+        zeros = None
+        if zero_point is not None:
+            codes = (codes.to(torch.int16) - SIGN).to(torch.int8)
+            zeros = (SIGN - zero_point.to(torch.float32)) * scale
+        if place is None:
+            return cls(ops.pack_linear(codes), scale, inputs, place, zeros)
+        packed = ops.pack_conv(codes, scale, inputs, place)
+        if zeros is None:
+            return cls(packed, scale, inputs, place)
+        groups = place[3]
+        window = codes.new_ones(groups, *codes.shape[1:])
+        units = zeros if groups == len(scale) else torch.ones(groups)
+        ones = ops.pack_conv(window, units, inputs, place)
+        return cls(packed, scale, inputs, place, zeros, ones)
+
+    def product(self, x: Tensor, bias: Tensor | None, output: Numbers | None) -> Tensor:
+        """Return the product with codes `x` on the grid `output`, or floats; without zero points.
+
+        Args:
+            x: uint8, ``[..., in]`` for a matrix, otherwise ``[N, C, H, W]`` in channels_last.
+            bias: ``float32 [out]`` or None.
+            output: of 8 bits, or None.
+        """
+        if self.place is None:
+            return ops.linear(x, self.inputs, self.weight, self.scale, bias, output)
+        head = (x, self.inputs, self.weight, self.scale, bias)
+        return ops.conv(*head, self.place, output)
+
+    def sum_with(
+        self, x: Tensor, bias: Tensor | None, output: Numbers, sums: Tensor, grid: Numbers
+    ) -> Tensor:
+        """Return a convolution's `product` with the codes `sums` added, which are overwritten."""
+        assert self.place is not None  # a matrix has no such operator
+        head = (x, self.inputs, self.weight, self.scale, bias)
+        return ops.conv(*head, self.place, output, (sums, grid))
+
+    def corrected(self, x: Tensor, bias: Tensor, unit: float) -> Tensor:
+        """Return the product with a weight that has zero points, in float32.
+
+        Args:
+            x: as for `product`.
+            bias: ``float32 [out]``, in units of the result.
+            unit: of the result.
+        """
+        assert self.zeros is not None  # that is what makes this method needed
+        scale, zeros = self.scale / unit, self.zeros / unit
+        if self.place is None or self.ones is None:
+            step, zero_point, _ = self.inputs
+            sums = x.sum(-1, keepdim=True, dtype=torch.int32).sub_(x.shape[-1] * zero_point)
+            y = ops.linear(x, self.inputs, self.weight, scale, bias, None)
+            return y.addcmul_(sums * step, zeros)
+        head, groups = (x, self.inputs), self.place[3]
+        if groups == len(scale):  # each channel has a sum of its own
+            sums = ops.conv(*head, self.ones, zeros, None, self.place, None)
+            added = (sums, (1.0, 0, 0))
+            return ops.conv(*head, self.weight, scale, bias, self.place, None, added)
+        sums = ops.conv(*head, self.ones, torch.ones(groups), None, self.place, None)
+        y = ops.conv(*head, self.weight, scale, bias, self.place, None)
+        by_group = y.view(len(y), groups, -1, *y.shape[2:])  # [N, groups, out / groups, H, W]
+        by_group.addcmul_(sums.unsqueeze(2), zeros.view(groups, -1, 1, 1))
+        return y
