@@ -7,7 +7,7 @@ from typing import Generic
 import attrs
 from torch import nn
 
-from mono_quant.base import Change, CorrectionContext, QuantizedModule, Transform
+from mono_quant.base import Change, Container, CorrectionContext, QuantizedModule, Transform
 from mono_quant.calibration import CalibrationData, Outputs, compare, count_samples
 from mono_quant.checkpoint import ModelT, adapt_containers, calling, copy_structure
 from mono_quant.errors import DamageError, InputError
@@ -30,6 +30,23 @@ from mono_quant.plan.warnings import warnings_of
 from mono_quant.report import LayerReport, Report
 from mono_quant.result import Outline, QuantizationResult
 from mono_quant.transforms import FoldBatchNorm
+
+
+@attrs.frozen(eq=False)
+class _Evidence:
+    """What carrying a plan out showed.
+
+    Attributes:
+        rows: of quantized weights, by name.
+        changes: by transforms and corrections.
+        damages: layers that were destroyed: measured, or estimated without data.
+        output: error of the model's outputs; of none without data.
+    """
+
+    rows: Mapping[str, LayerReport]
+    changes: tuple[Change, ...]
+    damages: tuple[Damage, ...]
+    output: SquaredError = attrs.field(factory=SquaredError)
 
 
 @attrs.frozen(eq=False)
@@ -82,43 +99,46 @@ class Plan(Generic[ModelT]):
         changes = transform(work, self._transforms(), data)
         compared = data is not None or bool(request.corrections)
         floats = copy_structure(work) if compared and not in_place else None
-        containers = (*request.containers, *BUILT_IN_CONTAINERS)
-        gathered = gather_for(work, todo, containers, data, label)
+        gathered = gather_for(work, todo, self._containers, data, label)
         work, rows = quantize_weights(work, todo, gathered, label)
-        adapt_containers(work, containers)
-        damages, error = estimated(rows.values()), SquaredError()
-        if data is None and floats is not None:
-            context = CorrectionContext(floats, self._model)
-            changes += correct(work, request.corrections, context)
-        if data is not None:
-            if floats is None:
-                error = compare(kept, data.outputs(work, label and "measuring"))
-            else:
-                paths = dict.fromkeys(weight.path for weight in todo)
-                with calling(floats, containers, paths):
-                    context = CorrectionContext(floats, self._model, data.inner_outputs)
-                    changes += correct(work, request.corrections, context)
-                    layers = LayerErrors(floats, work, InputUses(work))
-                    reference = layers.outputs(todo, data, label and "measuring layers")
-                    if any(change.done for change in changes):  # then it is not the model given
-                        deque(reference, maxlen=0)
-                        reference = data.outputs(self._model)
-                    error = compare(reference, data.outputs(work, label and "measuring"))
-                    damages = diagnosed(floats, work, todo, layers.errors, data)
-                rows = with_outputs(rows, todo, layers)
-        if damages and request.on_damage != "warn":
-            return self._amended(damages, data).run(progress=progress)
-        report = self._report(work, rows, changes)
-        if data is not None:
-            report = attrs.evolve(
-                report,
-                output_sqnr_db=error.sqnr_db,
-                samples=sum(count_samples(batch) for batch in data.batches()),
-                notes=(*report.notes, *left_out(work, data)),
-            )
-        report = attrs.evolve(report, warnings=warnings_of(report, damages))
+        adapt_containers(work, self._containers)
+        found = _Evidence(rows, changes, tuple(estimated(rows.values())))
+        if floats is not None:
+            found = self._beside(floats, work, found, data, label)
+        elif data is not None:
+            error = compare(kept, data.outputs(work, label and "measuring"))
+            found = attrs.evolve(found, output=error)
+        if found.damages and request.on_damage != "warn":
+            return self._amended(found.damages, data).run(progress=progress)
+        report = self._report(work, found, data)
         example = CalibrationData([data.first()], 1, data.forward) if data is not None else None
         return QuantizationResult(work, report, self.outline, example, request.layers)
+
+    def _beside(
+        self,
+        floats: nn.Module,
+        work: nn.Module,
+        found: "_Evidence",
+        data: CalibrationData | None,
+        label: str | None,
+    ) -> "_Evidence":
+        """Correct the quantized model by its float twin, and return what shows beside it."""
+        todo = [weight for weight in self.weights if weight.recipe is not None]
+        outputs = data.inner_outputs if data is not None else None
+        with calling(floats, self._containers, dict.fromkeys(weight.path for weight in todo)):
+            context = CorrectionContext(floats, self._model, outputs)
+            changes = (*found.changes, *correct(work, self._request.corrections, context))
+            if data is None:
+                return attrs.evolve(found, changes=changes)
+            layers = LayerErrors(floats, work, InputUses(work))
+            reference = layers.outputs(todo, data, label and "measuring layers")
+            if any(change.done for change in changes):  # then the twin is not the model given
+                deque(reference, maxlen=0)
+                reference = data.outputs(self._model)
+            error = compare(reference, data.outputs(work, label and "measuring"))
+            damages = diagnosed(floats, work, todo, layers.errors, data)
+        rows = with_outputs(found.rows, todo, layers)
+        return _Evidence(rows, changes, tuple(damages), error)
 
     def _amended(self, damages: Sequence[Damage], data: CalibrationData | None) -> "Plan[ModelT]":
         """Return the plan that keeps what does damage; what is left after it is warned of.
@@ -142,20 +162,30 @@ class Plan(Generic[ModelT]):
             fold = any(recipe.activations.mode is not None for recipe in recipes)
         return (*((FoldBatchNorm(),) if fold else ()), *self._request.transforms)
 
-    def _report(
-        self, work: nn.Module, rows: Mapping[str, LayerReport], changes: tuple[Change, ...]
-    ) -> Report:
+    @property
+    def _containers(self) -> tuple[Container, ...]:
+        return (*self._request.containers, *BUILT_IN_CONTAINERS)
+
+    def _report(self, work: nn.Module, found: "_Evidence", data: CalibrationData | None) -> Report:
         """Return the report of a finished model: transforms may have changed what there is."""
         before = self.outline.report
         after = account(work, [weight for weight in self.weights if weight.recipe is None])
-        return attrs.evolve(
+        report = attrs.evolve(
             after,
-            layers=tuple(rows.get(row.name, row) for row in after.layers),
+            layers=tuple(found.rows.get(row.name, row) for row in after.layers),
             notes=before.notes,
             head=before.head,
-            changes=changes,
+            changes=found.changes,
             original_bytes=before.float_bytes,
         )
+        if data is not None:
+            report = attrs.evolve(
+                report,
+                output_sqnr_db=found.output.sqnr_db,
+                samples=sum(count_samples(batch) for batch in data.batches()),
+                notes=(*report.notes, *left_out(work, data)),
+            )
+        return attrs.evolve(report, warnings=warnings_of(report, found.damages))
 
     def _check_unspent(self, todo: Iterable[WeightPlan]) -> None:
         for weight in todo:
