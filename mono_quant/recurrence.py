@@ -1,6 +1,6 @@
 """Recurrent arithmetic: what one step does, and steps over a sequence, as an operation."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,9 @@ from mono_quant.base import Activation, Operation, PackedTensor
 
 States = tuple[Tensor, ...]
 """What a step hands to the next: h, and c for an LSTM."""
+
+HiddenProduct = Callable[[Tensor], Tensor]
+"""From h ``[B, out]`` to its product with the hidden weight and bias, ``[B, gates * units]``."""
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 """Kinds of cell as `torch.nn.RNNBase.mode` names them, and rows of their weights per unit."""
@@ -107,17 +110,25 @@ class Recurrence(Operation):
 
     def unroll(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return what a call does, for a float weight."""
-        return self.join(self.steps(x, weight, bias))
+        return self.join(self.steps(x, self.product(weight.to(x.dtype), bias)))
+
+    def product(self, weight: Tensor, bias: Tensor | None) -> HiddenProduct:
+        """Return the product of h, put on its grid, with a float weight."""
+        bias = bias.to(weight.dtype) if bias is not None else None
+        return lambda h: functional.linear(_on_grid(h, self.activation), weight, bias)
 
     def join(self, steps: Iterable[Step]) -> Tensor:
         """Return the result of a call for its `steps`, in the order that they were computed in."""
         made = [torch.cat(step.states, -1) for step in steps]
         return torch.cat(made[::-1] if self.reverse else made)
 
-    def steps(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[Step]:
-        """Yield the steps in the order in which they are computed."""
-        weight = weight.to(x.dtype)
-        bias = bias.to(x.dtype) if bias is not None else None
+    def steps(self, x: Tensor, hidden: HiddenProduct) -> Iterator[Step]:
+        """Yield the steps in the order in which they are computed.
+
+        Args:
+            x: product of the inputs, as in a call.
+            hidden: what each step makes of h.
+        """
         states = tuple(state[:0] for state in self.states)
         parts = torch.split(x, list(self.sizes))
         for inputs in reversed(parts) if self.reverse else parts:
@@ -126,8 +137,7 @@ class Recurrence(Operation):
                 _of_count(now, first, count) for now, first in zip(states, self.states, strict=True)
             )
             before = states[0]
-            product = functional.linear(_on_grid(before, self.activation), weight, bias)
-            states = advance(self.cell, inputs, product, states)
+            states = advance(self.cell, inputs, hidden(before), states)
             unprojected = states[0]
             if self.projection is not None:
                 matrix = self.projection.weight.to(x.dtype)

@@ -17,17 +17,19 @@ from mono_quant.kernels.blocks import BLOCKS, Blocks
 from mono_quant.kernels.integer import INTEGER, Integer
 from mono_quant.kernels.ops import followed
 from mono_quant.kernels.reference import Reference
+from mono_quant.kernels.sequences import INTEGER_STEPS, IntegerSteps
 from mono_quant.kernels.timing import fastest
+from mono_quant.recurrence import Recurrence
 
 REFERENCE: Kernel = Reference()
 
-KERNELS: tuple[Kernel, ...] = (INTEGER, BLOCKS, REFERENCE)
+KERNELS: tuple[Kernel, ...] = (INTEGER, INTEGER_STEPS, BLOCKS, REFERENCE)
 """All that may be chosen; the last one can do everything."""
 
 VARIABLE = "MONO_QUANT_KERNEL"
 """Environment variable that holds the name of a kernel, where `use` did not say one."""
 
-_MACHINE_CODE = (INTEGER, BLOCKS)  # neither differentiable nor traceable
+_MACHINE_CODE = (INTEGER, INTEGER_STEPS, BLOCKS)  # neither differentiable nor traceable
 
 
 class use:
@@ -88,12 +90,15 @@ def select(
     if torch.compiler.is_compiling():
         return REFERENCE
     kernels = [kernel for kernel in KERNELS if kernel is not REFERENCE]
+    name = use.current or _checked(os.environ.get(VARIABLE) or None)
     if followed(*others):
         kernels = [kernel for kernel in kernels if kernel not in _MACHINE_CODE]
-    elif (name := use.current or _checked(os.environ.get(VARIABLE) or None)) is not None:
+    elif name is not None:
         kernels = [kernel for kernel in kernels if kernel.name == name]
     able = [kernel for kernel in kernels if kernel.supports(spec, device, dtype) is None]
-    return fastest(able, spec, dtype, rows) if able else REFERENCE
+    if not able or (isinstance(spec.operation, Recurrence) and name is None):
+        able.append(REFERENCE)  # which decodes once for a whole sequence
+    return fastest(able, spec, dtype, rows)
 
 
 def _checked(name: str | None) -> str | None:
@@ -103,4 +108,14 @@ def _checked(name: str | None) -> str | None:
     return name
 
 
-__all__ = ["KERNELS", "REFERENCE", "VARIABLE", "Blocks", "Integer", "Reference", "select", "use"]
+__all__ = [
+    "KERNELS",
+    "REFERENCE",
+    "VARIABLE",
+    "Blocks",
+    "Integer",
+    "IntegerSteps",
+    "Reference",
+    "select",
+    "use",
+]

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from mono_quant.base import Kernel, KernelSpec, PackedTensor
 from mono_quant.kernels.store import STORE
 from mono_quant.numerics.packing import packed_length
+from mono_quant.recurrence import Recurrence
 from mono_quant.schemes import Affine
 
 LARGEST_BATCH = 512
@@ -16,6 +18,7 @@ LARGEST_BATCH = 512
 
 _ENOUGH_S = 0.05  # of timing each kernel
 _REPEATS = 7
+_STEPS = 32
 
 
 def bucket(rows: int) -> int:
@@ -39,11 +42,13 @@ def fastest(kernels: Sequence[Kernel], spec: KernelSpec, dtype: torch.dtype, row
         return kernels[0]
     batch = bucket(rows)
     names = "/".join(kernel.name for kernel in kernels)
-    key = f"{names}: {_shape(spec)}, {dtype}, {batch} rows, {torch.get_num_threads()} threads"
+    spec = _shortened(spec)
+    what = f"{_shape(spec)}{_steps(spec)}, {dtype}, {batch} rows"
+    key = f"{names}: {what}, {torch.get_num_threads()} threads"
     found = STORE.get(key)
     named = {kernel.name: kernel for kernel in kernels}
     if found not in named:
-        x = torch.ones(batch, spec.layout.stack[2], dtype=dtype)
+        x = _inputs(spec, batch).to(dtype)
         weight = _made_up(spec)
         with torch.no_grad():
             found = min(named, key=lambda name: _seconds(named[name], spec, x, weight))
@@ -56,6 +61,30 @@ def _shape(spec: KernelSpec) -> str:
     scheme = spec.scheme
     scales = f", {scheme.scale_dtype}" if isinstance(scheme, Affine) else ""
     return f"{list(spec.layout.stack)} {scheme.describe()}{scales}, {inputs} inputs"
+
+
+def _shortened(spec: KernelSpec) -> KernelSpec:
+    """Return what is timed in place of a long sequence: its first steps."""
+    if not isinstance(spec.operation, Recurrence):
+        return spec
+    return replace(spec, operation=replace(spec.operation, sizes=spec.operation.sizes[:_STEPS]))
+
+
+def _steps(spec: KernelSpec) -> str:
+    """Return what else a choice depends on where one product follows on the other."""
+    sequence = spec.operation
+    if not isinstance(sequence, Recurrence):
+        return ""
+    h = "float" if sequence.activation is None else sequence.activation.describe()
+    return f", {sequence.cell} of {bucket(len(sequence.sizes))} steps, {h} h"
+
+
+def _inputs(spec: KernelSpec, batch: int) -> Tensor:
+    """Return inputs for a kernel: made-up ones, as many as are asked for or the sequence has."""
+    _, count, length = spec.layout.stack
+    if isinstance(spec.operation, Recurrence):
+        return torch.ones(sum(spec.operation.sizes), count)
+    return torch.ones(batch, length)
 
 
 def _made_up(spec: KernelSpec) -> PackedTensor:

@@ -176,7 +176,8 @@ def _watch(
     if shorten is not None:
         recurrence = dataclasses.replace(recurrence, projection=Projection(shorten))
     inputs = functional.linear(x, cast("Tensor", weight_ih), held("bias_ih"))
-    steps = list(recurrence.steps(inputs, cast("Tensor", weight_hh), held("bias_hh")))
+    hidden = recurrence.product(cast("Tensor", weight_hh), held("bias_hh"))
+    steps = list(recurrence.steps(inputs, hidden))
     found.append((f"weight_ih_{suffix}", x))
     found.append((f"weight_hh_{suffix}", torch.cat([step.before for step in steps])))
     if shorten is not None:

@@ -98,7 +98,9 @@ class QuantizedRecurrent(SeveralWeights, nn.RNNBase):
             return operation.unroll(inputs, self.dense(name, x.dtype), bias_hh)
         weight = self._holder(name).packed
         spec = KernelSpec(operation, weight.scheme, weight.layout)
-        return select(spec, inputs.device, inputs.dtype)(spec, inputs, weight, bias_hh)
+        met = (inputs, bias_hh, *recurrence.states)
+        kernel = select(spec, inputs.device, inputs.dtype, recurrence.sizes[0], *met)
+        return kernel(spec, inputs, weight, bias_hh)
 
     def _fused(self, call: SequenceCall) -> tuple[Tensor, States]:
         """Return what torch's kernel makes of decoded weights."""

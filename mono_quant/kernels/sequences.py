@@ -1,0 +1,49 @@
+"""Recurrent layers over sequences, stepping on integers."""
+
+from dataclasses import replace
+
+import attrs
+import torch
+from torch import Tensor
+
+from mono_quant.base import KernelSpec, PackedTensor
+from mono_quant.kernels.integer import INTEGER
+from mono_quant.operations import MatrixProduct
+from mono_quant.recurrence import Recurrence
+
+
+@attrs.frozen
+class IntegerSteps:
+    """Multiplies h by the hidden weight as `Integer` does, at each step.
+
+    The reference decodes the weight once for a whole sequence and has the faster steps where the
+    floats fit a cache; a large weight is read from memory at each of them, four times as many
+    bytes.
+    """
+
+    name: str = attrs.field(default=INTEGER.name, init=False)
+
+    def supports(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Return why it cannot: what `Integer` does for quantized h is what it can."""
+        operation = spec.operation
+        if not isinstance(operation, Recurrence):
+            return f"it is a {type(operation).__name__}, not a recurrence"
+        if operation.activation is None:
+            return "h stays float"
+        return INTEGER.supports(_of_step(spec, operation), device, dtype)
+
+    def __call__(
+        self, spec: KernelSpec, x: Tensor, weight: PackedTensor, bias: Tensor | None
+    ) -> Tensor:
+        """Return the states after each step, as `Recurrence` does."""
+        operation = spec.operation
+        assert isinstance(operation, Recurrence)  # `supports` saw to it
+        step = _of_step(spec, operation)
+        return operation.join(operation.steps(x, lambda h: INTEGER(step, h, weight, bias)))
+
+
+def _of_step(spec: KernelSpec, operation: Recurrence) -> KernelSpec:
+    return replace(spec, operation=MatrixProduct(), activation=operation.activation)
+
+
+INTEGER_STEPS = IntegerSteps()
