@@ -17,6 +17,7 @@ Instances are handed to the builder; nothing has to be registered to be used. A 
 seen as a stack of matrices ``[G, out, in]`` in float32 (see `Layout`).
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -268,7 +269,7 @@ class Activation:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         values = x.detach()
         on_grid = self.scheme.fake_quantize(values, self.qparams(values)).to(x.dtype)
-        on_grid = torch.where(values.isnan(), values, on_grid)  # no code stands for it
+        on_grid = on_grid.masked_fill_(values.isnan(), math.nan)  # no code stands for it
         return x + (on_grid - x).detach() if x.requires_grad else on_grid
 
     def describe(self) -> str:
