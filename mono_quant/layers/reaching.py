@@ -1,6 +1,5 @@
 """What reaches the product of a layer whose class has a forward of its own."""
 
-import functools
 import inspect
 from collections.abc import Mapping
 from typing import cast
@@ -64,9 +63,14 @@ class _ConvForward(nn.modules.conv._ConvNd):
         return super()._conv_forward(input, weight, bias)
 
 
-@functools.cache
+_MADE: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+
+
 def _watched(cls: type[nn.Module], known: type[nn.Module]) -> type[nn.Module]:
     """Return a subclass whose ``super().forward`` finds one that notes its input."""
+    if (cls, known) in _MADE:
+        return _MADE[cls, known]
     notes: type[nn.Module] = _ConvForward if "_conv_forward" in vars(known) else _Forward
     noting = type(f"Noting{known.__name__}", (notes, known), {})
-    return type(f"Noting{cls.__name__}", (cls, noting), {})
+    _MADE[cls, known] = type(f"Noting{cls.__name__}", (cls, noting), {})
+    return _MADE[cls, known]

@@ -18,7 +18,8 @@ class Scales(nn.Conv2d):
 
 class ScalesInside(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return super()._conv_forward(input * 10, weight, bias)
+        found: Tensor = super()._conv_forward(input * 10, weight, bias)
+        return found
 
 
 class ScalesTransposed(nn.ConvTranspose2d):
@@ -50,7 +51,8 @@ class Standardizes(nn.Conv2d):
     """Hands on a weight of its own."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return super()._conv_forward(input, weight - weight.mean(), bias)
+        found: Tensor = super()._conv_forward(input, weight - weight.mean(), bias)
+        return found
 
 
 STATIC = Quantizer().activations("static").layer(LinearQuantizer(own_forward=True))
