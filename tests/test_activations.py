@@ -127,6 +127,17 @@ def test_a_layer_that_no_data_reached_keeps_float_inputs_and_the_report_says_so(
     assert result.model(x, spare=True).shape == (3, 64)
 
 
+@pytest.mark.parametrize("mode", ["static", "dynamic", None])
+def test_layers_that_no_data_reached_are_named(mode: str | None) -> None:
+    quantizer = Quantizer().activations(mode)
+    found = quantizer.fit([noise(4, 64)]).apply(Branches()).report.warnings
+    (line,) = [one for one in found if one.startswith("no data reached")]
+    assert line.startswith("no data reached spare.weight: ")
+    both = [{"x": noise(4, 64)}, {"x": noise(4, 64), "spare": True}]
+    for other in (quantizer.fit(both), Quantizer().activations("dynamic")):
+        assert "no data reached" not in " ".join(other.apply(Branches()).report.warnings)
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_nan_inside_the_model_is_named_by_layer_and_batch(in_place: bool) -> None:
     model, data = Branches(), [noise(4, 64), noise(4, 64), noise(4, 64) + 200]
