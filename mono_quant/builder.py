@@ -185,10 +185,10 @@ class Builder:
         group_size: int | None = None,
         scale_dtype: torch.dtype | None = None,
         scheme: Scheme | None = None,
-        observer: RangeEstimator | None = None,
+        observer: RangeEstimator | str | None = None,
         rounding: Rounding | None = None,
         activations: Activations | str | None = None,
-        activation_observer: RangeEstimator | None = None,
+        activation_observer: RangeEstimator | str | None = None,
     ) -> Self:
         """Quantize some layers otherwise. **Adds**; where several apply, the last wins.
 
@@ -203,10 +203,10 @@ class Builder:
             group_size: see above.
             scale_dtype: see above.
             scheme: see above.
-            observer: for the weights.
+            observer: for the weights; an observer or its name.
             rounding: see above.
             activations: "dynamic", "static", "float" or an `Activations`.
-            activation_observer: for the activations.
+            activation_observer: for the activations, in the same way.
         """
         if granularity is not None and group_size is not None:
             raise ConfigurationError("say granularity or group_size, not both")
@@ -217,15 +217,18 @@ class Builder:
             granularity=granularity_of_weights(granularity) if granularity is not None else wanted,
             scale_dtype=scale_dtype,
             scheme=scheme,
-            observer=observer,
+            observer=_observer(observer),
             rounding=rounding,
             activations=Activations(None if activations == "float" else activations)
             if isinstance(activations, str)
             else activations,
-            activation_observer=activation_observer,
+            activation_observer=_observer(activation_observer),
         )
         if settings == Settings():
-            raise ConfigurationError(f"override({selector!r}) says nothing; add bits= or another")
+            raise ConfigurationError(
+                f"override({selector!r}) says nothing; add bits= or another, such as "
+                'activations="float"'
+            )
         entry = (check_selector(selector), settings)
         return self._asking(
             attrs.evolve(self._request, overrides=(*self._request.overrides, entry))

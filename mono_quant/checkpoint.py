@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from mono_quant.base import (
@@ -279,6 +279,11 @@ def check_quantized(model: nn.Module) -> None:
         InputError: there is none.
     """
     if not any(isinstance(module, QuantizedModule) for module in model.modules()):
+        if isinstance(model, fx.GraphModule):
+            raise InputError(
+                "a graph has no quantized layers of its own; use the model that it was written "
+                "from, result.kept.model, and write it anew with integer_flow(...)"
+            )
         raise InputError(
             f"{type(model).__name__} has no quantized layer; make some with quantize(model)"
         )

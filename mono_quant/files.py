@@ -107,7 +107,7 @@ class FileInfo:
         ]
         for name, value in self.summary.items():
             said = value if isinstance(value, list) else [_short(name, value)] if value else []
-            lines += [f"{name.replace('_', ' ')}: {one}" for one in said]
+            lines += [f"{name.replace('_', ' ')}: {_text(one)}" for one in said]
         lines += [
             f"config {name}: {json.dumps(value)}" for name, value in self.config.items() if value
         ]
@@ -127,6 +127,11 @@ class FileInfo:
         ]
         columns = ("name", "shape", "size", "bits", "scheme")
         return "\n".join([*lines, "", *table(columns, rows, frozenset({"size", "bits"}))])
+
+
+def _text(item: object) -> str:
+    """Return an item of a list of the summary as text: of a change, what it says."""
+    return str(item.get("text", item)) if isinstance(item, Mapping) else str(item)
 
 
 def describe_file(path: Path, *, kinds: Kinds | None = None) -> FileInfo:

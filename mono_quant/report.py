@@ -359,7 +359,12 @@ class Report:
         """Return how much transforms did, and each thing that they refused to do."""
         done = sum(change.done for change in self.changes)
         lines = (
-            [f"{done} changes before or after quantizing: {self._first_change()}"] if done else []
+            [
+                f"{done} change{'s' if done > 1 else ''} before or after quantizing: "
+                f"{self._first_change()}"
+            ]
+            if done
+            else []
         )
         return lines + [f"left alone: {change.text}" for change in self.changes if not change.done]
 

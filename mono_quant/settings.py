@@ -60,7 +60,17 @@ class Activations(Configurable):
                 f"the granularity of {self.mode or 'float'} activations is {names}, "
                 f"not {self.granularity!r}"
             )
-        Affine(self.bits, self.symmetric)  # refuses other widths
+        said = (self.bits, self.symmetric, self.granularity) != (8, False, None)
+        if self.mode is None and said:
+            raise ConfigurationError(
+                "activations that stay float have no bits, symmetry or granularity; say "
+                "'dynamic' or 'static', or leave those out"
+            )
+        if type(self.bits) is not int or self.bits not in range(2, 9):
+            raise ConfigurationError(
+                f"activations have 2 to 8 bits, not {self.bits!r}; activations(None) leaves them "
+                "in float"
+            )
 
     @property
     def scheme(self) -> Affine:

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 import mono_quant
 from mono_quant import (
+    MSE,
     Activations,
     CalibrationError,
     ConfigurationError,
+    Histogram,
     MinMax,
     PerChannel,
     PerTensor,
@@ -125,6 +127,17 @@ def test_a_layer_that_no_data_reached_keeps_float_inputs_and_the_report_says_so(
     assert result.model(x, spare=True).shape == (3, 64)
 
 
+@pytest.mark.parametrize("mode", ["static", "dynamic", None])
+def test_layers_that_no_data_reached_are_named(mode: str | None) -> None:
+    quantizer = Quantizer().activations(mode)
+    found = quantizer.fit([noise(4, 64)]).apply(Branches()).report.warnings
+    (line,) = [one for one in found if one.startswith("no data reached")]
+    assert line.startswith("no data reached spare.weight: ")
+    both = [{"x": noise(4, 64)}, {"x": noise(4, 64), "spare": True}]
+    for other in (quantizer.fit(both), Quantizer().activations("dynamic")):
+        assert "no data reached" not in " ".join(other.apply(Branches()).report.warnings)
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_nan_inside_the_model_is_named_by_layer_and_batch(in_place: bool) -> None:
     model, data = Branches(), [noise(4, 64), noise(4, 64), noise(4, 64) + 200]
@@ -133,6 +146,40 @@ def test_nan_inside_the_model_is_named_by_layer_and_batch(in_place: bool) -> Non
     with pytest.raises(CalibrationError, match=message):
         (quantizer.apply_ if in_place else quantizer.apply)(model)
     assert type(model.body) is nn.Linear, "the model was changed before it was refused"
+
+
+@pytest.mark.parametrize("action", ["warn", "keep", "error"])
+@pytest.mark.parametrize("mode", ["dynamic", None])
+def test_nan_that_the_float_model_makes_is_no_damage_of_quantizing(
+    mode: str | None, action: str
+) -> None:
+    data = [noise(4, 64), noise(4, 64) + 200]
+    quantizer = Quantizer().activations(mode).fit(data).on_damage(action)
+    message = "^what reaches 'head' in the float model holds NaN, on batch 1 of the data$"
+    with pytest.raises(CalibrationError, match=message):
+        quantizer.apply(Branches())
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda: Activations(None, bits=4), "stay float have no bits"),
+        (lambda: Activations(None, symmetric=True), "stay float have no bits, symmetry"),
+        (lambda: Activations("dynamic", bits=16), r"2 to 8 bits, not 16; activations\(None\)"),
+        (lambda: Activations("static", bits=True), "2 to 8 bits, not True"),
+    ],
+)
+def test_what_no_activations_can_be_is_refused(
+    ask: Callable[[], Activations], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        ask()
+
+
+def test_an_override_knows_observers_by_name() -> None:
+    by_name = Quantizer().override("0", observer="mse", activation_observer="histogram")
+    by_object = Quantizer().override("0", observer=MSE(), activation_observer=Histogram())
+    assert by_name.to_config() == by_object.to_config()
 
 
 def test_inputs_of_tied_weights_are_their_own() -> None:

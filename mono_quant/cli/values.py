@@ -106,7 +106,7 @@ def _transform(text: str) -> Transform | Correction:
     found = find_kind(_described(text).get("kind")) if _known(text) else Transform
     if issubclass(found, Correction):
         return _strategy(Correction.from_config, Correction, text)
-    return _strategy(Transform.from_config, Transform, text)
+    return _strategy(Transform.from_config, Transform, text, Correction)
 
 
 def _known(text: str) -> bool:
@@ -123,15 +123,19 @@ def _read_config(path: Path) -> Config:
     return config
 
 
-def _strategy(make: Callable[[Config], StrategyT], base: type, text: str) -> StrategyT:
+def _strategy(
+    make: Callable[[Config], StrategyT], base: type, text: str, *others: type
+) -> StrategyT:
     """Return the strategy of ``KIND``, of ``KIND:name=value,...`` or of a JSON object."""
     config = _described(text)
     try:
         return make(config)
     except UnknownKindError as error:
-        known = sorted(kind for kind, cls in registered().items() if issubclass(cls, base))
+        bases = (base, *others)
+        known = sorted(kind for kind, cls in registered().items() if issubclass(cls, bases))
+        asked = " or ".join(one.__name__ for one in bases)
         raise ConfigurationError(
-            f"there is no {base.__name__} of kind {config.get('kind')!r}: there is "
+            f"there is no {asked} of kind {config.get('kind')!r}: there is "
             f"{', '.join(known)}; --import the module of another"
         ) from error
 

@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from mono_quant.base import Scheme
 from mono_quant.layers.converting import ConvertingQuantizer
+from mono_quant.layers.reaching import is_stock, reaching, reads_weight
 from mono_quant.numerics.values import Layout
 
 
@@ -59,10 +60,22 @@ class ProductQuantizer(SingleWeightQuantizer):
     def inputs(
         self, layer: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> Iterable[tuple[str, Tensor]]:
-        """Return the first tensor; what padding may add to it, zeros, lies on any grid."""
-        found = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        return [("weight", x) for x in itertools.islice(found, 1)]
+        """Return the first tensor; what padding may add to it, zeros, lies on any grid.
+
+        Of a subclass that keeps its own forward, what that hands to the product.
+        """
+        if self._keeps_own_forward(layer):
+            found = reaching(layer, self._classes(layer)[0], args, kwargs)
+            return [("weight", x) for x in found]
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        return [("weight", x) for x in itertools.islice(tensors, 1)]
 
     def refuse_activation(self, layer: nn.Module, name: str, mode: str) -> str | None:
-        """Return None: a product takes any."""
+        """Return that a subclass multiplies by the weight itself; any other product takes any."""
+        if self._keeps_own_forward(layer) and reads_weight(layer):
+            return f"the forward of {type(layer).__name__} reads the weight and multiplies itself"
         return None
+
+    def _keeps_own_forward(self, layer: nn.Module) -> bool:
+        known, into = self._classes(layer)
+        return into.keeps_forward and not is_stock(layer, known)

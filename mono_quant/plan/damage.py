@@ -72,8 +72,9 @@ class Damage:
             ((one),) = self.culprits
             return (
                 f"{one.key} would leave {format_db(one.weight_db)} of a product whose "
-                "inputs make every column count alike (an estimate: no data); measure it with "
-                f'fit(data), or say on_damage("keep") or override({one.key!r}, bits=16)'
+                "inputs make every column count alike (an estimate: no layer was measured); "
+                'fit(data) and apply measure it, on_damage("keep") and apply mend it, and so does '
+                f"override({one.key!r}, bits=16)"
             )
         causes, calls = [], []
         for one in self.guilty:

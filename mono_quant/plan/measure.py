@@ -24,8 +24,10 @@ from mono_quant.calibration import (
     left_over,
     output_error,
     positional_arguments,
+    tensors_in,
 )
 from mono_quant.checkpoint import calling
+from mono_quant.errors import CalibrationError
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.plan.inputs import InputUses
 from mono_quant.plan.request import WeightPlan
@@ -108,7 +110,11 @@ class LayerErrors:
     def outputs(
         self, todo: Iterable[WeightPlan], data: CalibrationData, progress: str | None
     ) -> Iterator[list[Tensor]]:
-        """Yield the outputs of the float model, measuring the layers of these weights meanwhile."""
+        """Yield the outputs of the float model, measuring the layers of these weights meanwhile.
+
+        Raises:
+            CalibrationError: NaN reaches a layer, whose output then says nothing of quantizing.
+        """
         by_layer: dict[str, list[WeightPlan]] = {}
         for weight in todo:
             by_layer.setdefault(weight.path, []).append(weight)
@@ -127,8 +133,11 @@ class LayerErrors:
         kwargs: dict[str, object],
         output: object,
     ) -> None:
-        self.uses.see(weights, module, args, kwargs)
         path = weights[0].path
+        given = tensors_in((args, kwargs))
+        if any(bool(x.isnan().any()) for x in given if x.is_floating_point()):
+            raise CalibrationError(f"what reaches {path!r} in the float model holds NaN")
+        self.uses.see(weights, module, args, kwargs)
         layer = self.model.get_submodule(path)
         with evaluating(layer):  # the layer alone: somebody else may be running the model
             other = layer(*args, **kwargs)

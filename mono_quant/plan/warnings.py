@@ -40,6 +40,7 @@ def warnings_of(report: Report, damages: Sequence[Damage] = ()) -> tuple[str, ..
     found += _low_layers(report)
     found += _outliers(report)
     found += _inputs(report)
+    found += _unreached(report)
     found += _notes(report)
     if head := _low_head(report):
         found.append(head)
@@ -160,6 +161,18 @@ def _inputs(report: Report) -> list[str]:
         *_first(dead, "inputs did not move"),
         *_first(cut, "inputs are cut off"),
         *_first(stretched, "inputs have a range that few values stretch"),
+    ]
+
+
+def _unreached(report: Report) -> list[str]:
+    """Return the layers that the data did not reach, where layers were measured."""
+    missing = [row.name for row in report.quantized if row.output_sqnr_db is None]
+    if len(missing) == len(report.quantized) or not missing:
+        return []
+    more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+    return [
+        f"no data reached {', '.join(missing[:_SHOWN])}{more}: what quantizing does there was not "
+        "measured, and static inputs stay float; add data that goes there to fit(data)"
     ]
 
 

@@ -65,6 +65,12 @@ def test_info_shows_every_weight_and_where_it_comes_from(
     ]
 
 
+def test_info_says_changes_in_words(folder: Path, monoquant: Monoquant) -> None:
+    model = nn.Sequential(nn.Conv1d(4, 8, 3), nn.BatchNorm1d(8)).eval()
+    Quantizer().apply(model).save(folder / "folded.pt")
+    assert "changes: 1 is folded into 0\n" in monoquant("info", "folded.pt").out
+
+
 def test_info_reads_no_tensor(folder: Path, monoquant: Monoquant) -> None:
     Quantizer().apply(small()).save("small.safetensors")
     damage(folder / "small.safetensors")

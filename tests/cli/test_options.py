@@ -171,7 +171,10 @@ def test_an_imported_module_brings_its_kinds(folder: Path, monoquant: Monoquant)
         (["--dynamic", "--bits", "16"], "bits(16) is a cast: its activations cannot be"),
         (["--dynamic", "--activations", "static"], "not allowed with argument"),
         (["--activation-bits", "4"], "--activation-bits says how, and not when: add --activations"),
-        (["--transform", "nothing"], "there is no Transform of kind 'nothing'"),
+        (
+            ["--transform", "nothing"],
+            "there is no Transform or Correction of kind 'nothing': there is bias_correction, ",
+        ),
         (["--on-damage", "cry"], "invalid choice: 'cry'"),
         (["--import", "no_such_module"], "cannot import 'no_such_module'"),
         (["--fast"], "unrecognized arguments: --fast"),

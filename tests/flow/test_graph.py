@@ -18,6 +18,7 @@ from mono_quant import (
     Quantizer,
     integer_flow,
     load_model,
+    save_model,
 )
 from mono_quant.configurable import Json
 from mono_quant.numerics.metrics import sqnr_db
@@ -159,6 +160,12 @@ def test_files_hold_the_class_kept_model_and_the_graph_is_written_anew(tmp_path:
         assert torch.equal(loaded(x), result.kept.model(x))
         assert torch.equal(integer_flow(loaded).model(x), result.model(x))
     assert result.checkpoint().config["graph"] is True
+
+
+def test_a_graph_alone_is_no_file_and_the_error_says_what_is(tmp_path: Path) -> None:
+    result = WANTED.fit(batches(*IMAGES)).graph().apply(alive(Joined()), progress=False)
+    with pytest.raises(InputError, match=r"use the model .* result\.kept\.model"):
+        save_model(result.model, tmp_path / "graph.pt")
 
 
 def test_validation_runs_the_graph_of_what_was_saved(tmp_path: Path) -> None:

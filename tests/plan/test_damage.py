@@ -150,6 +150,14 @@ def test_an_unknown_action_is_refused() -> None:
         Quantizer().on_damage("cry")
 
 
+def test_the_estimate_in_place_does_not_ask_for_data_that_is_there() -> None:
+    model, x = uneven()
+    found = Quantizer().fit([x]).apply_(model).report.warnings
+    (line,) = [one for one in found if "estimate" in one]
+    assert "no layer was measured" in line
+    assert "fit(data) and apply measure it" in line
+
+
 def test_without_data_the_estimate_is_marked_as_one() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64))
@@ -157,7 +165,7 @@ def test_without_data_the_estimate_is_marked_as_one() -> None:
         model[0].get_parameter("weight")[:, 0] *= 3000
     (line,) = [one for one in Quantizer().apply(model).report.warnings if "estimate" in one]
     assert "0.weight would leave" in line
-    assert "no data" in line
+    assert "no layer was measured" in line
     kept = Quantizer().on_damage("keep").apply(model).report
     assert [row.scheme for row in kept.quantized] == ["float16"]
     assert "is estimated to return" in kept.quantized[0].fate

@@ -1,0 +1,140 @@
+"""Subclasses whose forward changes the input: inputs are calibrated where they are quantized."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mono_quant import QuantizationResult, Quantizer, SlowPathWarning
+from mono_quant.layers import LinearQuantizer
+from mono_quant.modules import QuantizedLayer
+from mono_quant.report import LayerReport
+
+
+class Scales(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input * 10)
+
+
+class ScalesInside(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        found: Tensor = super()._conv_forward(input * 10, weight, bias)
+        return found
+
+
+class ScalesTransposed(nn.ConvTranspose2d):
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return super().forward(input * 10, output_size)
+
+
+class ScalesRows(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input * 10)
+
+
+class Places(nn.Conv2d):
+    """Appends a channel that its input does not have."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        place = torch.linspace(-20, 20, input.shape[-1]).expand_as(input[:, :1])
+        return super().forward(torch.cat([input, place], 1))
+
+
+class Multiplies(nn.Conv2d):
+    """Does not ask its parent."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.conv2d(input, self.weight, self.bias)
+
+
+class Standardizes(nn.Conv2d):
+    """Hands on a weight of its own."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        found: Tensor = super()._conv_forward(input, weight - weight.mean(), bias)
+        return found
+
+
+STATIC = Quantizer().activations("static").layer(LinearQuantizer(own_forward=True))
+PAIRS: dict[str, tuple[nn.Module, nn.Module]] = {
+    "conv": (Scales(3, 8, 3), nn.Conv2d(3, 8, 3)),
+    "conv, inside": (ScalesInside(3, 8, 3), nn.Conv2d(3, 8, 3)),
+    "conv, parametrized": (
+        nn.utils.parametrizations.weight_norm(Scales(3, 8, 3)),
+        nn.Conv2d(3, 8, 3),
+    ),
+    "transposed": (ScalesTransposed(3, 8, 3), nn.ConvTranspose2d(3, 8, 3)),
+    "linear": (ScalesRows(8, 4), nn.Linear(8, 4)),
+}
+
+
+def only_row(result: QuantizationResult[nn.Sequential]) -> LayerReport:
+    """Return what is said of the one weight."""
+    (row,) = result.report.quantized
+    return row
+
+
+def grid_of(layer: nn.Module, data: Tensor) -> tuple[Tensor, ...]:
+    """Return the calibrated scale and zero point."""
+    quantized = STATIC.fit(data).apply(nn.Sequential(layer).eval()).model[0]
+    assert isinstance(quantized, QuantizedLayer)
+    return tuple(quantized.activations()["weight"].tensors.values())
+
+
+@pytest.mark.filterwarnings("ignore::mono_quant.SlowPathWarning")
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_range_is_that_of_what_the_product_is_given(name: str) -> None:
+    own, plain = PAIRS[name]
+    x = torch.randn(4, 3, 8, 8)
+    found, expected = grid_of(own, x), grid_of(plain, 10 * x)
+    assert len(found) == len(expected) == 2
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_channels_that_the_forward_adds_are_seen(mode: str) -> None:
+    model = nn.Sequential(Places(4, 16, 3)).eval()
+    result = Quantizer().activations(mode).fit(torch.randn(4, 3, 16, 16)).apply(model)
+    row = only_row(result)
+    assert (row.output_sqnr_db or 0) > 35
+    assert row.inputs[0].high == 20
+
+
+def test_a_graph_rounds_what_the_product_is_given() -> None:
+    model = nn.Sequential(Scales(3, 16, 3)).eval()
+    result = Quantizer().fit(torch.randn(4, 3, 16, 16)).graph().apply(model)
+    assert (result.report.output_sqnr_db or 0) > 35
+
+
+def test_hooks_of_the_layer_are_called_once_for_a_batch() -> None:
+    layer, calls = Scales(3, 8, 3), 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    layer.register_forward_hook(count)
+    plan = STATIC.fit(torch.randn(2, 3, 8, 8)).plan(nn.Sequential(layer).eval())
+    plain = nn.Conv2d(3, 8, 3)
+    plan.run()
+    own, calls = calls, 0
+    plain.register_forward_hook(count)
+    STATIC.fit(torch.randn(2, 3, 8, 8)).apply(nn.Sequential(plain).eval())
+    assert own == calls > 0
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_a_forward_that_multiplies_itself_keeps_float_inputs_and_says_so(mode: str) -> None:
+    model = nn.Sequential(Multiplies(3, 8, 3)).eval()
+    plan = Quantizer().activations(mode).fit(torch.randn(2, 3, 8, 8)).plan(model)
+    with pytest.warns(SlowPathWarning):
+        row = only_row(plan.run())
+    said = "float inputs: the forward of Multiplies reads the weight and multiplies itself"
+    assert row.activation == said
+
+
+@pytest.mark.filterwarnings("ignore::mono_quant.SlowPathWarning")
+def test_inputs_that_meet_another_weight_are_not_said_to_be_calibrated() -> None:
+    model = nn.Sequential(Standardizes(3, 8, 3)).eval()
+    result = STATIC.fit(torch.randn(2, 3, 8, 8)).apply(model)
+    assert (only_row(result).activation or "").startswith("float inputs")
