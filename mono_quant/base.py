@@ -549,6 +549,9 @@ class LayerQuantizer(Configurable, ABC):
     """
 
     __slots__ = ()
+    slowed: ClassVar[str | None] = None
+    """How quantized inputs make such a layer slower than the float one, for notes; None if not."""
+
     takes_children: ClassVar[bool] = True
     """Whether the modules inside a layer are its own affair, hidden from other quantizers."""
 

@@ -22,6 +22,11 @@ from mono_quant.numerics.values import Layout
 class _ConvolvingQuantizer(ProductQuantizer):
     """A layer whose input is ``[N, in, *positions]``."""
 
+    slowed: ClassVar[str | None] = (
+        "its product is computed in float while the model keeps its class, slower than before; "
+        "graph() passes codes on, where inputs are static"
+    )
+
     def channel_dim(self, layer: nn.Module, name: str) -> int:
         """Return the one before the positions."""
         conv = cast("nn.modules.conv._ConvNd", layer)  # `matches` has seen to it

@@ -37,6 +37,11 @@ Inputs = Iterable[tuple[str, Tensor]]
 class _SeveralWeightsQuantizer(ConvertingQuantizer):
     """What the quantizers of recurrent layers and cells share."""
 
+    slowed: ClassVar[str | None] = (
+        "each step is many small operations, several times slower than the float layer; "
+        'activations(None), or "float" in override, leaves its inputs in float'
+    )
+
     def refuse(self, layer: nn.Module, scheme: Scheme) -> str | None:
         """Return that a subclass computes something else, or why a weight cannot be taken over."""
         if reason := ConvertingQuantizer.refuse(self, layer, scheme):

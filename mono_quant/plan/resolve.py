@@ -245,6 +245,15 @@ def _alike(weight: WeightPlan, first: WeightPlan) -> WeightPlan:
 def _notes(weights: Sequence[WeightPlan]) -> Iterable[str]:
     if not any(weight.recipe is not None for weight in weights):
         yield "no weight is quantized by this"
+    slowed: dict[str, list[str]] = {}
+    for weight in weights:
+        quantized = weight.recipe is not None and weight.recipe.activations.mode is not None
+        if quantized and weight.maker.slowed is not None:
+            paths = slowed.setdefault(weight.maker.slowed, [])
+            paths += [weight.path] if weight.path not in paths else []
+    for text, (first, *more) in slowed.items():
+        names = f"{first or 'the layer'} and {len(more)} more" if more else first or "the layer"
+        yield f"quantized inputs of {names}: {text}"
 
 
 def _sources(module: nn.Module, path: str, name: str) -> tuple[str, ...]:
