@@ -61,7 +61,7 @@ from mono_quant.layers import (
     RecurrentCellQuantizer,
     RecurrentQuantizer,
 )
-from mono_quant.modules import QuantizedLayer, SlowPathWarning
+from mono_quant.modules import QuantizedLayer, SlowPathWarning, kernel_bytes
 from mono_quant.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from mono_quant.numerics.metrics import sqnr_db
 from mono_quant.numerics.values import Layout, QParams, QTensor, WeightView
@@ -167,6 +167,7 @@ __all__ = [
     "create_observer",
     "dequantize_model",
     "dynamic_quantize",
+    "kernel_bytes",
     "load_model",
     "quantize",
     "read_state_dict",

@@ -24,6 +24,28 @@ for rows in (1, 3, 17, 64):
         expected = left.double() @ right.double().t()
         assert torch.equal(torch._int_mm(left, right.t()).double(), expected)
 """
+_INT4_TRIAL = """
+import torch
+aten = torch.ops.aten
+count, length, group = 128, 512, 64
+codes = torch.randint(0, 16, (count, length), dtype=torch.int32)
+packed = aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+small = codes.to(torch.uint8)
+for half in (32, 16):
+    low, high = small.reshape(-1, 2, half, length).transpose(2, 3).unbind(1)
+    if torch.equal(packed.flatten(), (low | high << 4).flatten()):
+        break
+else:
+    raise AssertionError("an order that is not known")
+pairs = torch.randint(-8, 9, (length // group, count, 2)).to(torch.bfloat16)
+scale, offset = (part.t().double().repeat_interleave(group, 1) for part in pairs.unbind(-1))
+weight = (codes.double() - 8) * scale + offset
+for rows in (1, 2, 3, 4, 17, 64):
+    x = torch.randint(-4, 5, (rows, length)).to(torch.bfloat16)
+    found = aten._weight_int4pack_mm_for_cpu(x, packed, group, pairs)
+    assert torch.equal(found, (x.double() @ weight.t()).to(torch.bfloat16))
+print(half)
+"""
 
 
 def int_mm(left: Tensor, right: Tensor) -> Tensor:
@@ -45,12 +67,46 @@ def int_mm_refusal() -> str | None:
     if not hasattr(torch, "_int_mm"):
         return "this torch has no integer product"
     try:
-        subprocess.run(
-            [sys.executable, "-c", _TRIAL], check=True, capture_output=True, timeout=_TIMEOUT_S
-        )
+        _tried(_TRIAL)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         return f"the integer product failed on trial: {type(error).__name__}"
     return None
+
+
+def int4_mm(x: Tensor, panels: Tensor, group: int, pairs: Tensor) -> Tensor:
+    """Return ``x @ weight.T`` as ``bfloat16 [M, out]``, summed in float32.
+
+    Args:
+        x: ``bfloat16 [M, in]``. Others are computed one value at a time, a hundred times slower.
+        panels: ``uint8 [panels, in, half]``, in the order that `int4_half` tells.
+        group: columns that share a scale: 32, 64, 128 or 256.
+        pairs: ``bfloat16 [in / group, out, 2]``: scale and offset, see `Panels`.
+    """
+    _, length, _ = panels.shape
+    packed = panels.view(pairs.shape[1], length // 2)
+    product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, pairs)
+    return product
+
+
+def int4_half() -> int | str:
+    """Return half the rows of a panel of `int4_mm`, or why it cannot be used on this machine.
+
+    Tried in a process of its own, as `int_mm_refusal` is.
+    """
+    if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
+        return "this torch has no 4-bit product"
+    try:
+        return int(_tried(_INT4_TRIAL))
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        return f"the 4-bit product failed on trial: {type(error).__name__}"
+
+
+def _tried(program: str) -> bytes:
+    """Return what a program prints that is run in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, timeout=_TIMEOUT_S
+    )
+    return done.stdout
 
 
 def followed(*tensors: Tensor | None) -> bool:

@@ -1,12 +1,13 @@
 """Which kernel is fastest here for a weight of this shape and so many rows of inputs."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from mono_quant.base import Kernel, KernelSpec, PackedTensor
+from mono_quant.base import ArrangingKernel, Kernel, KernelSpec, PackedTensor
 from mono_quant.kernels.store import STORE
 from mono_quant.numerics.packing import packed_length
 from mono_quant.schemes import Affine
@@ -76,11 +77,21 @@ def _made_up(spec: KernelSpec) -> PackedTensor:
 
 
 def _seconds(kernel: Kernel, spec: KernelSpec, x: Tensor, weight: PackedTensor) -> float:
-    kernel(spec, x, weight, None)  # what only the first call does is not counted
+    call = _prepared(kernel, spec, x, weight)
+    call()  # what only the first call does is not counted
     best, spent, repeats = float("inf"), 0.0, 0
     while repeats < _REPEATS and spent < _ENOUGH_S:
         start = time.perf_counter()
-        kernel(spec, x, weight, None)
+        call()
         taken = time.perf_counter() - start
         best, spent, repeats = min(best, taken), spent + taken, repeats + 1
     return best
+
+
+def _prepared(
+    kernel: Kernel, spec: KernelSpec, x: Tensor, weight: PackedTensor
+) -> Callable[[], Tensor]:
+    """Return a call of `kernel`, the weight as a module would hold it for it."""
+    if isinstance(kernel, ArrangingKernel):
+        return partial(kernel.product, spec, x, kernel.arrange(weight), None)
+    return partial(kernel, spec, x, weight, None)
