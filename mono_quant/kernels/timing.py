@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from mono_quant.base import ArrangingKernel, Kernel, KernelSpec, PackedTensor
+from mono_quant.base import ArrangingKernel, Kernel, KernelSpec, PackedTensor, Scheme
 from mono_quant.kernels.store import STORE
+from mono_quant.numerics.granularity import Shape
 from mono_quant.numerics.packing import packed_length
 from mono_quant.schemes import Affine
 
@@ -40,7 +41,9 @@ def fastest(kernels: Sequence[Kernel], spec: KernelSpec, dtype: torch.dtype, row
         return kernels[0]
     batch = bucket(rows)
     names = "/".join(kernel.name for kernel in kernels)
-    key = f"{names}: {_shape(spec)}, {dtype}, {batch} rows, {torch.get_num_threads()} threads"
+    inputs = None if spec.activation is None else (spec.activation.mode, spec.activation.scheme)
+    what = _what(tuple(spec.layout.stack), spec.scheme, inputs)
+    key = f"{names}: {what}, {dtype}, {batch} rows, {torch.get_num_threads()} threads"
     found = STORE.get(key)
     named = {kernel.name: kernel for kernel in kernels}
     if found not in named:
@@ -52,11 +55,11 @@ def fastest(kernels: Sequence[Kernel], spec: KernelSpec, dtype: torch.dtype, row
     return named[found]
 
 
-def _shape(spec: KernelSpec) -> str:
-    inputs = "float" if spec.activation is None else spec.activation.describe()
-    scheme = spec.scheme
+@lru_cache(maxsize=1024)  # it is asked for at every call, and takes as long as a small layer
+def _what(stack: Shape, scheme: Scheme, inputs: tuple[str, Scheme] | None) -> str:
+    met = "float" if inputs is None else f"{inputs[0]} {inputs[1].describe()}"
     scales = f", {scheme.scale_dtype}" if isinstance(scheme, Affine) else ""
-    return f"{list(spec.layout.stack)} {scheme.describe()}{scales}, {inputs} inputs"
+    return f"{list(stack)} {scheme.describe()}{scales}, {met} inputs"
 
 
 def _made_up(spec: KernelSpec) -> PackedTensor:

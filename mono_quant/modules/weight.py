@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Self, cast
 
 import attrs
@@ -213,6 +213,22 @@ class QuantizedWeight(_Fixed):
         with _LOCK:
             self._settle()
             return super()._apply(fn, recurse)
+
+    def named_modules(
+        self,
+        memo: set[nn.Module] | None = None,
+        prefix: str = "",
+        remove_duplicate: bool = True,
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Yield this module, as `torch.nn.Module` does.
+
+        `torch.export` walks a model with its duplicates to find the buffers that it will write,
+        and has canonical codes.
+        """
+        if not remove_duplicate:
+            with _LOCK:
+                self._restored()
+        yield from super().named_modules(memo, prefix, remove_duplicate)
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Tensor], prefix: str, *rest: object
