@@ -105,7 +105,8 @@ class QuantizedWeight(_Fixed):
             held = self._held
             if held is None:  # another thread has put them back since
                 return self.packed
-            codes = held.arranged.canonical()
+            source = None if torch.compiler.is_compiling() else held.source()
+            codes = held.arranged.canonical() if source is None else source
         return self._with(codes)
 
     def pin(self) -> PackedTensor:
