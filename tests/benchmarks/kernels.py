@@ -35,7 +35,7 @@ SETTINGS = {
 
 def main() -> None:
     """Print how many times faster than float each kernel is."""
-    print(f"Linear of {SIZE} x {SIZE}, ratio over the float32 layer by processor time: the least of")
+    print(f"Linear of {SIZE} x {SIZE}, ratio over the float32 layer by processor time: least of")
     print("interleaved runs, weights from memory. 'chosen' is what a first call here picks.")
     print(f"Findings on this machine: {store.machine()}\n")
     columns = ("setting", "kernel", *(f"M={batch}" for batch in BATCHES))
