@@ -63,7 +63,7 @@ from mono_quant.layers import (
     RecurrentCellQuantizer,
     RecurrentQuantizer,
 )
-from mono_quant.modules import QuantizedLayer, SlowPathWarning
+from mono_quant.modules import QuantizedLayer, SlowPathWarning, kernel_bytes
 from mono_quant.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from mono_quant.numerics.metrics import sqnr_db
 from mono_quant.numerics.values import Layout, QParams, QTensor, WeightView
@@ -176,6 +176,7 @@ __all__ = [
     "dequantize_model",
     "dynamic_quantize",
     "integer_flow",
+    "kernel_bytes",
     "load_model",
     "quantize",
     "read_state_dict",

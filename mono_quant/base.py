@@ -698,6 +698,69 @@ class Kernel(Protocol):
         """Return the result of the operation, in the dtype of `x` where that is a float."""
 
 
+class Arranged(ABC):
+    """A weight whose codes lie as some kernel wants them, on this machine and in this process.
+
+    It takes the place of the canonical codes, which it can always give back, and is never copied,
+    pickled or written to a file.
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    def canonical(self) -> Tensor:
+        """Return the codes as `PackedTensor` has them, bit for bit; plain torch."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of the codes."""
+
+    @property
+    @abstractmethod
+    def beside(self) -> int:
+        """Bytes of what is kept beside codes, scales and zero points."""
+
+
+ArrangedT = TypeVar("ArrangedT", bound=Arranged)
+
+
+class ArrangingKernel(ABC, Generic[ArrangedT]):
+    """A `Kernel` that wants the codes in an order of its own, which a module then holds instead."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Name in reports."""
+
+    @property
+    @abstractmethod
+    def arrangement(self) -> type[ArrangedT]:
+        """What `product` reads; kernels that read the same take turns on one weight."""
+
+    @abstractmethod
+    def supports(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Return why this kernel cannot do `spec` for inputs of `dtype` on `device`, or None."""
+
+    @abstractmethod
+    def arrange(self, weight: PackedTensor) -> ArrangedT:
+        """Return `weight`, which must stay as it is, in the order that `product` reads."""
+
+    @abstractmethod
+    def product(
+        self, spec: KernelSpec, x: Tensor, weight: ArrangedT, bias: Tensor | None
+    ) -> Tensor:
+        """Return the result of the operation, in the dtype of `x`."""
+
+    def __call__(
+        self, spec: KernelSpec, x: Tensor, weight: PackedTensor, bias: Tensor | None
+    ) -> Tensor:
+        """Return the result of the operation for a canonical weight, which is arranged for it."""
+        return self.product(spec, x, self.arrange(weight), bias)
+
+
 @attrs.frozen(eq=False)
 class WeightRecord:
     """One quantized weight of a file.

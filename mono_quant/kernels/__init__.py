@@ -11,9 +11,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from mono_quant.base import Kernel, KernelSpec
+from mono_quant.base import Arranged, ArrangingKernel, Kernel, KernelSpec
 from mono_quant.errors import ConfigurationError
 from mono_quant.kernels.blocks import BLOCKS, Blocks
+from mono_quant.kernels.codes import remembered_bytes
+from mono_quant.kernels.int4 import INT4, PANEL_BLOCKS, Int4, PanelBlocks
 from mono_quant.kernels.integer import INTEGER, Integer
 from mono_quant.kernels.ops import followed
 from mono_quant.kernels.reference import Reference
@@ -23,13 +25,14 @@ from mono_quant.recurrence import Recurrence
 
 REFERENCE: Kernel = Reference()
 
-KERNELS: tuple[Kernel, ...] = (INTEGER, INTEGER_STEPS, BLOCKS, REFERENCE)
+KERNELS: tuple[Kernel, ...] = (INTEGER, INTEGER_STEPS, INT4, PANEL_BLOCKS, BLOCKS, REFERENCE)
 """All that may be chosen; the last one can do everything."""
 
 VARIABLE = "MONO_QUANT_KERNEL"
 """Environment variable that holds the name of a kernel, where `use` did not say one."""
 
-_MACHINE_CODE = (INTEGER, INTEGER_STEPS, BLOCKS)  # neither differentiable nor traceable
+# neither differentiable nor traceable
+_MACHINE_CODE = (INTEGER, INTEGER_STEPS, INT4, PANEL_BLOCKS, BLOCKS)
 
 
 class use:
@@ -75,6 +78,7 @@ def select(
     dtype: torch.dtype,
     rows: int = 1,
     *others: Tensor | None,
+    arrange: bool = False,
 ) -> Kernel:
     """Return the fastest kernel for `spec`, measured on this machine, or the one `use` names.
 
@@ -86,6 +90,9 @@ def select(
         others: what the kernel is to be called with. The reference is returned where someone
             follows these: where a gradient is asked for, and under `torch.compile`,
             `torch.export` and `torch.func`.
+        arrange: whether the caller can hold the codes in another order. That order is chosen for
+            a single input, and every batch is then computed by a kernel that reads it: so codes
+            lie in one order, and change it once.
     """
     if torch.compiler.is_compiling():
         return REFERENCE
@@ -95,10 +102,20 @@ def select(
         kernels = [kernel for kernel in kernels if kernel not in _MACHINE_CODE]
     elif name is not None:
         kernels = [kernel for kernel in kernels if kernel.name == name]
+    if not arrange:
+        kernels = [kernel for kernel in kernels if not isinstance(kernel, ArrangingKernel)]
     able = [kernel for kernel in kernels if kernel.supports(spec, device, dtype) is None]
     if not able or (isinstance(spec.operation, Recurrence) and name is None):
         able.append(REFERENCE)  # which decodes once for a whole sequence
+    if any(_order(kernel) is not _order(able[0]) for kernel in able):
+        order = _order(fastest(able, spec, dtype, 1))
+        able = [kernel for kernel in able if _order(kernel) is order]
     return fastest(able, spec, dtype, rows)
+
+
+def _order(kernel: Kernel) -> type[Arranged] | None:
+    """Return the order of codes that a kernel reads; None for the canonical one."""
+    return kernel.arrangement if isinstance(kernel, ArrangingKernel) else None
 
 
 def _checked(name: str | None) -> str | None:
@@ -113,9 +130,12 @@ __all__ = [
     "REFERENCE",
     "VARIABLE",
     "Blocks",
+    "Int4",
     "Integer",
     "IntegerSteps",
+    "PanelBlocks",
     "Reference",
+    "remembered_bytes",
     "select",
     "use",
 ]

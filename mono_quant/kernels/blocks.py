@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from mono_quant.base import KernelSpec, PackedTensor
-from mono_quant.kernels.codes import flat, refuse, shaped
+from mono_quant.kernels.codes import flat, refuse, scales_and_zeros, shaped
 from mono_quant.numerics.granularity import PerChannel, PerGroup, PerTensor
 from mono_quant.numerics.packing import unpack_bits
 from mono_quant.schemes import Affine, FloatCast
@@ -83,17 +83,11 @@ class _Decoder:
 
     @classmethod
     def of(cls, weight: PackedTensor, length: int) -> "_Decoder":
-        scheme, tensors = weight.scheme, weight.tensors
-        codes = tensors["codes"][0]
+        scheme, codes = weight.scheme, weight.tensors["codes"][0]
         if isinstance(scheme, FloatCast):
             return cls(codes, scheme, length)
         assert isinstance(scheme, Affine)  # `Blocks.supports` saw to it
-        scale = tensors["scale"][0].to(torch.float32)
-        if "zero_point" in tensors:
-            unpacked = unpack_bits(tensors["zero_point"], scheme.bits, scale.numel())
-            zeros = unpacked.to(torch.float32).reshape(scale.shape)
-        else:
-            zeros = torch.full_like(scale, -scheme.code_min)
+        scale, zeros = scales_and_zeros(weight)
         split = scheme.bits == 4 and length // scale.shape[1] % 2 == 0
         if split:
             scale, zeros = torch.cat([scale, scale / 16], 1), torch.cat([zeros, zeros * 16], 1)

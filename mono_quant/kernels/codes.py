@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from mono_quant.base import KernelSpec
+from mono_quant.base import KernelSpec, PackedTensor
 from mono_quant.kernels.ops import int_mm
+from mono_quant.numerics.packing import unpack_bits
 from mono_quant.operations import MatrixProduct
 
 _SUMS: MutableMapping[Tensor, tuple[int, Tensor]] = WeakIdKeyDictionary()
@@ -35,8 +36,8 @@ def refuse(spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | 
     return None
 
 
-def flat(x: Tensor, length: int) -> Tensor:
-    """Return ``x [..., length]`` as rows ``[M, length]`` in float32.
+def flat(x: Tensor, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return ``x [..., length]`` as contiguous rows ``[M, length]`` in `dtype`.
 
     Raises:
         RuntimeError: the last dimension is not `length`, as in `torch.nn.functional.linear`.
@@ -45,7 +46,7 @@ def flat(x: Tensor, length: int) -> Tensor:
         raise RuntimeError(
             f"an input {list(x.shape)} does not meet a weight whose rows are {length}"
         )
-    return x.reshape(-1, length).to(torch.float32)
+    return x.reshape(-1, length).to(dtype).contiguous()
 
 
 def shaped(rows: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -53,6 +54,21 @@ def shaped(rows: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     if bias is not None:
         rows = rows.add_(bias.to(rows.dtype))
     return rows.reshape(*x.shape[:-1], rows.shape[-1]).to(x.dtype)
+
+
+def scales_and_zeros(weight: PackedTensor) -> tuple[Tensor, Tensor]:
+    """Return the scales of an `Affine` matrix and the stored codes that mean zero.
+
+    Returns:
+        two of ``float32 [out or 1, runs]``.
+    """
+    scale = weight.tensors["scale"][0].to(torch.float32)
+    stored = weight.tensors.get("zero_point")
+    if stored is None:
+        return scale, torch.full_like(scale, -weight.scheme.code_min)
+    bits = weight.scheme.code_bits or 8
+    unpacked = unpack_bits(stored, bits, scale.numel())
+    return scale, unpacked.to(torch.float32).reshape(scale.shape)
 
 
 def row_sums(codes: Tensor) -> Tensor:
@@ -68,6 +84,12 @@ def row_sums(codes: Tensor) -> Tensor:
         known = (codes._version, _sums(codes))
         _SUMS[codes] = known
     return known[1]
+
+
+def remembered_bytes(codes: Tensor) -> int:
+    """Return the bytes of the sums that are kept for this tensor of codes."""
+    known = _SUMS.get(codes)
+    return known[1].nbytes if known is not None else 0
 
 
 def _sums(codes: Tensor) -> Tensor:

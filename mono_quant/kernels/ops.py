@@ -1,5 +1,7 @@
 """The few operators of torch that are not public, typed, and whether this machine has them."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -22,6 +24,23 @@ for rows in (1, 3, 17, 64):
         expected = left.double() @ right.double().t()
         assert torch.equal(torch._int_mm(left, right.t()).double(), expected)
 """
+_INT4_TRIAL = """
+import torch
+aten = torch.ops.aten
+count, length, group = 128, 512, 64
+codes = torch.randint(0, 16, (count, length), dtype=torch.int32)
+packed = aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+small = codes.to(torch.uint8)
+low, high = small.reshape(-1, 2, half, length).transpose(2, 3).unbind(1)
+assert torch.equal(packed.flatten(), (low | high << 4).flatten()), "another order"
+pairs = torch.randint(-8, 9, (length // group, count, 2)).to(torch.bfloat16)
+scale, offset = (part.t().double().repeat_interleave(group, 1) for part in pairs.unbind(-1))
+weight = (codes.double() - 8) * scale + offset
+for rows in (1, 2, 3, 4, 17, 64):
+    x = torch.randint(-4, 5, (rows, length)).to(torch.bfloat16)
+    found = aten._weight_int4pack_mm_for_cpu(x, packed, group, pairs)
+    assert torch.equal(found, (x.double() @ weight.t()).to(torch.bfloat16))
+"""
 
 
 def int_mm(left: Tensor, right: Tensor) -> Tensor:
@@ -37,6 +56,33 @@ def int_mm(left: Tensor, right: Tensor) -> Tensor:
 def int_mm_refusal() -> str | None:
     """Return why `int_mm` cannot be used by this torch on this machine, or None."""
     return refusal("the integer product", _TRIAL)
+
+
+def int4_mm(x: Tensor, panels: Tensor, group: int, pairs: Tensor) -> Tensor:
+    """Return ``x @ weight.T`` as ``bfloat16 [M, out]``, summed in float32.
+
+    Args:
+        x: ``bfloat16 [M, in]``. Others are computed one value at a time, a hundred times slower.
+        panels: ``uint8 [panels, in, half]``, in the order that `int4_panel` tells.
+        group: columns that share a scale: 32, 64, 128 or 256.
+        pairs: ``bfloat16 [in / group, out, 2]``: scale and offset, see `Panels`.
+    """
+    _, length, _ = panels.shape
+    packed = panels.view(pairs.shape[1], length // 2)
+    product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, pairs)
+    return product
+
+
+@cache
+def int4_panel() -> int | str:
+    """Return half the rows of a panel of `int4_mm`, or why it cannot be used on this machine."""
+    why: str | None = None
+    for half in (32, 16):
+        name = f"the 4-bit product in panels of {2 * half} rows"
+        why = refusal(name, f"half = {half}\n{_INT4_TRIAL}")
+        if why is None:
+            return half
+    return str(why)
 
 
 def followed(*tensors: Tensor | None) -> bool:

@@ -1,14 +1,16 @@
 """Which kernel is fastest here for a weight of this shape and so many rows of inputs."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from mono_quant.base import Kernel, KernelSpec, PackedTensor
+from mono_quant.base import ArrangingKernel, Kernel, KernelSpec, PackedTensor, Scheme
 from mono_quant.kernels.store import STORE
+from mono_quant.numerics.granularity import Shape
 from mono_quant.numerics.packing import packed_length
 from mono_quant.recurrence import Recurrence
 from mono_quant.schemes import Affine
@@ -43,8 +45,9 @@ def fastest(kernels: Sequence[Kernel], spec: KernelSpec, dtype: torch.dtype, row
     batch = bucket(rows)
     names = "/".join(kernel.name for kernel in kernels)
     spec = _shortened(spec)
-    what = f"{_shape(spec)}{_steps(spec)}, {dtype}, {batch} rows"
-    key = f"{names}: {what}, {torch.get_num_threads()} threads"
+    inputs = None if spec.activation is None else (spec.activation.mode, spec.activation.scheme)
+    what = _what(tuple(spec.layout.stack), spec.scheme, inputs) + _steps(spec)
+    key = f"{names}: {what}, {dtype}, {batch} rows, {torch.get_num_threads()} threads"
     found = STORE.get(key)
     named = {kernel.name: kernel for kernel in kernels}
     if found not in named:
@@ -56,11 +59,11 @@ def fastest(kernels: Sequence[Kernel], spec: KernelSpec, dtype: torch.dtype, row
     return named[found]
 
 
-def _shape(spec: KernelSpec) -> str:
-    inputs = "float" if spec.activation is None else spec.activation.describe()
-    scheme = spec.scheme
+@lru_cache(maxsize=1024)  # it is asked for at every call, and takes as long as a small layer
+def _what(stack: Shape, scheme: Scheme, inputs: tuple[str, Scheme] | None) -> str:
+    met = "float" if inputs is None else f"{inputs[0]} {inputs[1].describe()}"
     scales = f", {scheme.scale_dtype}" if isinstance(scheme, Affine) else ""
-    return f"{list(spec.layout.stack)} {scheme.describe()}{scales}, {inputs} inputs"
+    return f"{list(stack)} {scheme.describe()}{scales}, {met} inputs"
 
 
 def _shortened(spec: KernelSpec) -> KernelSpec:
@@ -105,11 +108,21 @@ def _made_up(spec: KernelSpec) -> PackedTensor:
 
 
 def _seconds(kernel: Kernel, spec: KernelSpec, x: Tensor, weight: PackedTensor) -> float:
-    kernel(spec, x, weight, None)  # what only the first call does is not counted
+    call = _prepared(kernel, spec, x, weight)
+    call()  # what only the first call does is not counted
     best, spent, repeats = float("inf"), 0.0, 0
     while repeats < _REPEATS and spent < _ENOUGH_S:
         start = time.perf_counter()
-        kernel(spec, x, weight, None)
+        call()
         taken = time.perf_counter() - start
         best, spent, repeats = min(best, taken), spent + taken, repeats + 1
     return best
+
+
+def _prepared(
+    kernel: Kernel, spec: KernelSpec, x: Tensor, weight: PackedTensor
+) -> Callable[[], Tensor]:
+    """Return a call of `kernel`, the weight as a module would hold it for it."""
+    if isinstance(kernel, ArrangingKernel):
+        return partial(kernel.product, spec, x, kernel.arrange(weight), None)
+    return partial(kernel, spec, x, weight, None)

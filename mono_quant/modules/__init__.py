@@ -24,7 +24,7 @@ from mono_quant.modules.recurrent_cell import (
     QuantizedLSTMCell,
     QuantizedRNNCell,
 )
-from mono_quant.modules.weight import QuantizedInput, QuantizedWeight
+from mono_quant.modules.weight import QuantizedInput, QuantizedWeight, kernel_bytes
 
 __all__ = [
     "BareModule",
@@ -53,6 +53,7 @@ __all__ = [
     "QuantizedWeight",
     "SlowPathWarning",
     "convert",
+    "kernel_bytes",
     "taken_name",
     "tie",
     "tree_of",

@@ -4,18 +4,21 @@ import warnings
 from collections.abc import Mapping
 from typing import ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from mono_quant.base import (
     Activation,
+    ArrangingKernel,
     KernelSpec,
     Operation,
     PackedTensor,
     QuantizedModule,
 )
-from mono_quant.kernels import select
+from mono_quant.kernels import REFERENCE, select
 from mono_quant.modules.weight import QuantizedInput, QuantizedWeight
+from mono_quant.operations import MatrixProduct
 
 _NOT_COPIED = ("_compiled_call_impl",)  # as nn.Module leaves it out of its own pickles
 
@@ -73,11 +76,18 @@ class QuantizedLayer(QuantizedModule):
         self, operation: Operation, x: Tensor, bias: Tensor | None, name: str = "weight"
     ) -> Tensor:
         """Return `operation` on `x` and the weight of that name, by the kernel chosen for it."""
-        weight = self._holder(name).packed
-        spec = KernelSpec(operation, weight.scheme, weight.layout, self.activations().get(name))
+        held = self._holder(name)
+        spec = KernelSpec(operation, held.scheme, held.layout, self.activations().get(name))
         rows = x.numel() // max(1, x.shape[-1]) if x.dim() else 1
-        kernel = select(spec, x.device, x.dtype, rows, x, bias)
-        return kernel(spec, x, weight, bias)
+        compiling = torch.compiler.is_compiling()
+        arrange = not compiling and held.arrangeable
+        kernel = select(spec, x.device, x.dtype, rows, x, bias, arrange=arrange)
+        if kernel is REFERENCE:
+            once = compiling or isinstance(operation, MatrixProduct)
+            return kernel(spec, x, held.peek() if once else held.pin(), bias)
+        if isinstance(kernel, ArrangingKernel):
+            return kernel.product(spec, x, held.arranged(kernel), bias)
+        return kernel(spec, x, held.packed, bias)
 
     def float_weight(self, name: str = "weight") -> Tensor:
         """Return a float copy of a weight, for code that reads it by attribute; warns."""

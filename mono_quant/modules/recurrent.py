@@ -42,7 +42,7 @@ class SeveralWeights(QuantizedLayer):
     def dense(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return a weight or bias as floats: decoded, or the parameter itself."""
         if name in self.quantized_weights:
-            return self._holder(name).packed.dequantize(dtype)
+            return self._holder(name).peek().dequantize(dtype)
         return self.get_parameter(name).to(dtype)
 
 
@@ -96,7 +96,7 @@ class QuantizedRecurrent(SeveralWeights, nn.RNNBase):
         operation = replace(recurrence, activation=activations.get(name), projection=projection)
         if name not in self.quantized_weights:
             return operation.unroll(inputs, self.dense(name, x.dtype), bias_hh)
-        weight = self._holder(name).packed
+        weight = self._holder(name).peek()
         spec = KernelSpec(operation, weight.scheme, weight.layout)
         met = (inputs, bias_hh, *recurrence.states)
         kernel = select(spec, inputs.device, inputs.dtype, recurrence.sizes[0], *met)

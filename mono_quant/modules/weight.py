@@ -1,12 +1,16 @@
 """Where modules keep quantized weights, and what is known of the inputs that meet them."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Self
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Self, cast
 
+import attrs
 import torch
 from torch import Tensor, nn
 
-from mono_quant.base import Activation, PackedTensor
+from mono_quant.base import Activation, Arranged, ArrangedT, ArrangingKernel, PackedTensor
+from mono_quant.kernels import remembered_bytes
 
 
 class _Fixed(nn.Module):
@@ -38,12 +42,40 @@ class _Fixed(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
+_LOCK = threading.RLock()
+"""Held while codes change their order, so that nobody finds a weight without any."""
+
+_SCALES = ("scale", "zero_point")
+
+
+@attrs.frozen(eq=False)
+class _Held:
+    """What takes the place of canonical codes, and what it was made of.
+
+    Attributes:
+        arranged: the codes in a kernel's order.
+        source: the canonical tensor, which lives on where somebody else holds it.
+        written: how often that had been written to.
+        scales: scale and zero point, and how often each had been written to.
+    """
+
+    arranged: Arranged
+    source: "weakref.ref[Tensor]"
+    written: int
+    scales: Mapping[str, tuple[Tensor, int]]
+
+
 class QuantizedWeight(_Fixed):
     """A packed weight as the buffers of a small module.
 
     A module of its own, so that layers with tied weights share one object: it stays shared when the
     model is moved, copied or saved. Moving it to another dtype changes the dtype that the weight is
     dequantized to, and never that of codes and scales.
+
+    A kernel may have the codes in an order of its own: then `arranged` holds them, the buffer
+    ``codes`` is None, and ``buffers()`` leaves it out. Whoever asks otherwise has canonical codes:
+    `packed`, ``state_dict``, ``load_state_dict`` and ``to`` put them back, copies and pickles hold
+    them.
     """
 
     def __init__(self, packed: PackedTensor) -> None:
@@ -51,19 +83,184 @@ class QuantizedWeight(_Fixed):
         super().__init__(packed.tensors)
         self.scheme = packed.scheme
         self.layout = packed.layout
+        self._held: _Held | None = None
+        self._pinned = False
         device = packed.tensors["codes"].device
         like = torch.empty(0, dtype=packed.dtype, device=device)
         self.register_buffer("_like", like, persistent=False)  # follows the model's dtype
 
     @property
     def packed(self) -> PackedTensor:
-        """The weight, sharing this module's memory."""
-        tensors = {name: self.get_buffer(name) for name in self._names}
-        return PackedTensor(tensors, self.scheme, self.layout, self.get_buffer("_like").dtype)
+        """The weight, sharing this module's memory; its codes are put back where they were."""
+        codes = self._buffers["codes"]
+        if codes is None:
+            with _LOCK:
+                codes = self._restored()
+        return self._with(codes)
+
+    def peek(self) -> PackedTensor:
+        """Return the weight to read once: codes in another order stay so, and are copied back."""
+        codes = cast("Tensor | None", self.codes)
+        if codes is None:
+            held = self._held
+            if held is None:  # another thread has put them back since
+                return self.packed
+            source = None if torch.compiler.is_compiling() else held.source()
+            codes = held.arranged.canonical() if source is None else source
+        return self._with(codes)
+
+    def pin(self) -> PackedTensor:
+        """Return `packed`, and keep codes canonical from now on: rows are looked up in them."""
+        if not self._pinned:
+            self._pinned = True
+        return self.packed
+
+    @property
+    def arrangeable(self) -> bool:
+        """Whether the codes may lie in another order.
+
+        Not where someone else would miss them or change them unseen: in memory that processes
+        share, and made in inference mode, where writing is not counted; nor for a weight that is
+        also looked up by rows, or whose codes were replaced from outside.
+        """
+        codes, held = self._buffers["codes"], self._held
+        if self._pinned:
+            return False
+        if codes is None:
+            return True
+        if held is not None and held.source() is not codes:
+            return False
+        return (
+            type(codes) is Tensor
+            and codes.device.type == "cpu"
+            and codes.is_contiguous()
+            and not codes.is_shared()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            and not any(self.get_buffer(name).is_inference() for name in self._names)
+        )
+
+    def arranged(self, kernel: ArrangingKernel[ArrangedT]) -> ArrangedT:
+        """Return the weight as `kernel` reads it, which it then is the only copy of."""
+        found = self._found(kernel)
+        if found is None:
+            with _LOCK:
+                found = self._found(kernel)
+                if found is None:
+                    found = self._arrange(kernel)
+        return found
+
+    @property
+    def kernel_bytes(self) -> int:
+        """Bytes that kernels keep of this weight beside codes, scales and zero points."""
+        codes, held = self._buffers["codes"], self._held
+        kept = remembered_bytes(codes) if codes is not None else 0
+        if held is not None:
+            kept += held.arranged.beside + (held.arranged.nbytes if codes is not None else 0)
+        return kept
 
     def extra_repr(self) -> str:
         """Return the shape and the scheme."""
         return f"{list(self.layout.native)}, {self.scheme}"
+
+    def _with(self, codes: Tensor) -> PackedTensor:
+        tensors = {
+            name: codes if name == "codes" else self.get_buffer(name) for name in self._names
+        }
+        return PackedTensor(tensors, self.scheme, self.layout, self.get_buffer("_like").dtype)
+
+    def _found(self, kernel: ArrangingKernel[ArrangedT]) -> ArrangedT | None:
+        """Return what is held, if `kernel` reads it and nothing it was made of has changed."""
+        held = self._held
+        if held is None or self._buffers["codes"] is not None:
+            return None
+        source = held.source()
+        if source is not None and source._version != held.written:
+            return None
+        for name, (tensor, written) in held.scales.items():
+            if self._buffers[name] is not tensor or tensor._version != written:
+                return None
+        return held.arranged if isinstance(held.arranged, kernel.arrangement) else None
+
+    def _arrange(self, kernel: ArrangingKernel[ArrangedT]) -> ArrangedT:
+        with torch.inference_mode(False), torch.no_grad():
+            weight = self._with(self._restored())
+            parts = {name: weight.tensors[name] for name in _SCALES if name in weight.tensors}
+            scales = {name: (tensor, tensor._version) for name, tensor in parts.items()}
+            codes = weight.tensors["codes"]
+            written = codes._version
+            arranged = kernel.arrange(weight)
+        self._held = _Held(arranged, weakref.ref(codes), written, scales)
+        self._buffers["codes"] = None
+        return arranged
+
+    def _restored(self) -> Tensor:
+        """Put canonical codes back, under the lock, and return them."""
+        codes, held = self._buffers["codes"], self._held
+        if codes is None:
+            assert held is not None  # codes are one or the other
+            codes = held.source()
+            if codes is None:
+                with torch.inference_mode(False):
+                    codes = held.arranged.canonical()
+            self._buffers["codes"] = codes
+            self._held = None
+        return codes
+
+    def _settle(self) -> None:
+        """Hold canonical codes and nothing else."""
+        self._restored()
+        self._held = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        with _LOCK:
+            self._settle()
+            return super()._apply(fn, recurse)
+
+    def named_modules(
+        self,
+        memo: set[nn.Module] | None = None,
+        prefix: str = "",
+        remove_duplicate: bool = True,
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Yield this module, as `torch.nn.Module` does.
+
+        `torch.export` walks a model with its duplicates to find the buffers that it will write,
+        and has canonical codes.
+        """
+        if not remove_duplicate:
+            with _LOCK:
+                self._restored()
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Tensor], prefix: str, *rest: object
+    ) -> None:
+        with _LOCK:
+            self._settle()
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Tensor], prefix: str, keep_vars: bool
+    ) -> None:
+        with _LOCK:
+            self._restored()
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return what copies and pickles hold: canonical codes alone."""
+        with _LOCK:
+            codes = self.peek().tensors["codes"]
+            buffers = {**self._buffers, "codes": codes}
+            return {**self.__dict__, "_buffers": buffers, "_held": None}
+
+
+def kernel_bytes(model: nn.Module) -> int:
+    """Return the bytes that kernels keep of a model's weights beside what its file holds.
+
+    Codes are held once, in whatever order. What some kernels add to them (scales in a form of their
+    own, sums of rows) appears when a layer first runs, and counts here.
+    """
+    weights = (module for module in model.modules() if isinstance(module, QuantizedWeight))
+    return sum(weight.kernel_bytes for weight in weights)
 
 
 class QuantizedInput(_Fixed):

@@ -59,6 +59,20 @@ def median_seconds(
 
     Processor time by default, which says less of what else the machine does.
     """
+    return [statistics.median(times) for times in _seconds(actions, repeats, clock)]
+
+
+def least_seconds(actions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Return the least processor time of each action on one thread; they take turns.
+
+    What an action costs where nothing else of the machine is in its way.
+    """
+    return [min(times) for times in _seconds(actions, repeats, time.process_time)]
+
+
+def _seconds(
+    actions: Sequence[Callable[[], object]], repeats: int, clock: Callable[[], float]
+) -> list[list[float]]:
     taken: list[list[float]] = [[] for _ in actions]
     with one_thread():
         for _ in range(repeats):
@@ -66,7 +80,7 @@ def median_seconds(
                 start = clock()
                 action()
                 times.append(clock() - start)
-    return [statistics.median(times) for times in taken]
+    return taken
 
 
 def sqnr(reference: Iterable[Tensor], other: Iterable[Tensor]) -> float:

@@ -1,0 +1,162 @@
+"""Products with 4-bit weights in panels: torch's own, and one that decodes a panel at a time."""
+
+from collections.abc import Iterator
+
+import attrs
+import torch
+from torch import Tensor
+
+from mono_quant.base import ArrangingKernel, KernelSpec, PackedTensor
+from mono_quant.kernels.codes import flat, refuse, scales_and_zeros, shaped
+from mono_quant.kernels.ops import int4_mm, int4_panel
+from mono_quant.kernels.panels import Panels, to_panels
+from mono_quant.numerics.granularity import PerChannel, PerGroup, PerTensor
+from mono_quant.schemes import Affine
+
+_GROUPS = (256, 128, 64, 32)
+_CENTRE = 8  # the code that torch's product takes for zero
+_SIXTEEN = 16  # what a high nibble weighs, where it stays in its place
+_LOW, _HIGH = 0x0F0F0F0F0F0F0F0F, -0x0F0F0F0F0F0F0F10  # nibbles of eight bytes
+_LONGEST = 4096  # columns that are decoded at once: 512 KB, which stay in a core's cache
+
+
+@attrs.frozen
+class _OnPanels(ArrangingKernel[Panels]):
+    """What kernels on panels have in common."""
+
+    @property
+    def arrangement(self) -> type[Panels]:
+        """Panels of 4-bit codes."""
+        return Panels
+
+    def supports(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Return why it cannot: 4-bit affine weights and float inputs on a CPU are what it can.
+
+        Scales per group of a multiple of 32 columns, per channel or per tensor; a number of rows
+        that panels divide.
+        """
+        if reason := refuse(spec, device, dtype) or _refuse(spec):
+            return reason
+        half = int4_panel()
+        if isinstance(half, str):
+            return half
+        rows = spec.layout.stack[1]
+        return f"{rows} rows are no multiple of {2 * half}" if rows % (2 * half) else None
+
+    def arrange(self, weight: PackedTensor) -> Panels:
+        """Return the weight in panels."""
+        half = int4_panel()
+        if isinstance(half, str):
+            raise RuntimeError(half)
+        scale, zeros = scales_and_zeros(weight)
+        _, rows, length = weight.layout.stack
+        group = _group(weight.block_size[2])
+        offset = (_CENTRE - zeros) * scale
+        pairs = torch.stack([scale, offset], -1).to(torch.bfloat16).transpose(0, 1)
+        repeats = length // group // pairs.shape[0]
+        pairs = pairs.repeat_interleave(repeats, 0).expand(-1, rows, -1).contiguous()
+        kept = zeros.to(torch.uint8) if "zero_point" in weight.tensors else None
+        codes = to_panels(weight.tensors["codes"], half)
+        return Panels(codes, pairs, weight.tensors["scale"][0], kept)
+
+
+@attrs.frozen
+class Int4(_OnPanels):
+    """Multiplies by torch's own 4-bit product, which reads weights in panels.
+
+    Inputs, scales and offsets are bfloat16 inside, and so is the result; sums are float32. Inputs
+    of a normal distribution and weights of a trained layer's give an SQNR of about 50 dB against
+    the reference, where 4 bits in groups of 64 leave about 20 dB against the float layer.
+    """
+
+    name: str = attrs.field(default="int4", init=False)
+
+    def product(self, spec: KernelSpec, x: Tensor, weight: Panels, bias: Tensor | None) -> Tensor:
+        """Return ``x @ weight.T + bias``, ``[..., out]`` in the dtype of `x`."""
+        length = spec.layout.stack[2]
+        rows = flat(x, length, torch.bfloat16)
+        group = length // weight.pairs.shape[0]
+        return shaped(int4_mm(rows, weight.codes, group, weight.pairs).to(torch.float32), bias, x)
+
+
+@attrs.frozen
+class PanelBlocks(_OnPanels):
+    """Decodes half a panel of a weight into a buffer, multiplies, and goes on with the next one.
+
+    What `Blocks` does, on the order that `Int4` reads: values are those of the reference, in
+    float32. What is decoded is ``[in, 32]``, which the product takes faster than rows.
+    """
+
+    name: str = attrs.field(default="int4-blocks", init=False)
+
+    def product(self, spec: KernelSpec, x: Tensor, weight: Panels, bias: Tensor | None) -> Tensor:
+        """Return ``x @ weight.T + bias``, ``[..., out]`` in the dtype of `x`."""
+        rows = flat(x, spec.layout.stack[2])
+        count, length, half = weight.codes.shape
+        scale = weight.scale.to(torch.float32)
+        runs, size = scale.shape[1], length // scale.shape[1]
+        scale = scale.expand(2 * half * count, runs)
+        zeros = weight.zeros.to(torch.float32) if weight.zeros is not None else float(_CENTRE)
+        # what the codes of zero make of the sums of inputs; products with codes are added to it
+        sums = rows.reshape(-1, runs, size).sum(-1)
+        of_zeros = (scale * zeros).view(2 * count, half, runs).transpose(1, 2)
+        out = torch.matmul(sums, of_zeros).neg_()  # [halves, M, half], each a product's own
+        scales = _by_panel(scale, count, half)
+        codes = torch.empty(2, min(_LONGEST, length) * half, dtype=torch.uint8)
+        values = torch.empty(codes.shape[1])
+        for start, stop in _pieces(length, size):
+            code, block = codes[:, : (stop - start) * half], values[: (stop - start) * half]
+            low, high = code.view(torch.int64)  # eight bytes at once
+            here, part = slice(start // size, -(-stop // size)), rows[:, start:stop]
+            by_run, factor = block.view(here.stop - here.start, -1, half), block.view(-1, half)
+            for panel, stored in enumerate(weight.codes[:, start:stop].unbind()):
+                words = stored.reshape(-1).view(torch.int64)
+                torch.bitwise_and(words, _LOW, out=low)
+                torch.bitwise_and(words, _HIGH, out=high)
+                for nibble in range(2):
+                    block.copy_(code[nibble])
+                    by_run.mul_(scales[panel, nibble, here])
+                    out[2 * panel + nibble].addmm_(part, factor)
+        return shaped(out.transpose(0, 1).reshape(len(rows), spec.layout.stack[1]), bias, x)
+
+
+def _by_panel(scale: Tensor, count: int, half: int) -> Tensor:
+    """Return ``scale [out, runs]`` as ``[panels, 2, runs, 1, half]``; high nibbles weigh 16."""
+    runs = scale.shape[1]
+    parts = scale.reshape(count, 2, half, runs).transpose(2, 3).contiguous()
+    parts[:, 1] /= _SIXTEEN
+    return parts.view(count, 2, runs, 1, half)
+
+
+def _pieces(length: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield where columns that are decoded at once start and stop: whole runs, or parts of one."""
+    if size <= _LONGEST:
+        step = _LONGEST // size * size
+        yield from ((start, min(start + step, length)) for start in range(0, length, step))
+        return
+    for run in range(0, length, size):
+        for start in range(run, run + size, _LONGEST):
+            yield start, min(start + _LONGEST, run + size)
+
+
+def _refuse(spec: KernelSpec) -> str | None:
+    scheme = spec.scheme
+    if type(scheme) is not Affine or scheme.bits != 4:
+        return f"the weight is {scheme.describe()}"
+    if type(scheme.granularity) not in (PerTensor, PerChannel, PerGroup):
+        return f"the weight's scales are {scheme.granularity.describe()}"
+    if spec.activation is not None:
+        return f"inputs are {spec.activation.describe()}"
+    columns = scheme.granularity.block_size(spec.layout.stack)[2]
+    if not _group(columns):
+        return f"{columns} columns share a scale, which is no multiple of {_GROUPS[-1]}"
+    return None
+
+
+def _group(columns: int) -> int:
+    """Return the largest group that torch's product knows and that divides `columns`, or 0."""
+    return next((size for size in _GROUPS if columns % size == 0), 0)
+
+
+INT4 = Int4()
+PANEL_BLOCKS = PanelBlocks()
