@@ -68,7 +68,11 @@ def quantizers(draw: st.DrawFn) -> Quantizer:
     modes = [None] if form == "cast" else [None, "dynamic", "static"]
     if draw(st.booleans()):
         mode = draw(st.sampled_from(modes))
-        made = made.activations(mode, bits=draw(st.integers(2, 8)), symmetric=draw(st.booleans()))
+        if mode is None:
+            made = made.activations(None)
+        else:
+            width, symmetric = draw(st.integers(2, 8)), draw(st.booleans())
+            made = made.activations(mode, bits=width, symmetric=symmetric)
     if draw(st.booleans()):
         made = made.rounding(RoundToNearest())
     made = made.only(*draw(PATTERNS)).skip(*draw(PATTERNS))

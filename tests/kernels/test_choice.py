@@ -268,6 +268,9 @@ def test_a_trial_is_made_once_on_a_machine(tmp_path: Path) -> None:
     assert mark.read_text() == "x"
 
 
+_LONG = "import time; time.sleep(60)"
+
+
 @pytest.mark.usefixtures("untried")
 def test_a_trial_that_could_not_be_held_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
@@ -276,7 +279,7 @@ def test_a_trial_that_could_not_be_held_is_not_remembered(monkeypatch: pytest.Mo
         trial.refusal.cache_clear()
         patch.undo()
         patch.setattr(trial, "_TIMEOUT_S", 0.01)
-        assert trial.refusal("it", "") == "it could not be tried: TimeoutExpired"
+        assert trial.refusal("it", _LONG) == "it could not be tried: TimeoutExpired"
     trial.refusal.cache_clear()
     assert trial.refusal("it", "") is None
 
