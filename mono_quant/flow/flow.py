@@ -102,7 +102,9 @@ def _grid_of(module: QuantizedModule) -> Grid | str:
     if not isinstance(module, _FLOWING):
         return f"a {type(module).__name__} does not pass codes"
     activation = module.activations().get("weight")
-    if activation is None or activation.scale is None:
+    if activation is None:
+        return "its inputs are not quantized"
+    if activation.scale is None:
         return "its inputs were not calibrated"
     return Grid.of(activation) or "its inputs are on a symmetric grid"
 

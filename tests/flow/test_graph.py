@@ -221,7 +221,7 @@ def test_damage_that_is_kept_out_shows_in_the_graph() -> None:
     assert [line.split(";")[0] for line in result.report.flow] == [
         "'0': float32, rounded to uint8 for '1'",
         "2: uint8 -> float32, as the model's output takes floats",
-        "0: float32, as its inputs were not calibrated",
+        "0: float32, as its inputs are not quantized",
     ]
     assert result.validate()
 
