@@ -38,6 +38,9 @@ from mono_quant.numerics.values import Layout, QParams, QTensor, WeightView
 
 StateT = TypeVar("StateT")
 
+_BYTE = 8
+_SIGN = 128  # what turns an unsigned byte into a signed one
+
 
 class Scheme(Configurable, ABC):
     """A grid of values: how numbers become codes and codes become numbers.
@@ -60,8 +63,22 @@ class Scheme(Configurable, ABC):
 
     @property
     def code_min(self) -> int:
-        """The smallest code; files store codes less this."""
+        """The smallest code."""
         return 0
+
+    @final
+    @property
+    def code_offset(self) -> int:
+        """The code that is stored as 0: the smallest; of 8 bits, which are signed, the middle."""
+        return self.code_min + (_SIGN if self.code_bits == _BYTE else 0)
+
+    @final
+    @property
+    def stored_dtype(self) -> torch.dtype | None:
+        """The dtype of packed codes; None where codes are floats."""
+        if self.code_bits is None:
+            return None
+        return torch.int8 if self.code_bits == _BYTE else torch.uint8
 
     @abstractmethod
     def nbytes(self, shape: Shape) -> int:
@@ -131,9 +148,9 @@ class PackedTensor:
     """A quantized weight as modules and files hold it: dense codes, the same on every machine.
 
     Attributes:
-        tensors: ``codes`` (``uint8 [G, out, ceil(in * bits / 8)]``, or floats for a cast),
-            ``scale``, ``zero_point`` (codes, packed as densely, or floats) and what else the scheme
-            declares.
+        tensors: ``codes`` (``uint8 [G, out, ceil(in * bits / 8)]``, of 8 bits ``int8``, or floats
+            for a cast), ``scale``, ``zero_point`` (codes, packed as densely, or floats) and what
+            else the scheme declares.
         scheme: the grid.
         layout: from the native weight to the stack ``[G, out, in]`` and back.
         dtype: dtype of the float weight.
@@ -280,19 +297,27 @@ class Activation:
 def _pack_codes(codes: Tensor, scheme: Scheme) -> Tensor:
     if scheme.code_bits is None:
         return codes.contiguous()
-    return pack_bits((codes - scheme.code_min).to(torch.uint8).contiguous(), scheme.code_bits)
+    stored = codes - scheme.code_offset
+    if scheme.code_bits == _BYTE:
+        return stored.to(torch.int8).contiguous()
+    return pack_bits(stored.to(torch.uint8).contiguous(), scheme.code_bits)
 
 
 def _bytes_of(codes: Tensor, scheme: Scheme) -> Tensor:
     """Return codes of 8 bits as they are stored, in the same memory."""
-    return codes.contiguous().view(torch.uint8).add_(-scheme.code_min)  # wraps, as it must
+    stored = codes.contiguous().view(torch.int8)
+    return stored.add_(-scheme.code_offset) if scheme.code_offset else stored  # wraps, as it must
 
 
 def _unpack_codes(packed: Tensor, scheme: Scheme, count: int) -> Tensor:
-    if scheme.code_bits is None:
+    bits, signed = scheme.code_bits, scheme.code_min < 0
+    if bits is None:
         return packed
-    codes = unpack_bits(packed, scheme.code_bits, count)
-    return codes.to(torch.int8) + scheme.code_min if scheme.code_min < 0 else codes
+    if bits == _BYTE:
+        codes = packed if signed else packed.view(torch.uint8)
+        return codes + scheme.code_offset if scheme.code_offset else codes
+    codes = unpack_bits(packed, bits, count)
+    return codes.to(torch.int8) + scheme.code_min if signed else codes
 
 
 class AnyStatistic(Configurable, ABC):

@@ -63,7 +63,10 @@ def quantized(model: ModelT, quantizer: Quantizer | None = None) -> ModelT:
 
 
 def unpacked(stream: Tensor, bits: int, count: int) -> Tensor:
-    """Return the `count` codes of each row of bytes: value i from bit ``i * bits`` on."""
+    """Return the `count` codes of each row: value i from bit ``i * bits`` on, or a signed byte."""
+    if bits == 8:
+        assert stream.dtype == torch.int8
+        return stream[..., :count].to(torch.int64)
     ones = (stream.to(torch.int64).unsqueeze(-1) >> torch.arange(8) & 1).flatten(-2)
     rows = ones[..., : count * bits].reshape(*stream.shape[:-1], count, bits)
     return (rows << torch.arange(bits)).sum(-1)
@@ -79,7 +82,7 @@ def stack_and_step(packed: PackedTensor, length: int) -> tuple[Tensor, Tensor]:
     assert isinstance(scheme, Affine)
     scale = tensors["scale"].to(torch.float64)
     codes = unpacked(tensors["codes"], scheme.bits, length)
-    zero = torch.full(scale.shape, 1 << scheme.bits - 1)
+    zero = torch.full(scale.shape, 1 << scheme.bits - 1 if scheme.bits < 8 else 0)
     if not scheme.symmetric:
         zero = unpacked(tensors["zero_point"], scheme.bits, scale.numel()).reshape(scale.shape)
     scale, zero = for_each(scale, codes.shape), for_each(zero, codes.shape)

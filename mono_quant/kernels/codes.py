@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mono_quant.base import KernelSpec, PackedTensor
-from mono_quant.kernels.ops import int_mm
 from mono_quant.numerics.packing import unpack_bits
 from mono_quant.operations import MatrixProduct
 
@@ -65,23 +64,23 @@ def scales_and_zeros(weight: PackedTensor) -> tuple[Tensor, Tensor]:
     scale = weight.tensors["scale"][0].to(torch.float32)
     stored = weight.tensors.get("zero_point")
     if stored is None:
-        return scale, torch.full_like(scale, -weight.scheme.code_min)
+        return scale, torch.full_like(scale, -weight.scheme.code_offset)
     bits = weight.scheme.code_bits or 8
     unpacked = unpack_bits(stored, bits, scale.numel())
     return scale, unpacked.to(torch.float32).reshape(scale.shape)
 
 
 def row_sums(codes: Tensor) -> Tensor:
-    """Return the sum of each row of ``uint8 [out, in]`` codes as ``int32 [out]``.
+    """Return the sum of each row of ``int8 [1, out, in]`` codes as ``int32 [1, out]``.
 
     Remembered for as long as the tensor lives and is not written to, since finding the sums costs
     as much as a product. Writing through ``.data`` hides from that, here as in torch's autograd.
     """
     if codes.is_inference():  # it does not count how often it is written to
-        return _sums(codes)
+        return codes.sum(-1, dtype=torch.int32)
     known = _SUMS.get(codes)
     if known is None or known[0] != codes._version:
-        known = (codes._version, _sums(codes))
+        known = (codes._version, codes.sum(-1, dtype=torch.int32))
         _SUMS[codes] = known
     return known[1]
 
@@ -90,8 +89,3 @@ def remembered_bytes(codes: Tensor) -> int:
     """Return the bytes of the sums that are kept for this tensor of codes."""
     known = _SUMS.get(codes)
     return known[1].nbytes if known is not None else 0
-
-
-def _sums(codes: Tensor) -> Tensor:
-    matrix = codes.reshape(codes.shape[-2:])
-    return int_mm(matrix, torch.ones(1, matrix.shape[1], dtype=torch.int8).t()).reshape(-1)

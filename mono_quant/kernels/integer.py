@@ -1,27 +1,33 @@
 """Exact integer products on the codes of a weight, as they are stored."""
 
+import math
+
 import attrs
 import torch
 from torch import Tensor
 
-from mono_quant.base import Activation, KernelSpec, PackedTensor
+from mono_quant.base import Activation, KernelSpec, PackedTensor, Scheme
 from mono_quant.kernels.blocks import BLOCKS
 from mono_quant.kernels.codes import flat, refuse, row_sums, shaped
 from mono_quant.kernels.ops import LONGEST_ROW, SHORTEST_ROW, int_mm, int_mm_refusal
 from mono_quant.numerics.granularity import PerChannel, PerTensor, PerToken
+from mono_quant.numerics.values import QParams
 from mono_quant.schemes import Affine
 
-_SIGN = 128  # what turns an unsigned byte into a signed one
+_SIGN = 128  # what turns a signed byte into an unsigned one
 _DIGITS = 3
+_ROWS = 256  # of inputs that a product takes at once
+_AT_ONCE = 1 << 18  # sums that are worked on at once: they stay in a core's cache
+_MIDDLE = torch.full((1, 1), _SIGN, dtype=torch.int32, device="cpu")
 
 
 @attrs.frozen
 class Integer:
     """Multiplies 8-bit weights and integers of inputs, summing in 32 bits, without decoding.
 
-    The stored codes are the left factor, unsigned, and the inputs the right one, signed: so the
-    weight needs no second layout, and what is repacked at each call is the smaller input. With
-    quantized inputs, their codes are those of `Activation.fake_quantize` and the sums are exact;
+    The inputs are the left factor, in unsigned bytes, and the stored codes the right one, so that
+    the weight needs no second layout and sums come out in the order of the result. With quantized
+    inputs, their codes are those of `Activation.fake_quantize` and the sums are exact;
     float rounding enters with the scales alone. Float inputs are written as three signed digits to
     base 256, the last one 22 bits below the power of two above the largest value of their row:
     about what float32 keeps of a sum.
@@ -46,14 +52,96 @@ class Integer:
     ) -> Tensor:
         """Return ``x @ weight.T + bias``, ``[..., out]`` in the dtype of `x`."""
         rows = flat(x, spec.layout.stack[2])
-        if not rows.numel() or not bool(rows.sum().isfinite()):
+        if not rows.numel() or not math.isfinite(rows.sum().item()):
             return BLOCKS(spec, x, weight, bias)
-        product = (
-            _of_floats(rows, weight)
-            if spec.activation is None
-            else _of_codes(rows, weight, spec.activation)
+        factor = _Factor.of(weight, bias)
+        qparams = spec.activation.qparams(rows) if spec.activation is not None else None
+        out = rows.new_empty(len(rows), spec.layout.stack[1])
+        for start in range(0, len(rows), _ROWS):
+            place = slice(start, start + _ROWS)
+            if spec.activation is None or qparams is None:
+                digits = _digits_of_floats(rows[place])
+            else:
+                digits = _digits_of_codes(rows[place], spec.activation.scheme, qparams, place)
+            factor.product(digits, out[place])
+        return shaped(out, None, x)
+
+
+@attrs.frozen(eq=False)
+class _Digits:
+    """Some rows of inputs as integers.
+
+    Attributes:
+        digits: ``uint8 [places * M, in]``, the lowest digits to base 256 first.
+        zero: the digit that means zero, ``int32 [M or 1, 1]``.
+        unit: what a lowest digit of 1 stands for, ``float32 [M or 1, 1]``.
+        places: how many digits a value has.
+    """
+
+    digits: Tensor
+    zero: Tensor
+    unit: Tensor
+    places: int = 1
+
+
+@attrs.frozen(eq=False)
+class _Factor:
+    """A weight as the right factor of products.
+
+    Attributes:
+        codes: as stored, ``int8 [out, in]``.
+        sums: of each row of codes less their zero point, ``int32 [1, out]``.
+        zero: the stored codes that mean zero, ``int32 [1, out or 1]``; None where all are 0.
+        scale: ``float32 [out or 1]``.
+        bias: ``float32 [out]`` or None.
+    """
+
+    codes: Tensor
+    sums: Tensor
+    zero: Tensor | None
+    scale: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, weight: PackedTensor, bias: Tensor | None) -> "_Factor":
+        codes, zero = weight.tensors["codes"], weight.tensors.get("zero_point")
+        sums = row_sums(codes)
+        if zero is not None:
+            zero = zero.to(torch.int32)[None]
+            sums = sums - zero * codes.shape[-1]
+        scale = weight.tensors["scale"].reshape(-1).to(torch.float32)
+        return cls(
+            codes[0], sums, zero, scale, bias.to(torch.float32) if bias is not None else None
         )
-        return shaped(product.mul_(weight.tensors["scale"].reshape(-1)), bias, x)
+
+    def product(self, x: _Digits, out: Tensor) -> None:
+        """Write the product with some rows of inputs to ``out [M, out]``."""
+        count, width = out.shape
+        sums = torch.empty(x.places * count, width, dtype=torch.int32)
+        int_mm(x.digits, self.codes, sums)
+        if self.zero is not None:
+            of_rows = x.digits.sum(1, keepdim=True, dtype=torch.int32)
+            sums.addcmul_(of_rows, self.zero, value=-1)
+        sums = sums.view(x.places, count, width)
+        step = max(1, _AT_ONCE // (x.places * width))
+        for start in range(0, count, step):
+            place = slice(start, start + step)
+            self._finish(x, sums[:, place], place, out[place])
+
+    def _finish(self, x: _Digits, sums: Tensor, place: slice, out: Tensor) -> None:
+        sums.addcmul_(_rows(x.zero, place), self.sums, value=-1)
+        out.copy_(sums[-1])
+        for digit in reversed(sums[:-1].unbind()):
+            out.mul_(256.0).add_(digit)
+        out.mul_(_rows(x.unit, place))
+        if self.bias is None:
+            out.mul_(self.scale)
+        else:
+            torch.addcmul(self.bias, out, self.scale, out=out)
+
+
+def _rows(values: Tensor, place: slice) -> Tensor:
+    return values if values.shape[0] == 1 else values[place]
 
 
 def _refuse_weight(spec: KernelSpec) -> str | None:
@@ -77,58 +165,29 @@ def _refuse_activation(activation: Activation | None) -> str | None:
     return None if known else f"inputs are {activation.describe()}"
 
 
-def _of_codes(rows: Tensor, weight: PackedTensor, activation: Activation) -> Tensor:
-    """Return the product with quantized ``rows [M, in]`` less the weight's scale, ``[M, out]``."""
-    quantized = activation.scheme.quantize(rows, activation.qparams(rows))
-    digits, zeros = quantized.codes, quantized.qparams.zero_point
-    if zeros is not None:
-        digits = (digits ^ _SIGN).view(torch.int8)
-        zeros = zeros.reshape(-1, 1).to(torch.int32) - _SIGN  # [M, 1], or [1, 1] if static
-    sums = _centred(digits, weight)
-    if zeros is not None:
-        codes = weight.tensors["codes"]
-        of_weight = row_sums(codes) - _zeros(weight) * codes.shape[-1]  # [out]
-        sums.addcmul_(zeros, of_weight[None], value=-1)
-    scale = quantized.qparams.scale
+def _digits_of_codes(rows: Tensor, scheme: Scheme, qparams: QParams, place: slice) -> _Digits:
+    """Return the codes of ``rows [M, in]``, which `qparams` has the parameters of at `place`."""
+    scale, zero = qparams.scale, qparams.zero_point
     assert scale is not None  # an Affine has one
-    return sums.to(torch.float32).mul_(scale.reshape(-1, 1))
+    block = tuple(rows.shape) if len(scale) == 1 else qparams.block_size
+    scale, zero = _rows(scale, place), _rows(zero, place) if zero is not None else None
+    codes = scheme.quantize(rows, QParams(scale, zero, block)).codes
+    if zero is not None:
+        return _Digits(codes, zero.to(torch.int32), scale)
+    return _Digits(codes.view(torch.uint8).bitwise_xor_(_SIGN), _MIDDLE, scale)
 
 
-def _of_floats(rows: Tensor, weight: PackedTensor) -> Tensor:
-    """Return the product with float ``rows [M, in]`` less the weight's scale, ``[M, out]``."""
+def _digits_of_floats(rows: Tensor) -> _Digits:
+    """Return three digits of each of ``rows [M, in]``."""
     _, exponent = torch.frexp(rows.abs().amax(1, keepdim=True))  # |x| < 2^exponent, [M, 1]
     exponent = exponent.clamp(min=-100) - 22  # of the last digit's unit
     values = (rows * _power_of_two(-exponent)).round_().to(torch.int32)  # below 2^22
-    digits = []
-    for _ in range(_DIGITS):
-        digits.append(values.to(torch.int8))  # the lowest byte, as a signed one
-        values = values.add_(_SIGN).bitwise_right_shift_(8)
-    sums = _centred(torch.cat(digits), weight).reshape(_DIGITS, rows.shape[0], -1)
-    product = sums[2].to(torch.float32)
-    for place in (1, 0):
-        product = product.mul_(256.0).add_(sums[place])
-    return product.mul_(_power_of_two(exponent))
-
-
-def _centred(digits: Tensor, weight: PackedTensor) -> Tensor:
-    """Return ``digits @ (codes - zero point).T`` as exact ``int32 [M, out]``.
-
-    Args:
-        digits: ``int8 [M, in]``.
-        weight: codes as stored, unsigned.
-    """
-    codes = weight.tensors["codes"][0]  # [out, in]
-    sums = int_mm(codes, digits.t()).t().contiguous()
-    per_row = digits.sum(1, keepdim=True, dtype=torch.int32)
-    return sums.addcmul_(per_row, _zeros(weight)[None], value=-1)
-
-
-def _zeros(weight: PackedTensor) -> Tensor:
-    """Return the stored codes that mean zero, ``int32 [out]`` or ``[1]``."""
-    zeros = weight.tensors.get("zero_point")
-    if zeros is None:
-        return torch.tensor([-weight.scheme.code_min], dtype=torch.int32)
-    return zeros.reshape(-1).to(torch.int32)  # 8 bits take a byte
+    digits = torch.empty(_DIGITS, *rows.shape, dtype=torch.int8)
+    for digit in digits.unbind():
+        digit.copy_(values)  # the lowest byte, as a signed one
+        values.add_(_SIGN).bitwise_right_shift_(8)
+    unsigned = digits.view(torch.uint8).bitwise_xor_(_SIGN).view(-1, rows.shape[1])
+    return _Digits(unsigned, _MIDDLE, _power_of_two(exponent), _DIGITS)
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:

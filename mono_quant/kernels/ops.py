@@ -18,11 +18,12 @@ _TRIAL = """
 import torch
 for rows in (1, 3, 17, 64):
     for length in (32, 1000):
-        left = torch.randint(0, 256, (96, length), dtype=torch.uint8)
-        right = torch.randint(-128, 128, (rows, length), dtype=torch.int8)
+        left = torch.randint(0, 256, (rows, length), dtype=torch.uint8)
+        right = torch.randint(-128, 128, (96, length), dtype=torch.int8)
         left[0], right[0] = 255, -128
-        expected = left.double() @ right.double().t()
-        assert torch.equal(torch._int_mm(left, right.t()).double(), expected)
+        found = torch.empty(rows, 96, dtype=torch.int32)
+        torch._int_mm(left, right.t(), out=found)
+        assert torch.equal(found.double(), left.double() @ right.double().t())
 """
 _INT4_TRIAL = """
 import torch
@@ -43,14 +44,16 @@ for rows in (1, 2, 3, 4, 17, 64):
 """
 
 
-def int_mm(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``left @ right`` as exact ``int32 [n, m]``.
+def int_mm(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Write ``left @ right.T``, exact, to `out`.
 
     Args:
-        left: ``uint8 [n, k]``, k from `SHORTEST_ROW` to `LONGEST_ROW`.
-        right: ``int8 [k, m]``; the transposed view of a contiguous ``[m, k]`` is as good.
+        left: ``uint8 [m, k]``, k from `SHORTEST_ROW` to `LONGEST_ROW`. Signed bytes would do, and
+            take twice as long for few rows.
+        right: ``int8 [n, k]``.
+        out: ``int32 [m, n]``.
     """
-    return torch._int_mm(left, right)
+    torch._int_mm(left, right.t(), out=out)
 
 
 def int_mm_refusal() -> str | None:

@@ -99,11 +99,12 @@ def _made_up(spec: KernelSpec) -> PackedTensor:
         return PackedTensor({"codes": codes}, scheme, spec.layout, torch.float32)
     block = scheme.granularity.block_size(stack)
     scales = (1, count // block[1], length // block[2])
-    codes = torch.full((1, count, packed_length(length, scheme.bits)), 129, dtype=torch.uint8)
+    places = (1, count, packed_length(length, scheme.bits))
+    codes = torch.full(places, 65, dtype=scheme.stored_dtype)
     tensors = {"codes": codes, "scale": torch.ones(scales, dtype=scheme.scale_dtype)}
     if not scheme.symmetric:
-        places = packed_length(torch.Size(scales).numel(), scheme.bits)
-        tensors["zero_point"] = torch.zeros(places, dtype=torch.uint8)
+        zeros = packed_length(torch.Size(scales).numel(), scheme.bits)
+        tensors["zero_point"] = torch.zeros(zeros, dtype=scheme.stored_dtype)
     return PackedTensor(tensors, scheme, spec.layout, torch.float32)
 
 

@@ -40,6 +40,14 @@ def spread(per_block: Tensor) -> Tensor:
     return per_block.reshape([size for count in per_block.shape for size in (count, 1)])
 
 
+def meet(x: Tensor, block_size: Shape, *per_block: Tensor) -> tuple[Tensor, ...]:
+    """Return views of `x` and of values per block ``[n0, n1, ...]`` whose shapes meet."""
+    sizes = zip(x.shape, block_size, strict=True)
+    if all(block == size or block == 1 for size, block in sizes):
+        return (x, *per_block)  # as they are: a layer does this at every call
+    return (to_blocks(x, block_size), *map(spread, per_block))
+
+
 def block_range(x: Tensor, block_size: Shape) -> tuple[Tensor, Tensor]:
     """Return the smallest and the largest value of each block; zeros for empty blocks.
 

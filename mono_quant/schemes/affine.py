@@ -9,7 +9,7 @@ from torch import Tensor
 from mono_quant.base import Scheme
 from mono_quant.configurable import as_dtype, dtype_name, register
 from mono_quant.errors import ConfigurationError, InputError
-from mono_quant.numerics.blocks import AT_ONCE, block_counts, block_range, spread, to_blocks
+from mono_quant.numerics.blocks import AT_ONCE, block_counts, block_range, meet
 from mono_quant.numerics.granularity import Granularity, PerChannel, Shape
 from mono_quant.numerics.packing import packed_length
 from mono_quant.numerics.values import QParams, QTensor
@@ -124,18 +124,17 @@ class Affine(Scheme):
 
     def _cover(self, low: Tensor, high: Tensor, block_size: Shape) -> QParams:
         if self.symmetric:
-            scale = torch.maximum(low.abs(), high.abs()) / self.quant_max
+            scale = torch.maximum(high, -low).div_(self.quant_max)
         else:
             low, high = low.clamp(max=0), high.clamp(min=0)
             steps = self.quant_max - self.quant_min
-            scale = (high - low) / steps
-            scale = torch.where(scale.isfinite(), scale, high / steps - low / steps)  # overflow
-        scale = torch.where(scale == 0, 1.0, scale.clamp(min=_TINY))
-        scale = self._store(scale)
+            scale = (high * 0.5).sub_(low, alpha=0.5).div_(steps / 2)  # halves do not overflow
+        empty = scale == 0
+        scale = self._store(scale.clamp_(min=_TINY).masked_fill_(empty, 1.0))
         if self.symmetric:
             return QParams(scale, None, block_size)
-        zero_point = self.quant_min - torch.round(low / scale.to(torch.float32))
-        zero_point = zero_point.clamp(self.quant_min, self.quant_max).to(torch.uint8)
+        zero_point = low.div_(scale).round_().neg_().add_(self.quant_min)
+        zero_point = zero_point.clamp_(self.quant_min, self.quant_max).to(torch.uint8)
         return QParams(scale, zero_point, block_size)
 
     def quantize(self, x: Tensor, qparams: QParams) -> QTensor:
@@ -153,21 +152,23 @@ class Affine(Scheme):
         Returns:
             int8 codes for a symmetric grid, uint8 otherwise.
         """
-        scale, zero_point = self._parts(qparams)
-        blocks = to_blocks(x.to(torch.float32), qparams.block_size)
-        values = blocks * spread(1.0 / scale)
-        if zero_point is not None:
-            values += spread(zero_point)
+        scale, *zero_point = self._parts(qparams)
+        values = x.to(torch.float32)
+        values, scale, *zero_point = meet(values, qparams.block_size, scale, *zero_point)
+        values = values * scale.reciprocal()
+        for zero in zero_point:
+            values += zero
         codes = values.round_().clamp_(self.quant_min, self.quant_max).reshape(x.shape)
         return QTensor(codes.to(torch.int8 if self.symmetric else torch.uint8), qparams, x.dtype)
 
     def dequantize(self, q: QTensor) -> Tensor:
         """Return ``(code - zero_point) * scale`` in float32."""
-        scale, zero_point = self._parts(q.qparams)
-        blocks = to_blocks(q.codes.to(torch.float32), q.qparams.block_size)
-        if zero_point is not None:
-            blocks = blocks.sub_(spread(zero_point))
-        return blocks.mul_(spread(scale)).reshape(q.codes.shape)
+        scale, *zero_point = self._parts(q.qparams)
+        codes = q.codes.to(torch.float32)
+        values, scale, *zero_point = meet(codes, q.qparams.block_size, scale, *zero_point)
+        for zero in zero_point:
+            values.sub_(zero)
+        return values.mul_(scale).reshape(q.codes.shape)
 
     def describe(self) -> str:
         """Return width, symmetry and granularity."""
@@ -190,14 +191,12 @@ class Affine(Scheme):
             remarks.append(f"{share:.0%} of its codes lie on the ends of the grid")
         return "; ".join(remarks) or None
 
-    def _parts(self, qparams: QParams) -> tuple[Tensor, Tensor | None]:
+    def _parts(self, qparams: QParams) -> tuple[Tensor, ...]:
+        """Return scale and, where there is one, zero point, in float32."""
         if qparams.scale is None:
             raise InputError("Affine needs a scale, but these qparams have none")
-        zero_point = qparams.zero_point
-        return (
-            qparams.scale.to(torch.float32),
-            zero_point.to(torch.float32) if zero_point is not None else None,
-        )
+        parts = [qparams.scale, qparams.zero_point]
+        return tuple(part.to(torch.float32) for part in parts if part is not None)
 
     def _store(self, scale: Tensor) -> Tensor:
         if self.scale_dtype == scale.dtype:

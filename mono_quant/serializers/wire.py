@@ -265,7 +265,7 @@ def _check_shapes(key: str, packed: PackedTensor) -> None:
                 f"{name} of {key!r} is {found}, where {shape} was expected"
             )
         dtype = tensors[name].dtype
-        if not (dtype.is_floating_point if floating[name] else dtype == torch.uint8):
+        if not (dtype.is_floating_point if floating[name] else dtype == scheme.stored_dtype):
             raise CorruptCheckpointError(f"{name} of {key!r} is of {dtype}")
     count = math.prod(layout.stack)
     moved = sorted(layout.order) == list(range(len(layout.split)))

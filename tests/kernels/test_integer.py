@@ -69,7 +69,8 @@ def test_bias_is_added_and_leading_dimensions_and_dtypes_are_kept() -> None:
     bias = noise(65, seed=9)
     x = noise(2, 3, 1040)
     plain = run(INTEGER, made, x)
-    assert same_bits(run(INTEGER, made, x, bias), plain + bias)
+    biased = run(INTEGER, made, x, bias)  # in one step with the last factor, on some processors
+    assert ((biased - (plain + bias)).abs() <= 2 * EPS * (plain.abs() + biased.abs())).all()
     assert same_bits(run(INTEGER, made, x[0, 0]), run(INTEGER, made, x[:1, 0])[0])
     for dtype in (torch.float16, torch.bfloat16):
         half = x.to(dtype)
@@ -85,7 +86,7 @@ def test_bias_is_added_and_leading_dimensions_and_dtypes_are_kept() -> None:
 def test_the_largest_products_do_not_saturate(grid: str, code: int) -> None:
     made = layer(INTEGERS[grid], 4, 1 << 15)
     weight = made.packed_weights()["weight"]
-    weight.tensors["codes"].fill_(code + 128)
+    weight.tensors["codes"].fill_(code)
     for x in (torch.full((3, 1 << 15), -1e3), torch.full((3, 1 << 15), 1e3)):
         expected, _ = exact(made, x)
         assert float(expected.abs().min()) > 0
@@ -136,7 +137,7 @@ def test_sums_of_codes_follow_what_is_written_to_them() -> None:
     made.load_state_dict(other.state_dict())
     assert same_bits(run(INTEGER, made, x), expected)
     codes = made.packed_weights()["weight"].tensors["codes"]
-    assert torch.equal(row_sums(codes), codes[0].sum(1, dtype=torch.int32))
+    assert torch.equal(row_sums(codes), codes.sum(-1, dtype=torch.int32))
     with torch.inference_mode():
         assert torch.equal(row_sums(codes.clone()), row_sums(codes))
     assert same_bits(run(INTEGER, copy.deepcopy(made), x), expected)
