@@ -5,13 +5,15 @@ of what makes results repeatable: `use` fixes it.
 """
 
 import os
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+import attrs
 import torch
 from torch import Tensor
 
-from mono_quant.base import Arranged, ArrangingKernel, Kernel, KernelSpec
+from mono_quant.base import Arranged, ArrangingKernel, Kernel, KernelSpec, Operation, Scheme
 from mono_quant.errors import ConfigurationError
 from mono_quant.kernels.blocks import BLOCKS, Blocks
 from mono_quant.kernels.codes import remembered_bytes
@@ -20,7 +22,10 @@ from mono_quant.kernels.integer import INTEGER, Integer
 from mono_quant.kernels.ops import followed
 from mono_quant.kernels.reference import Reference
 from mono_quant.kernels.sequences import INTEGER_STEPS, IntegerSteps
-from mono_quant.kernels.timing import fastest
+from mono_quant.kernels.store import STORE
+from mono_quant.kernels.timing import bucket, fastest
+from mono_quant.numerics.values import Layout
+from mono_quant.operations import MatrixProduct
 from mono_quant.recurrence import Recurrence
 
 REFERENCE: Kernel = Reference()
@@ -54,6 +59,15 @@ class use:
     current: str | None = None
     """The name in force, or None."""
 
+    @classmethod
+    def named(cls) -> str | None:
+        """Return the name in force, from the environment where `use` did not say one.
+
+        Raises:
+            ConfigurationError: the environment names a kernel that there is not.
+        """
+        return cls.current or _checked(os.environ.get(VARIABLE) or None)
+
     def __init__(self, name: str | None) -> None:
         self._before = use.current
         use.current = _checked(name)
@@ -72,13 +86,34 @@ class use:
         use.current = self._before
 
 
+_Inputs = tuple[str, Scheme] | None
+_Asked = tuple[int, str | None, bool, torch.device, torch.dtype, Operation, Scheme, Layout, _Inputs]
+
+
+@attrs.define(eq=False)
+class _Choice:
+    """Kernels that can do what is asked of them, and which of them are fastest.
+
+    Attributes:
+        able: the kernels, as they stand in `KERNELS`.
+        fastest: by whether codes may be arranged, by rows of inputs, and by threads.
+    """
+
+    able: tuple[Kernel, ...]
+    fastest: dict[tuple[bool, int, int], Kernel] = attrs.field(factory=dict)
+
+
+_CHOICES: dict[_Asked, _Choice] = {}
+"""Of matrix products: a layer asks at each call, and would wait as long as for the product."""
+
+
 def select(
     spec: KernelSpec,
     device: torch.device,
     dtype: torch.dtype,
     rows: int = 1,
     *others: Tensor | None,
-    arrange: bool = False,
+    arrange: Callable[[], bool] | None = None,
 ) -> Kernel:
     """Return the fastest kernel for `spec`, measured on this machine, or the one `use` names.
 
@@ -90,27 +125,62 @@ def select(
         others: what the kernel is to be called with. The reference is returned where someone
             follows these: where a gradient is asked for, and under `torch.compile`,
             `torch.export` and `torch.func`.
-        arrange: whether the caller can hold the codes in another order. That order is chosen for
-            a single input, and every batch is then computed by a kernel that reads it: so codes
-            lie in one order, and change it once.
+        arrange: tells whether the caller can hold the codes in another order; None if it cannot.
+            That order is chosen for a single input, and every batch is then computed by a kernel
+            that reads it: so codes lie in one order, and change it once.
     """
     if torch.compiler.is_compiling():
         return REFERENCE
+    choice = _choice(spec, device, dtype, followed(*others))
+    able = choice.able
+    arranged = any(isinstance(kernel, ArrangingKernel) for kernel in able)
+    if arranged and (arrange is None or not arrange()):
+        arranged = False
+        able = tuple(kernel for kernel in able if not isinstance(kernel, ArrangingKernel))
+    key = (arranged, bucket(rows), torch.get_num_threads())
+    kernel = choice.fastest.get(key)
+    if kernel is None:
+        kernel = choice.fastest[key] = _fastest(able, spec, dtype, rows)
+    return kernel
+
+
+def _choice(
+    spec: KernelSpec, device: torch.device, dtype: torch.dtype, is_followed: bool
+) -> _Choice:
+    name = use.named()
+    if type(spec.operation) is not MatrixProduct:  # others may hold tensors
+        return _Choice(_able(spec, device, dtype, name, is_followed))
+    met = spec.activation
+    inputs = (met.mode, met.scheme) if met is not None else None
+    how = (STORE.age, name, is_followed, device, dtype)
+    asked = (*how, spec.operation, spec.scheme, spec.layout, inputs)
+    choice = _CHOICES.get(asked)
+    if choice is None:
+        choice = _CHOICES[asked] = _Choice(_able(spec, device, dtype, name, is_followed))
+    return choice
+
+
+def _able(
+    spec: KernelSpec, device: torch.device, dtype: torch.dtype, name: str | None, is_followed: bool
+) -> tuple[Kernel, ...]:
     kernels = [kernel for kernel in KERNELS if kernel is not REFERENCE]
-    name = use.current or _checked(os.environ.get(VARIABLE) or None)
-    if followed(*others):
+    if is_followed:
         kernels = [kernel for kernel in kernels if kernel not in _MACHINE_CODE]
     elif name is not None:
         kernels = [kernel for kernel in kernels if kernel.name == name]
-    if not arrange:
-        kernels = [kernel for kernel in kernels if not isinstance(kernel, ArrangingKernel)]
-    able = [kernel for kernel in kernels if kernel.supports(spec, device, dtype) is None]
-    if not able or (isinstance(spec.operation, Recurrence) and name is None):
-        able.append(REFERENCE)  # which decodes once for a whole sequence
-    if any(_order(kernel) is not _order(able[0]) for kernel in able):
-        order = _order(fastest(able, spec, dtype, 1))
-        able = [kernel for kernel in able if _order(kernel) is order]
-    return fastest(able, spec, dtype, rows)
+    return tuple(kernel for kernel in kernels if kernel.supports(spec, device, dtype) is None)
+
+
+def _fastest(
+    kernels: tuple[Kernel, ...], spec: KernelSpec, dtype: torch.dtype, rows: int
+) -> Kernel:
+    """Return the fastest of some kernels, the reference where there are none."""
+    if not kernels or (isinstance(spec.operation, Recurrence) and use.named() is None):
+        kernels = (*kernels, REFERENCE)  # which decodes once for a whole sequence
+    if any(_order(kernel) is not _order(kernels[0]) for kernel in kernels):
+        order = _order(fastest(kernels, spec, dtype, 1))
+        kernels = tuple(kernel for kernel in kernels if _order(kernel) is order)
+    return fastest(kernels, spec, dtype, rows)
 
 
 def _order(kernel: Kernel) -> type[Arranged] | None:

@@ -1,6 +1,7 @@
 """Exact integer products on the codes of a weight, as they are stored."""
 
 import math
+from collections.abc import Iterator
 
 import attrs
 import torch
@@ -16,8 +17,8 @@ from mono_quant.schemes import Affine
 
 _SIGN = 128  # what turns a signed byte into an unsigned one
 _DIGITS = 3
-_ROWS = 256  # of inputs that a product takes at once
-_AT_ONCE = 1 << 18  # sums that are worked on at once: they stay in a core's cache
+_ROWS = 256  # of inputs that a thread takes at once
+_AT_ONCE = 1 << 18  # sums that a thread works on at once: they stay in its core's cache
 _MIDDLE = torch.full((1, 1), _SIGN, dtype=torch.int32, device="cpu")
 
 
@@ -57,13 +58,12 @@ class Integer:
         factor = _Factor.of(weight, bias)
         qparams = spec.activation.qparams(rows) if spec.activation is not None else None
         out = rows.new_empty(len(rows), spec.layout.stack[1])
-        for start in range(0, len(rows), _ROWS):
-            place = slice(start, start + _ROWS)
+        for place in _places(len(rows), _ROWS * torch.get_num_threads()):
             if spec.activation is None or qparams is None:
-                digits = _digits_of_floats(rows[place])
+                digits = _digits_of_floats(_rows(rows, place))
             else:
-                digits = _digits_of_codes(rows[place], spec.activation.scheme, qparams, place)
-            factor.product(digits, out[place])
+                digits = _digits_of_codes(rows, spec.activation.scheme, qparams, place)
+            factor.product(digits, _rows(out, place))
         return shaped(out, None, x)
 
 
@@ -123,16 +123,23 @@ class _Factor:
             of_rows = x.digits.sum(1, keepdim=True, dtype=torch.int32)
             sums.addcmul_(of_rows, self.zero, value=-1)
         sums = sums.view(x.places, count, width)
-        step = max(1, _AT_ONCE // (x.places * width))
-        for start in range(0, count, step):
-            place = slice(start, start + step)
-            self._finish(x, sums[:, place], place, out[place])
+        step = _AT_ONCE * torch.get_num_threads() // (x.places * width)
+        for place in _places(count, max(1, step)):
+            self._finish(x, sums if place is None else sums[:, place], place, _rows(out, place))
 
-    def _finish(self, x: _Digits, sums: Tensor, place: slice, out: Tensor) -> None:
+    def _finish(self, x: _Digits, sums: Tensor, place: slice | None, out: Tensor) -> None:
+        """Write some rows of the product.
+
+        Args:
+            x: the inputs.
+            sums: of those rows, ``[places, M, out]``; overwritten.
+            place: of those rows.
+            out: ``[M, out]``.
+        """
         sums.addcmul_(_rows(x.zero, place), self.sums, value=-1)
         out.copy_(sums[-1])
-        for digit in reversed(sums[:-1].unbind()):
-            out.mul_(256.0).add_(digit)
+        for lower in range(x.places - 2, -1, -1):
+            out.mul_(256.0).add_(sums[lower])
         out.mul_(_rows(x.unit, place))
         if self.bias is None:
             out.mul_(self.scale)
@@ -140,8 +147,17 @@ class _Factor:
             torch.addcmul(self.bias, out, self.scale, out=out)
 
 
-def _rows(values: Tensor, place: slice) -> Tensor:
-    return values if values.shape[0] == 1 else values[place]
+def _places(count: int, step: int) -> Iterator[slice | None]:
+    """Yield where parts of `count` rows are; None if there is one alone: a view takes time."""
+    if count <= step:
+        yield None
+        return
+    yield from (slice(start, start + step) for start in range(0, count, step))
+
+
+def _rows(values: Tensor, place: slice | None) -> Tensor:
+    """Return some rows, or the one that is of all."""
+    return values if place is None or values.shape[0] == 1 else values[place]
 
 
 def _refuse_weight(spec: KernelSpec) -> str | None:
@@ -165,12 +181,13 @@ def _refuse_activation(activation: Activation | None) -> str | None:
     return None if known else f"inputs are {activation.describe()}"
 
 
-def _digits_of_codes(rows: Tensor, scheme: Scheme, qparams: QParams, place: slice) -> _Digits:
-    """Return the codes of ``rows [M, in]``, which `qparams` has the parameters of at `place`."""
+def _digits_of_codes(x: Tensor, scheme: Scheme, qparams: QParams, place: slice | None) -> _Digits:
+    """Return the codes of some rows of ``x [M, in]``, which `qparams` are the parameters of."""
     scale, zero = qparams.scale, qparams.zero_point
     assert scale is not None  # an Affine has one
-    block = tuple(rows.shape) if len(scale) == 1 else qparams.block_size
+    rows, one = _rows(x, place), scale.shape[0] == 1
     scale, zero = _rows(scale, place), _rows(zero, place) if zero is not None else None
+    block = tuple(rows.shape) if one else qparams.block_size
     codes = scheme.quantize(rows, QParams(scale, zero, block)).codes
     if zero is not None:
         return _Digits(codes, zero.to(torch.int32), scale)

@@ -25,6 +25,8 @@ class Store:
     def __init__(self) -> None:
         """Read nothing yet."""
         self._known: dict[str, str] | None = None
+        self.age = 0
+        """How often everything was forgotten: what was derived from it is to be found anew."""
 
     def get(self, name: str) -> str | None:
         """Return what was found, or None."""
@@ -45,6 +47,7 @@ class Store:
     def forget(self) -> None:
         """Forget what is in memory; the file stays."""
         self._known = None
+        self.age += 1
 
 
 STORE = Store()

@@ -55,8 +55,8 @@ class QuantizedLayer(QuantizedModule):
 
     def activations(self) -> Mapping[str, Activation]:
         """Return how inputs are quantized, by the name of the weight that they meet."""
-        holders = cast("Mapping[str, QuantizedInput]", self.quantized_inputs)  # as `convert` has it
-        return {name: holder.activation for name, holder in holders.items()}
+        found = {name: self._activation(name) for name in self.quantized_inputs}
+        return {name: one for name, one in found.items() if one is not None}
 
     def dequantize(self) -> nn.Module:
         """Turn this object back into the float layer, its weights on the grid."""
@@ -77,13 +77,11 @@ class QuantizedLayer(QuantizedModule):
     ) -> Tensor:
         """Return `operation` on `x` and the weight of that name, by the kernel chosen for it."""
         held = self._holder(name)
-        spec = KernelSpec(operation, held.scheme, held.layout, self.activations().get(name))
+        spec = KernelSpec(operation, held.scheme, held.layout, self._activation(name))
         rows = x.numel() // max(1, x.shape[-1]) if x.dim() else 1
-        compiling = torch.compiler.is_compiling()
-        arrange = not compiling and held.arrangeable
-        kernel = select(spec, x.device, x.dtype, rows, x, bias, arrange=arrange)
+        kernel = select(spec, x.device, x.dtype, rows, x, bias, arrange=held.is_arrangeable)
         if kernel is REFERENCE:
-            once = compiling or isinstance(operation, MatrixProduct)
+            once = torch.compiler.is_compiling() or isinstance(operation, MatrixProduct)
             return kernel(spec, x, held.peek() if once else held.pin(), bias)
         if isinstance(kernel, ArrangingKernel):
             return kernel.product(spec, x, held.arranged(kernel), bias)
@@ -100,9 +98,12 @@ class QuantizedLayer(QuantizedModule):
         return self.packed_weights()[name].dequantize()
 
     def _holder(self, name: str) -> QuantizedWeight:
-        return cast(
-            "QuantizedWeight", self.quantized_weights[name]
-        )  # `convert` puts nothing else there
+        found = self.quantized_weights._modules[name]  # less of a detour than by its own lookup
+        return cast("QuantizedWeight", found)  # `convert` puts nothing else there
+
+    def _activation(self, name: str) -> Activation | None:
+        found = cast("QuantizedInput | None", self.quantized_inputs._modules.get(name))
+        return found.activation if found is not None else None
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         """Pickle and copy by the two classes that made this one, which may have no name."""

@@ -115,9 +115,8 @@ class QuantizedWeight(_Fixed):
             self._pinned = True
         return self.packed
 
-    @property
-    def arrangeable(self) -> bool:
-        """Whether the codes may lie in another order.
+    def is_arrangeable(self) -> bool:
+        """Return whether the codes may lie in another order.
 
         Not where someone else would miss them or change them unseen: in memory that processes
         share, and made in inference mode, where writing is not counted; nor for a weight that is
@@ -162,9 +161,8 @@ class QuantizedWeight(_Fixed):
         return f"{list(self.layout.native)}, {self.scheme}"
 
     def _with(self, codes: Tensor) -> PackedTensor:
-        tensors = {
-            name: codes if name == "codes" else self.get_buffer(name) for name in self._names
-        }
+        tensors = {name: cast("Tensor", self._buffers[name]) for name in self._names}
+        tensors["codes"] = codes
         return PackedTensor(tensors, self.scheme, self.layout, self.get_buffer("_like").dtype)
 
     def _found(self, kernel: ArrangingKernel[ArrangedT]) -> ArrangedT | None:
@@ -274,7 +272,7 @@ class QuantizedInput(_Fixed):
     @property
     def activation(self) -> Activation:
         """How inputs are quantized, sharing this module's memory."""
-        tensors = {name: self.get_buffer(name) for name in self._names}
+        tensors = self._buffers
         return Activation(self.scheme, tensors.get("scale"), tensors.get("zero_point"))
 
     def extra_repr(self) -> str:

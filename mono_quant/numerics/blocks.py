@@ -42,9 +42,8 @@ def spread(per_block: Tensor) -> Tensor:
 
 def meet(x: Tensor, block_size: Shape, *per_block: Tensor) -> tuple[Tensor, ...]:
     """Return views of `x` and of values per block ``[n0, n1, ...]`` whose shapes meet."""
-    sizes = zip(x.shape, block_size, strict=True)
-    if all(block == size or block == 1 for size, block in sizes):
-        return (x, *per_block)  # as they are: a layer does this at every call
+    if _whole(x, block_size):
+        return (x, *per_block)
     return (to_blocks(x, block_size), *map(spread, per_block))
 
 
@@ -53,13 +52,25 @@ def block_range(x: Tensor, block_size: Shape) -> tuple[Tensor, Tensor]:
 
     Two reductions, because `torch.aminmax` over one dimension is several times slower than both.
     """
-    counts = block_counts(tuple(x.shape), block_size)
     if x.numel() == 0:
+        counts = block_counts(tuple(x.shape), block_size)
         zeros = torch.zeros(counts, dtype=x.dtype, device=x.device)
         return zeros, zeros.clone()
+    if _whole(x, block_size):
+        inside = [place for place, size in enumerate(x.shape) if size == block_size[place]]
+        return x.amin(inside, keepdim=True), x.amax(inside, keepdim=True)
     blocks = to_blocks(x, block_size)
-    inside = tuple(range(1, blocks.dim(), 2))
+    inside = list(range(1, blocks.dim(), 2))
     return blocks.amin(inside), blocks.amax(inside)
+
+
+def _whole(x: Tensor, block_size: Shape) -> bool:
+    """Return whether blocks take all or one of each dimension, so that none is to be split.
+
+    Layers ask it of their inputs at each call, where a view that is not needed takes time.
+    """
+    sizes = zip(x.shape, block_size, strict=True)
+    return all(block == size or block == 1 for size, block in sizes)
 
 
 def block_sum(x: Tensor, block_size: Shape) -> Tensor:

@@ -89,7 +89,7 @@ def _selected(layer: QuantizedLayer, batch: int, name: str | None = None) -> str
     spec = KernelSpec(MatrixProduct(), weight.scheme, weight.layout, activation)
     with kernels.use(name):
         cpu = torch.device("cpu")
-        return kernels.select(spec, cpu, torch.float32, batch, arrange=True).name
+        return kernels.select(spec, cpu, torch.float32, batch, arrange=lambda: True).name
 
 
 def _copies(tensors: Iterable[Tensor]) -> int:

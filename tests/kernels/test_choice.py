@@ -37,6 +37,14 @@ class Negative:
         return -kernels.REFERENCE(spec, x, weight, bias)
 
 
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """Forget what was chosen when the test is over."""
+    yield
+    STORE.forget()
+
+
+@pytest.mark.usefixtures("forgotten")
 def test_a_kernel_is_asked_for_scheme_inputs_device_and_dtype(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -45,6 +53,7 @@ def test_a_kernel_is_asked_for_scheme_inputs_device_and_dtype(
     expected = [model(x) for model in (dynamic, static)]
     ours = Negative()
     monkeypatch.setattr(kernels, "KERNELS", (ours, *kernels.KERNELS))
+    STORE.forget()
     assert same_bits(dynamic(x), expected[0])
     assert same_bits(static(x), -expected[1])
     assert ours.asked == [("cpu", torch.float32)] * 2
