@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from packaging.requirements import Requirement
 nox.options.default_venv_backend = "virtualenv"
 nox.options.error_on_external_run = True
 nox.options.reuse_venv = "yes"
+
+WORKERS = min(4, os.cpu_count() or 1)
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""Workers that share threads wait for each other; and results then depend on their number."""
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 CONSTRAINTS = Path("constraints.txt")
@@ -72,7 +77,8 @@ def install(session: nox.Session, *packages: str, older: dict[str, str] | None =
 def run_tests(session: nox.Session, *options: str) -> None:
     """Run pytest on all but the benchmarks and the snippets, which have sessions of their own."""
     elsewhere = ("--ignore=tests/benchmarks", "--ignore=tests/docs")
-    session.run("pytest", *elsewhere, *options, *session.posargs)
+    workers = f"--numprocesses={WORKERS}"
+    session.run("pytest", workers, *elsewhere, *options, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
@@ -103,7 +109,7 @@ def docs(session: nox.Session) -> None:
     install(session, "-e", ".[demo]", *group("docs"))
     with tempfile.TemporaryDirectory() as site:
         session.run("sphinx-build", "-W", "--keep-going", "-q", "docs", site)
-    session.run("pytest", "tests/docs", *session.posargs)
+    session.run("pytest", "tests/docs", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(reuse_venv=False)
