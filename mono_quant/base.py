@@ -680,6 +680,8 @@ class Operation(ABC):
     """What a layer computes with its weight, as a frozen value that can be called."""
 
     __slots__ = ()
+    reads_rows: ClassVar[bool] = False
+    """Whether single rows of the weight are read, which codes in another order do not offer."""
 
     @abstractmethod
     def __call__(self, x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
@@ -688,6 +690,10 @@ class Operation(ABC):
     def rows(self, x: Tensor) -> Tensor:
         """Return an input as rows ``[..., features]`` that are mapped each on its own."""
         return x
+
+    def count(self, x: Tensor) -> int:
+        """Return how many rows of inputs the weight meets: a kernel is chosen by it."""
+        return x.numel() // max(1, x.shape[-1]) if x.dim() else 1
 
 
 @dataclass(frozen=True, eq=False, slots=True)

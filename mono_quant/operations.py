@@ -1,6 +1,8 @@
 """What layers compute with their weights, as frozen values that kernels can read."""
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -63,6 +65,8 @@ class MatrixProduct(Operation):
 class PartialProduct(Operation):
     """``x @ weight[start:stop].T + bias``: only those rows of the weight are dequantized."""
 
+    reads_rows: ClassVar[bool] = True
+
     start: int
     stop: int
 
@@ -93,6 +97,15 @@ class Convolution(Operation):
     def rows(self, x: Tensor) -> Tensor:
         """Return ``[N, C * positions]``: a row for each sample."""
         return _samples(x, len(self.stride))
+
+    def count(self, x: Tensor) -> int:
+        """Return the positions of the output, but for what padding adds and the kernel takes."""
+        spatial = len(self.stride)
+        if x.dim() < spatial:
+            return 1
+        sizes = zip(x.shape[-spatial:], self.stride, strict=True)
+        positions = math.prod([-(-size // stride) for size, stride in sizes])
+        return positions * (x.shape[0] if x.dim() == spatial + 2 else 1)
 
 
 @dataclass(frozen=True)
@@ -129,6 +142,8 @@ class TransposedConvolution(Operation):
 @dataclass(frozen=True)
 class Lookup(Operation):
     """Rows of the weight by index: only the rows that are asked for are dequantized."""
+
+    reads_rows: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
         """Return ``[*x.shape, in]`` for integer indices `x`, in the dtype of the layer."""

@@ -17,6 +17,7 @@ from mono_quant.base import Arranged, ArrangingKernel, Kernel, KernelSpec, Opera
 from mono_quant.errors import ConfigurationError
 from mono_quant.kernels.blocks import BLOCKS, Blocks
 from mono_quant.kernels.codes import remembered_bytes
+from mono_quant.kernels.convolution import INTEGER_CONVOLUTION, IntegerConvolution
 from mono_quant.kernels.int4 import INT4, PANEL_BLOCKS, Int4, PanelBlocks
 from mono_quant.kernels.integer import INTEGER, Integer
 from mono_quant.kernels.ops import followed
@@ -25,19 +26,30 @@ from mono_quant.kernels.sequences import INTEGER_STEPS, IntegerSteps
 from mono_quant.kernels.store import STORE
 from mono_quant.kernels.timing import bucket, fastest
 from mono_quant.numerics.values import Layout
-from mono_quant.operations import MatrixProduct
+from mono_quant.operations import Convolution, MatrixProduct
 from mono_quant.recurrence import Recurrence
 
 REFERENCE: Kernel = Reference()
 
-KERNELS: tuple[Kernel, ...] = (INTEGER, INTEGER_STEPS, INT4, PANEL_BLOCKS, BLOCKS, REFERENCE)
+KERNELS: tuple[Kernel, ...] = (
+    INTEGER,
+    INTEGER_STEPS,
+    INTEGER_CONVOLUTION,
+    INT4,
+    PANEL_BLOCKS,
+    BLOCKS,
+    REFERENCE,
+)
 """All that may be chosen; the last one can do everything."""
+
+_RIVALLED = (Recurrence, Convolution)
+"""Where the reference may be the fastest: it decodes a weight that is used many times over."""
 
 VARIABLE = "MONO_QUANT_KERNEL"
 """Environment variable that holds the name of a kernel, where `use` did not say one."""
 
 # neither differentiable nor traceable
-_MACHINE_CODE = (INTEGER, INTEGER_STEPS, INT4, PANEL_BLOCKS, BLOCKS)
+_MACHINE_CODE = KERNELS[:-1]
 
 
 class use:
@@ -104,7 +116,9 @@ class _Choice:
 
 
 _CHOICES: dict[_Asked, _Choice] = {}
-"""Of matrix products: a layer asks at each call, and would wait as long as for the product."""
+"""Of `_REPEATED`: a layer asks at each call, and would wait as long as for a small product."""
+
+_REPEATED = (MatrixProduct, Convolution)  # others may hold tensors
 
 
 def select(
@@ -148,7 +162,7 @@ def _choice(
     spec: KernelSpec, device: torch.device, dtype: torch.dtype, is_followed: bool
 ) -> _Choice:
     name = use.named()
-    if type(spec.operation) is not MatrixProduct:  # others may hold tensors
+    if not isinstance(spec.operation, _REPEATED):
         return _Choice(_able(spec, device, dtype, name, is_followed))
     met = spec.activation
     inputs = (met.mode, met.scheme) if met is not None else None
@@ -175,11 +189,11 @@ def _fastest(
     kernels: tuple[Kernel, ...], spec: KernelSpec, dtype: torch.dtype, rows: int
 ) -> Kernel:
     """Return the fastest of some kernels, the reference where there are none."""
-    if not kernels or (isinstance(spec.operation, Recurrence) and use.named() is None):
-        kernels = (*kernels, REFERENCE)  # which decodes once for a whole sequence
     if any(_order(kernel) is not _order(kernels[0]) for kernel in kernels):
         order = _order(fastest(kernels, spec, dtype, 1))
         kernels = tuple(kernel for kernel in kernels if _order(kernel) is order)
+    if not kernels or (isinstance(spec.operation, _RIVALLED) and use.named() is None):
+        kernels = (*kernels, REFERENCE)
     return fastest(kernels, spec, dtype, rows)
 
 
@@ -202,6 +216,7 @@ __all__ = [
     "Blocks",
     "Int4",
     "Integer",
+    "IntegerConvolution",
     "IntegerSteps",
     "PanelBlocks",
     "Reference",

@@ -16,7 +16,8 @@ _SUMS: MutableMapping[Tensor, tuple[int, Tensor]] = WeakIdKeyDictionary()
 SMALLEST = 1 << 16
 """Weights of fewer values are left to the reference: the calls cost more than the arithmetic."""
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of inputs that fast kernels take."""
 
 
 def refuse(spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -25,7 +26,7 @@ def refuse(spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | 
         return f"it is a {type(spec.operation).__name__}, not a matrix product"
     if device.type != "cpu":
         return f"inputs are on {device.type}, not on a CPU"
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         return f"inputs are {dtype}"
     groups, rows, length = spec.layout.stack
     if groups != 1:

@@ -48,8 +48,8 @@ def int_mm(left: Tensor, right: Tensor, out: Tensor) -> None:
     """Write ``left @ right.T``, exact, to `out`.
 
     Args:
-        left: ``uint8 [m, k]``, k from `SHORTEST_ROW` to `LONGEST_ROW`. Signed bytes would do, and
-            take twice as long for few rows.
+        left: ``uint8 [m, k]``, contiguous, k from `SHORTEST_ROW` to `LONGEST_ROW`. Signed bytes
+            would do, and take twice as long for few rows.
         right: ``int8 [n, k]``.
         out: ``int32 [m, n]``.
     """

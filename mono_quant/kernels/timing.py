@@ -1,5 +1,6 @@
 """Which kernel is fastest here for a weight of this shape and so many rows of inputs."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from mono_quant.base import ArrangingKernel, Kernel, KernelSpec, PackedTensor, S
 from mono_quant.kernels.store import STORE
 from mono_quant.numerics.granularity import Shape
 from mono_quant.numerics.packing import packed_length
+from mono_quant.operations import Convolution
 from mono_quant.recurrence import Recurrence
 from mono_quant.schemes import Affine
 
@@ -46,7 +48,7 @@ def fastest(kernels: Sequence[Kernel], spec: KernelSpec, dtype: torch.dtype, row
     names = "/".join(kernel.name for kernel in kernels)
     spec = _shortened(spec)
     inputs = None if spec.activation is None else (spec.activation.mode, spec.activation.scheme)
-    what = _what(tuple(spec.layout.stack), spec.scheme, inputs) + _steps(spec)
+    what = _what(tuple(spec.layout.stack), spec.scheme, inputs) + _how(spec)
     key = f"{names}: {what}, {dtype}, {batch} rows, {torch.get_num_threads()} threads"
     found = STORE.get(key)
     named = {kernel.name: kernel for kernel in kernels}
@@ -73,21 +75,30 @@ def _shortened(spec: KernelSpec) -> KernelSpec:
     return replace(spec, operation=replace(spec.operation, sizes=spec.operation.sizes[:_STEPS]))
 
 
-def _steps(spec: KernelSpec) -> str:
-    """Return what else a choice depends on where one product follows on the other."""
-    sequence = spec.operation
-    if not isinstance(sequence, Recurrence):
+def _how(spec: KernelSpec) -> str:
+    """Return what else a choice depends on: steps that follow each other, and windows."""
+    operation = spec.operation
+    if isinstance(operation, Convolution):
+        return f", {list(spec.layout.native)} by {operation}"
+    if not isinstance(operation, Recurrence):
         return ""
-    h = "float" if sequence.activation is None else sequence.activation.describe()
-    return f", {sequence.cell} of {bucket(len(sequence.sizes))} steps, {h} h"
+    h = "float" if operation.activation is None else operation.activation.describe()
+    return f", {operation.cell} of {bucket(len(operation.sizes))} steps, {h} h"
 
 
 def _inputs(spec: KernelSpec, batch: int) -> Tensor:
     """Return inputs for a kernel: made-up ones, as many as are asked for or the sequence has."""
     _, count, length = spec.layout.stack
-    if isinstance(spec.operation, Recurrence):
-        return torch.ones(sum(spec.operation.sizes), count)
-    return torch.ones(batch, length)
+    operation = spec.operation
+    if isinstance(operation, Recurrence):
+        return torch.ones(sum(operation.sizes), count)
+    if not isinstance(operation, Convolution):
+        return torch.ones(batch, length)
+    _, channels, *kernel = spec.layout.native
+    side = math.ceil(batch ** (1 / len(kernel)))
+    windows = zip(operation.stride, operation.dilation, kernel, strict=True)
+    sizes = [max(side * step, apart * (taps - 1) + 1) for step, apart, taps in windows]
+    return torch.ones(1, channels * operation.groups, *sizes)
 
 
 def _made_up(spec: KernelSpec) -> PackedTensor:

@@ -18,7 +18,6 @@ from mono_quant.base import (
 )
 from mono_quant.kernels import REFERENCE, select
 from mono_quant.modules.weight import QuantizedInput, QuantizedWeight
-from mono_quant.operations import MatrixProduct
 
 _NOT_COPIED = ("_compiled_call_impl",)  # as nn.Module leaves it out of its own pickles
 
@@ -78,11 +77,11 @@ class QuantizedLayer(QuantizedModule):
         """Return `operation` on `x` and the weight of that name, by the kernel chosen for it."""
         held = self._holder(name)
         spec = KernelSpec(operation, held.scheme, held.layout, self._activation(name))
-        rows = x.numel() // max(1, x.shape[-1]) if x.dim() else 1
+        rows = operation.count(x)
         kernel = select(spec, x.device, x.dtype, rows, x, bias, arrange=held.is_arrangeable)
         if kernel is REFERENCE:
-            once = torch.compiler.is_compiling() or isinstance(operation, MatrixProduct)
-            return kernel(spec, x, held.peek() if once else held.pin(), bias)
+            often = operation.reads_rows and not torch.compiler.is_compiling()
+            return kernel(spec, x, held.pin() if often else held.peek(), bias)
         if isinstance(kernel, ArrangingKernel):
             return kernel.product(spec, x, held.arranged(kernel), bias)
         return kernel(spec, x, held.packed, bias)

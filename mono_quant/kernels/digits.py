@@ -1,0 +1,150 @@
+"""Inputs as integers, and weights of signed bytes as the right factor of exact products."""
+
+from collections.abc import Iterator
+
+import attrs
+import torch
+from torch import Tensor
+
+from mono_quant.base import Scheme
+from mono_quant.kernels.ops import int_mm
+from mono_quant.numerics.values import QParams
+
+AT_ONCE = 256
+"""Rows of inputs that a thread takes at once."""
+
+_SUMS = 1 << 18  # that a thread works on at once: they stay in its core's cache
+_SIGN = 128  # what turns a signed byte into an unsigned one
+_MIDDLE = torch.full((1, 1), _SIGN, dtype=torch.int32, device="cpu")
+_PLACES = 3
+
+
+@attrs.frozen(eq=False)
+class Digits:
+    """Some rows of inputs as integers.
+
+    Attributes:
+        digits: ``uint8 [places * M, in]``, the lowest digits to base 256 first.
+        zero: the digit that means zero, ``int32 [M or 1, 1]``.
+        unit: what a lowest digit of 1 stands for, ``float32 [M or 1, 1]``.
+        places: how many digits a value has.
+    """
+
+    digits: Tensor
+    zero: Tensor
+    unit: Tensor
+    places: int = 1
+
+
+@attrs.frozen(eq=False)
+class Factor:
+    """A weight as the right factor of products.
+
+    Attributes:
+        codes: as stored, ``int8 [out, in]``.
+        sums: of each row of codes less their zero point, ``int32 [1, out]``.
+        zero: the stored codes that mean zero, ``int32 [1, out or 1]``; None where all are 0.
+        scale: ``float32 [out or 1]``.
+        bias: ``float32 [out]`` or None.
+    """
+
+    codes: Tensor
+    sums: Tensor
+    zero: Tensor | None
+    scale: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(
+        cls, codes: Tensor, sums: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None
+    ) -> "Factor":
+        """Return the factor for what is stored.
+
+        Args:
+            codes: ``int8 [out, in]``.
+            sums: of each row of codes, ``int32 [1, out]``.
+            scale: of any shape that ends in ``[..., out or 1, 1]``.
+            zero: ``int8 [out or 1]``, or None.
+            bias: ``[out]``, or None.
+        """
+        if zero is not None:
+            zero = zero.to(torch.int32)[None]
+            sums = sums - zero * codes.shape[-1]
+        bias = bias.to(torch.float32) if bias is not None else None
+        return cls(codes, sums, zero, scale.reshape(-1).to(torch.float32), bias)
+
+    def product(self, x: Digits, out: Tensor) -> None:
+        """Write the product with some rows of inputs to ``out [M, out]``."""
+        count, width = out.shape
+        sums = torch.empty(x.places * count, width, dtype=torch.int32)
+        int_mm(x.digits, self.codes, sums)
+        if self.zero is not None:
+            of_rows = x.digits.sum(1, keepdim=True, dtype=torch.int32)
+            sums.addcmul_(of_rows, self.zero, value=-1)
+        sums = sums.view(x.places, count, width)
+        step = _SUMS * torch.get_num_threads() // (x.places * width)
+        for place in parts(count, max(1, step)):
+            self._finish(x, sums if place is None else sums[:, place], place, rows_of(out, place))
+
+    def _finish(self, x: Digits, sums: Tensor, place: slice | None, out: Tensor) -> None:
+        """Write some rows of the product.
+
+        Args:
+            x: the inputs.
+            sums: of those rows, ``[places, M, out]``; overwritten.
+            place: of those rows.
+            out: ``[M, out]``.
+        """
+        sums.addcmul_(rows_of(x.zero, place), self.sums, value=-1)
+        out.copy_(sums[-1])
+        for lower in range(x.places - 2, -1, -1):
+            out.mul_(256.0).add_(sums[lower])
+        out.mul_(rows_of(x.unit, place))
+        if self.bias is None:
+            out.mul_(self.scale)
+        else:
+            torch.addcmul(self.bias, out, self.scale, out=out)
+
+
+def parts(count: int, step: int) -> Iterator[slice | None]:
+    """Yield where parts of `count` rows are; None if there is one alone: a view takes time."""
+    if count <= step:
+        yield None
+        return
+    yield from (slice(start, start + step) for start in range(0, count, step))
+
+
+def rows_of(values: Tensor, place: slice | None) -> Tensor:
+    """Return some rows, or the one that is of all."""
+    return values if place is None or values.shape[0] == 1 else values[place]
+
+
+def digits_of_codes(x: Tensor, scheme: Scheme, qparams: QParams, place: slice | None) -> Digits:
+    """Return the codes of some rows of ``x [M, in]``, which `qparams` are the parameters of."""
+    scale, zero = qparams.scale, qparams.zero_point
+    assert scale is not None  # an Affine has one
+    rows, one = rows_of(x, place), scale.shape[0] == 1
+    scale, zero = rows_of(scale, place), rows_of(zero, place) if zero is not None else None
+    block = tuple(rows.shape) if one else qparams.block_size
+    codes = scheme.quantize(rows, QParams(scale, zero, block)).codes
+    if zero is not None:
+        return Digits(codes, zero.to(torch.int32), scale)
+    return Digits(codes.view(torch.uint8).bitwise_xor_(_SIGN), _MIDDLE, scale)
+
+
+def digits_of_floats(rows: Tensor) -> Digits:
+    """Return three digits of each of ``rows [M, in]``."""
+    _, exponent = torch.frexp(rows.abs().amax(1, keepdim=True))  # |x| < 2^exponent, [M, 1]
+    exponent = exponent.clamp(min=-100) - 22  # of the last digit's unit
+    values = (rows * _power_of_two(-exponent)).round_().to(torch.int32)  # below 2^22
+    digits = torch.empty(_PLACES, *rows.shape, dtype=torch.int8)
+    for digit in digits.unbind():
+        digit.copy_(values)  # the lowest byte, as a signed one
+        values.add_(_SIGN).bitwise_right_shift_(8)
+    unsigned = digits.view(torch.uint8).bitwise_xor_(_SIGN).view(-1, rows.shape[1])
+    return Digits(unsigned, _MIDDLE, _power_of_two(exponent), _PLACES)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """Return ``2 ** exponent`` for ``int32`` exponents of -126 to 127, exactly."""
+    return (exponent + 127).bitwise_left_shift(23).view(torch.float32)

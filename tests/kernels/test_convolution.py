@@ -1,0 +1,237 @@
+"""Integer convolutions: their sums are exact, so results are known but for a few roundings."""
+
+import copy
+import math
+
+import attrs
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mono_quant import QuantizedLayer, Quantizer, kernels
+from mono_quant.base import KernelSpec
+from mono_quant.kernels import IntegerConvolution
+from mono_quant.kernels.convolution import Taps
+from mono_quant.modules import QuantizedWeight
+from mono_quant.operations import Convolution
+from tests.helpers import dense, noise, same_bits
+from tests.kernels.cases import CPU, EPS, INTEGERS, STATIC, on_grid
+
+KERNEL = IntegerConvolution()
+ZERO = torch.zeros((), dtype=torch.float64)
+CONVOLUTIONS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "1d": (nn.Conv1d(24, 16, 11, padding=5), (3, 24, 50)),
+    "2d": (nn.Conv2d(16, 32, 3, padding=1), (2, 16, 9, 12)),
+    "many positions": (nn.Conv2d(8, 64, 3, padding=1), (2, 8, 40, 33)),
+    "strided": (nn.Conv2d(16, 32, 3, stride=2, padding=1), (2, 16, 9, 12)),
+    "one by one": (nn.Conv2d(64, 65, 1), (2, 64, 5, 7)),
+    "one by one, strided": (nn.Conv2d(64, 65, 1, stride=2), (2, 64, 5, 7)),
+    "oblong": (nn.Conv2d(16, 32, (3, 5), stride=(1, 2), padding=(0, 2)), (1, 16, 9, 12)),
+    "dilated": (nn.Conv2d(16, 32, 3, dilation=(2, 3), padding=3), (2, 16, 9, 12)),
+    "same": (nn.Conv2d(16, 32, 4, padding="same", dilation=2), (2, 16, 9, 12)),
+    "valid": (nn.Conv2d(16, 32, 4, padding="valid", bias=False), (2, 16, 9, 12)),
+    "reflected": (nn.Conv2d(16, 32, 3, padding=1, padding_mode="reflect"), (2, 16, 9, 12)),
+    "3d": (nn.Conv3d(8, 20, 3, padding=(1, 0, 1), stride=(1, 2, 1)), (2, 8, 5, 6, 7)),
+}
+
+
+@attrs.frozen
+class Case:
+    """A float convolution whose output channels differ in size, quantized, and inputs for it."""
+
+    source: nn.Module
+    made: QuantizedLayer
+    x: Tensor
+
+    @classmethod
+    def of(cls, name: str, quantizer: Quantizer) -> "Case":
+        module, shape = CONVOLUTIONS[name]
+        source, x = copy.deepcopy(module), inputs(shape)
+        with torch.no_grad():
+            weight = source.get_parameter("weight")
+            flat = weight.view(len(weight), -1)
+            flat.copy_(noise(*flat.shape) * torch.logspace(-2, 1, len(weight))[:, None])
+        fitted = quantizer.fit(x) if quantizer in STATIC else quantizer
+        made = fitted.only("*").apply(source, progress=False).model
+        assert isinstance(made, QuantizedLayer)
+        return cls(source, made, x)
+
+    @property
+    def bias(self) -> Tensor:
+        """In float64, shaped to meet the result."""
+        bias = getattr(self.source, "bias", None)
+        ones = (1,) * (self.x.dim() - 2)
+        return bias.detach().double().reshape(-1, *ones) if isinstance(bias, Tensor) else ZERO
+
+    def exact(self) -> Tensor:
+        """Return the convolution in float64 without its bias."""
+        source, x = self.source, self.x
+        assert isinstance(source, nn.modules.conv._ConvNd)
+        weight = dense(self.made, source)
+        activation = self.made.activations()["weight"]
+        rows, padding = on_grid(activation, x.flatten(1)).reshape(x.shape), source.padding
+        if source.padding_mode != "zeros":
+            around = source._reversed_padding_repeated_twice
+            rows, padding = functional.pad(rows, around, mode=source.padding_mode), (0,)
+        convolve = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}[x.dim()]
+        return convolve(rows, weight, None, source.stride, padding, source.dilation)
+
+
+def inputs(shape: tuple[int, ...]) -> Tensor:
+    """Return samples that differ in size and lie on one side of zero."""
+    factors = torch.logspace(-1, 1, shape[0]).reshape(-1, *(1 for _ in shape[1:]))
+    return noise(*shape, seed=3).abs() * factors - 0.1
+
+
+@torch.no_grad()
+def run(made: nn.Module, x: Tensor, name: str = "integer") -> Tensor:
+    """Return what a layer makes of `x` by the kernel of that name."""
+    with kernels.use(name):
+        found = made(x)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def holder(made: QuantizedLayer) -> QuantizedWeight:
+    found = made.quantized_weights["weight"]
+    assert isinstance(found, QuantizedWeight)
+    return found
+
+
+def holds_taps(made: QuantizedLayer) -> bool:
+    held = holder(made)._held
+    return held is not None and isinstance(held.arranged, Taps)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("grid", INTEGERS)
+def test_only_the_scales_and_the_bias_round(name: str, grid: str) -> None:
+    case = Case.of(name, INTEGERS[grid])
+    expected = case.exact()
+    found = run(case.made, case.x)
+    assert holds_taps(case.made)
+    assert found.is_contiguous()
+    room = 3.1 * EPS * expected.abs() + EPS * (expected + case.bias).abs()
+    assert ((found - (expected + case.bias)).abs() <= room + 1e-37).all()
+
+
+@pytest.mark.parametrize("grid", ["dynamic", "static"])
+def test_results_lie_in_memory_as_inputs_do(grid: str) -> None:
+    case = Case.of("2d", INTEGERS[grid])
+    x = case.x.contiguous(memory_format=torch.channels_last)
+    first, last = run(case.made, case.x), run(case.made, x)
+    assert first.is_contiguous()
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert same_bits(first, last.contiguous())
+    strided = torch.stack([case.x, case.x], -1)[..., 0]
+    assert not strided.is_contiguous()
+    assert torch.equal(run(case.made, strided), first)
+
+
+def test_a_sample_alone_and_other_dtypes() -> None:
+    for name in ("1d", "2d", "3d"):
+        case = Case.of(name, INTEGERS["dynamic"])
+        found = run(case.made, case.x)
+        assert same_bits(run(case.made, case.x[1]), found[1])
+        for dtype in (torch.float16, torch.bfloat16):
+            half = case.x.to(dtype)
+            assert same_bits(run(case.made, half), run(case.made, half.float()).to(dtype))
+        assert run(case.made, case.x[:0]).shape == (0, *found.shape[1:])
+
+
+@pytest.mark.parametrize("grid", ["dynamic", "static"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_left_to_the_reference(grid: str, value: float) -> None:
+    case = Case.of("2d", INTEGERS[grid])
+    run(case.made, case.x)
+    x = case.x.clone()
+    x[1, 3, 4, 5] = value
+    found = run(case.made, x)
+    assert same_bits(found, run(case.made, x, "reference"))
+    assert holds_taps(case.made), "the order of codes is left"
+    assert found[0].isfinite().all()
+
+
+def test_zeros_give_the_bias() -> None:
+    for quantizer in INTEGERS.values():
+        case = Case.of("2d", quantizer)
+        found = run(case.made, torch.zeros_like(case.x))
+        assert same_bits(found, case.bias.float().expand_as(found).contiguous())
+
+
+def test_codes_are_held_once_and_files_have_them_in_their_own_order() -> None:
+    for name in ("2d", "one by one"):
+        case = Case.of(name, INTEGERS["dynamic"])
+        before = {key: tensor.clone() for key, tensor in case.made.state_dict().items()}
+        expected = run(case.made, case.x)
+        weight = holder(case.made)
+        assert weight.kernel_bytes == 4 * expected.shape[1]
+        twin = copy.deepcopy(case.made)
+        assert same_bits(weight.peek().tensors["codes"], before["quantized_weights.weight.codes"])
+        after = case.made.state_dict()
+        assert list(after) == list(before)
+        assert all(same_bits(after[key], before[key]) for key in before)
+        assert same_bits(run(twin, case.x), expected)
+        other = Case.of(name, INTEGERS["dynamic"]).made
+        with torch.no_grad():
+            holder(other).packed.tensors["codes"].sub_(1)
+        case.made.load_state_dict(other.state_dict())
+        assert same_bits(run(case.made, case.x), run(other, case.x))
+
+
+def test_inputs_that_do_not_fit_are_refused_as_by_torch() -> None:
+    case = Case.of("2d", INTEGERS["dynamic"])
+    for shape in ((2, 15, 9, 12), (2, 17, 9, 12), (2, 16, 0, 12)):
+        with pytest.raises(RuntimeError):
+            run(case.source, torch.ones(shape))
+        with pytest.raises(RuntimeError):
+            run(case.made, torch.ones(shape))
+    valid = Case.of("valid", INTEGERS["dynamic"])
+    with pytest.raises(RuntimeError, match=r"\[2, 16, 3, 12\]"):
+        run(valid.made, torch.ones(2, 16, 3, 12))
+
+
+def test_gradients_and_compilers_get_the_reference() -> None:
+    case = Case.of("2d", INTEGERS["static"])
+    x = case.x.clone().requires_grad_()
+    with kernels.use("integer"):
+        case.made(x).sum().backward()
+    assert x.grad is not None
+    run(case.made, case.x)
+    torch.compiler.reset()
+    with torch.no_grad(), kernels.use("integer"):
+        compiled = torch.compile(case.made, fullgraph=True, backend="eager")(case.x)
+    assert same_bits(compiled, run(case.made, case.x, "reference"))
+
+
+def reason(source: nn.Module, quantizer: Quantizer, dtype: torch.dtype = torch.float32) -> str:
+    made = quantizer.only("*").apply(source, progress=False).model
+    assert isinstance(made, QuantizedLayer)
+    assert isinstance(source, nn.modules.conv._ConvNd)
+    weight = made.packed_weights()["weight"]
+    operation = Convolution(source.stride, source.padding, source.dilation, source.groups)
+    activation = made.activations().get("weight")
+    return str(
+        KERNEL.supports(KernelSpec(operation, weight.scheme, weight.layout, activation), CPU, dtype)
+    )
+
+
+def test_it_says_why_it_cannot() -> None:
+    dynamic = INTEGERS["dynamic"]
+    assert reason(nn.Conv2d(16, 32, 3), dynamic) == "None"
+    assert "2 groups" in reason(nn.Conv2d(64, 64, 3, groups=2), dynamic)
+    assert "float" in reason(nn.Conv2d(16, 32, 3), Quantizer().activations(None))
+    assert "too few" in reason(nn.Conv2d(4, 32, 3), dynamic)
+    assert "too short" in reason(nn.Conv2d(16, 512, 1), dynamic)
+    assert "float64" in reason(nn.Conv2d(16, 32, 3), dynamic, torch.float64)
+    assert "4-bit" in reason(nn.Conv2d(16, 64, 3), dynamic.bits(4).activations("dynamic"))
+
+
+def test_what_is_fastest_is_measured_against_the_float_convolution() -> None:
+    case = Case.of("2d", INTEGERS["dynamic"])
+    with torch.no_grad():
+        found = case.made(case.x)
+    by_name = [run(case.made, case.x, name) for name in ("integer", "reference")]
+    assert any(same_bits(found, one) for one in by_name)
+    assert not same_bits(*by_name)
