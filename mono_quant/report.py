@@ -316,6 +316,7 @@ class Report:
             f"predicted: {format_bytes(self.float_bytes)} -> {format_bytes(self.bytes)} "
             f"({self.ratio:.2f} times smaller), {len(self.quantized)} weights at "
             f"{self.bits_per_weight:.3f} bits per weight",
+            *self._warned(),
             f"peak memory: {format_bytes(peak_bytes)} for apply{in_place}",
             *self.notes,
         ]
@@ -342,7 +343,7 @@ class Report:
             f"{format_bytes(self.float_bytes)} -> {format_bytes(self.bytes)} "
             f"({self.ratio:.2f} times smaller)"
         ]
-        lines += [f"warning: {warning}" for warning in self.warnings]
+        lines += self._warned()
         mean = self.mean_sqnr_db
         lines.append(
             f"{len(self.quantized)} weights quantized at {self.bits_per_weight:.3f} bits per weight"
@@ -361,6 +362,9 @@ class Report:
         else:
             lines.append("output SQNR not measured: no data; give some with fit(data)")
         return [*lines, *self._changed(), *self.notes]
+
+    def _warned(self) -> list[str]:
+        return [f"warning: {warning}" for warning in self.warnings]
 
     def _flowing(self) -> list[str]:
         """Return what the layers of a graph take and give, under a title; nothing of other models.

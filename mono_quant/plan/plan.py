@@ -185,7 +185,8 @@ class Plan(Generic[ModelT]):
                 samples=sum(count_samples(batch) for batch in data.batches()),
                 notes=(*report.notes, *left_out(work, data)),
             )
-        return attrs.evolve(report, warnings=warnings_of(report, found.damages))
+        warned = (*warnings_of(report, found.damages), *before.warnings)
+        return attrs.evolve(report, warnings=warned)
 
     def _check_unspent(self, todo: Iterable[WeightPlan]) -> None:
         for weight in todo:

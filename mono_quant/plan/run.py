@@ -10,7 +10,7 @@ from tqdm import tqdm
 from mono_quant.base import Activation, PackedTensor, Scheme, Statistics
 from mono_quant.calibration import Gathered, evaluating
 from mono_quant.checkpoint import ModelT
-from mono_quant.errors import CalibrationError, InputError
+from mono_quant.errors import CalibrationError, InputError, Mend
 from mono_quant.modules import tie
 from mono_quant.numerics.extremes import all_finite
 from mono_quant.numerics.metrics import tensor_bytes
@@ -87,8 +87,9 @@ def _round(
     if missing:
         raise CalibrationError(
             f"no data reached {weight.path!r}, or {type(weight.maker).__name__} does not "
-            f"read its inputs; {type(recipe.rounding).__name__} needs them: "
-            f"skip({weight.path!r}) or give it another rounding with override(...)"
+            f"read its inputs; {type(recipe.rounding).__name__} needs them",
+            Mend.ROUNDING,
+            layer=weight.path,
         )
     try:
         q = recipe.rounding.round(stack, recipe.grid, statistics)
@@ -167,10 +168,7 @@ def _inputs(weight: WeightPlan, activation: Activation | None) -> tuple[str | No
 def check_finite(name: str, tensor: Tensor) -> None:
     """Refuse a weight that holds NaN or infinity, by its name."""
     if not all_finite(tensor):
-        raise InputError(
-            f"{name} holds NaN or infinity; mend the weight, or leave the layer in float with "
-            f"skip({name.rpartition('.')[0]!r})"
-        )
+        raise InputError(f"{name} holds NaN or infinity", Mend.SKIP, layer=name.rpartition(".")[0])
 
 
 def check_fits(name: str, tensor: Tensor, scheme: Scheme) -> None:
