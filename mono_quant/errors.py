@@ -33,7 +33,8 @@ class Mend(Enum):
     TUPLE = "write fit([(inputs, labels)]) for one batch, or fit(list(batches)) for several"
     DATA = "give some with fit(data)"
     DATA_OR_DYNAMIC = 'give some with fit(data), or say activations("dynamic")'
-    NO_STATIC = 'leave activations("static") out, or give the model that they are inputs of'
+    NO_STATIC = 'leave activations("static") out; of a state dict, quantize its model instead'
+    COPY = "use apply"
     ROUNDING = "skip({layer}) or give it another rounding with override(...)"
     SKIP = "mend the weight, or leave the layer in float with skip({layer})"
 

@@ -12,8 +12,9 @@ OPTIONS = {
     "several batches",
     Mend.DATA: "give some with --calibration FILE",
     Mend.DATA_OR_DYNAMIC: "give some with --calibration FILE, or say --activations dynamic",
-    Mend.NO_STATIC: "leave --activations static out, or give the model that they are inputs of "
-    "with --factory package.module:callable",
+    Mend.NO_STATIC: "leave --activations static out; of a bare checkpoint, name its model with "
+    "--factory package.module:callable",
+    Mend.COPY: "leave --in-place out",
     Mend.ROUNDING: "leave it out with --skip {layer}, or give it another rounding with "
     "--override PATTERN:rounding=KIND",
     Mend.SKIP: "mend the weight, or leave the layer in float with --skip {layer}",

@@ -16,7 +16,7 @@ def _stand_in(weight: Tensor) -> Tensor:
 
     What it hands on unchanged is the quantized weight; what it computed is taken as it is.
     """
-    vars(weight)[_STANDS_IN] = True
+    setattr(weight, _STANDS_IN, True)
     return weight
 
 
@@ -31,7 +31,7 @@ class _QuantizedConv(QuantizedLayer, nn.modules.conv._ConvNd):
     def _conv_forward(  # no weight means the quantized one
         self, input: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        if weight is not None and _STANDS_IN not in vars(weight):
+        if weight is not None and not hasattr(weight, _STANDS_IN):
             return super()._conv_forward(input, weight, bias)
         padding: IntTuple | str = self.padding
         if self.padding_mode != "zeros":

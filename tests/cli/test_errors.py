@@ -137,6 +137,7 @@ BARE = "quantize model.pt -o s.pt"
         ),
         (f"quantize --factory {NETWORKS}:not_finite -o s.pt", Mend.SKIP),
         (f"{BARE} --activations static", Mend.NO_STATIC),
+        (f"{QUANTIZE} --in-place --on-damage keep", Mend.COPY),
     ],
 )
 def test_what_mends_a_mistake_is_told_in_options(

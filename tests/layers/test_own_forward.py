@@ -95,6 +95,8 @@ class Conditioned(nn.Conv2d):
 
 
 STATIC = Quantizer().activations("static").layer(LinearQuantizer(own_forward=True))
+BY_MODE = {"static": Quantizer(), "dynamic": Quantizer().activations("dynamic")}
+"""Static by default where there is data: asked for, it would be an error of these layers."""
 PAIRS: dict[str, tuple[nn.Module, nn.Module]] = {
     "conv": (Scales(3, 8, 3), nn.Conv2d(3, 8, 3)),
     "conv, inside": (ScalesInside(3, 8, 3), nn.Conv2d(3, 8, 3)),
@@ -166,7 +168,7 @@ def test_hooks_of_the_layer_are_called_once_for_a_batch() -> None:
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 def test_a_forward_that_multiplies_itself_keeps_float_inputs_and_says_so(mode: str) -> None:
     model = nn.Sequential(Multiplies(3, 8, 3)).eval()
-    plan = Quantizer().activations(mode).fit(torch.randn(2, 3, 8, 8)).plan(model)
+    plan = BY_MODE[mode].fit(torch.randn(2, 3, 8, 8)).plan(model)
     with pytest.warns(SlowPathWarning):
         row = only_row(plan.run())
     said = "float inputs: the forward of Multiplies reads the weight and multiplies itself"
@@ -198,7 +200,7 @@ def test_inputs_that_meet_another_weight_are_float_and_the_plan_says_why(
     if parametrized:
         layer = nn.utils.parametrizations.weight_norm(layer)
     model, x = nn.Sequential(layer).eval(), torch.randn(2, 3, 8, 8)
-    plan = Quantizer().activations(mode).fit(x).plan(model)
+    plan = BY_MODE[mode].fit(x).plan(model)
     said = f"float inputs: {type(layer).__name__} convolves with a weight that it computes itself"
     assert plan.outline.report.quantized[0].activation == said
     result = plan.run()
@@ -230,3 +232,15 @@ def test_a_layer_that_cannot_be_tried_keeps_float_inputs_and_says_why() -> None:
     (row,) = Quantizer().plan(nn.Sequential(Conditioned(3, 8, 3))).outline.report.quantized
     assert "float inputs: what reaches the weight is not known: Conditioned" in str(row.activation)
     assert "missing 1 required positional argument: 'gain'" in str(row.activation)
+
+
+@pytest.mark.filterwarnings("ignore::mono_quant.SlowPathWarning")
+@pytest.mark.parametrize(
+    "layer", [Asks(3, 8, 3), ScalesInside(3, 8, 3), Standardizes(3, 8, 3)], ids=type
+)
+def test_what_a_forward_hands_on_is_the_same_when_compiled(layer: nn.Conv2d) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    model = Quantizer().fit(x).apply(nn.Sequential(layer).eval()).model
+    torch.compiler.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend="eager")(x), model(x))
