@@ -303,6 +303,7 @@ class Builder:
         Args:
             data: a tensor or mapping (one batch), a list of batches, a Dataset or a DataLoader. Of
                 a batch that is a tuple, what forward has no parameter for is taken for labels.
+                Arrays of numpy count as tensors, except for a `forward` of yours.
             samples: go on until this many samples were seen.
             forward: calls the model with a batch, where it is called in a way of its own.
 

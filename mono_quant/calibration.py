@@ -14,11 +14,12 @@ from typing import cast
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 from mono_quant.base import AnyStatistic, LayerQuantizer, Statistic, Statistics
-from mono_quant.errors import CalibrationError, InputError, MonoQuantError
+from mono_quant.batches import NamedItems, as_tensors, each, is_array, read
+from mono_quant.errors import CalibrationError, InputError, Mend, MonoQuantError
 from mono_quant.modules import QuantizedInput, QuantizedWeight
 from mono_quant.numerics.extremes import all_finite
 from mono_quant.numerics.metrics import SquaredError, tensor_bytes
@@ -53,20 +54,21 @@ class CalibrationData:
     ) -> "CalibrationData":
         """Return `data` as batches; nothing runs.
 
-        A tensor, a mapping or a tuple is one batch, a `Dataset` is batched by 32, and anything else
-        is gone through: a `DataLoader`, a list of batches.
+        A tensor, an array of numpy, a mapping or a tuple is one batch, a `Dataset` is batched by
+        32, and anything else is gone through: a `DataLoader`, a list of batches.
 
         Raises:
             InputError: it cannot be gone through twice, is empty, or is nothing of the kind.
         """
         if type(samples) is not int or samples < 1:
-            raise InputError(f"samples is 1 or more, not {samples}")
-        if isinstance(data, Tensor | Mapping):
+            raise InputError(f"samples is 1 or more, not {samples}", Mend.SAMPLES)
+        if isinstance(data, Tensor | Mapping) or is_array(data):
             return cls([data], samples, forward)
         if isinstance(data, tuple) and data:
             return cls([data], samples, forward, bare_tuple=True)
         if isinstance(data, Dataset):
-            loader: DataLoader[object] = DataLoader(data, batch_size=DATASET_BATCH)
+            items = data if isinstance(data, IterableDataset) else NamedItems(data)
+            loader: DataLoader[object] = DataLoader(items, batch_size=DATASET_BATCH)
             return cls(loader, samples, forward)
         if isinstance(data, Iterator):
             raise InputError(
@@ -83,9 +85,15 @@ class CalibrationData:
         return cls(data, samples, forward)
 
     def batches(self) -> Iterator[object]:
-        """Yield batches until enough samples were seen."""
+        """Yield batches until enough samples were seen; `forward` gets them as they came.
+
+        Raises:
+            CalibrationError: one cannot be read; names it.
+            InputError: there is no sample.
+        """
         seen = 0
-        for batch in self.source:
+        for given in read(self.source):
+            batch = as_tensors(given) if self.forward is None else given
             yield batch
             seen += count_samples(batch)
             if seen >= self.samples:
@@ -151,27 +159,24 @@ class CalibrationData:
 
     def _run(self, model: nn.Module, batch: object, place: int) -> list[Tensor]:
         if any(bool(x.isnan().any()) for x in tensors_in(batch) if x.is_floating_point()):
-            raise CalibrationError(
-                f"batch {place} of the data holds NaN: leave it out of fit(data)"
-            )
+            raise CalibrationError(f"batch {place} of the data holds NaN", Mend.BATCH)
         try:
             output = self.call(model, batch)
         except _Reached as reached:
             output = reached.output
         except CalibrationError as error:
-            raise CalibrationError(f"{error}, on batch {place} of the data") from error
+            where = f"{error.what}, on batch {place} of the data"
+            raise CalibrationError(where, error.mend, layer=error.layer) from error
         except MonoQuantError:
             raise
         except Exception as error:
             raise CalibrationError(
-                f"{type(model).__name__} failed on batch {place} of the data: {error}; if it is "
-                "called another way, say how with fit(data, forward=lambda model, batch: ...)"
+                f"{type(model).__name__} failed on batch {place} of the data: {error}", Mend.FORWARD
             ) from error
         found = [x.detach() for x in tensors_in(output) if x.is_floating_point()]
         if not found:
             raise CalibrationError(
-                f"{type(model).__name__} returned no floating tensor to measure; return one with "
-                "fit(data, forward=lambda model, batch: ...)"
+                f"{type(model).__name__} returned no floating tensor to measure", Mend.OUTPUT
             )
         return found
 
@@ -202,9 +207,9 @@ def check_tuple(model: nn.Module, data: CalibrationData) -> None:
     """
     if data.bare_tuple and left_over(model, data):
         raise InputError(
-            f"fit was given a tuple of {len(cast('tuple[object, ...]', data.first()))} items, and "
-            f"the model's forward takes {positional_arguments(model)}: write "
-            "fit([(inputs, labels)]) for one batch, or fit(list(batches)) for several"
+            f"the data is a tuple of {len(cast('tuple[object, ...]', data.first()))} items, and "
+            f"the model's forward takes {positional_arguments(model)}",
+            Mend.TUPLE,
         )
 
 
@@ -415,15 +420,6 @@ def _fold(statistic: AnyStatistic, x: Tensor, seen: dict[AnyStatistic, object]) 
     seen[statistic] = fold.merge(seen[statistic], state) if statistic in seen else state
 
 
-def _to_device(value: object, device: torch.device) -> object:
+def _to_device(batch: object, device: torch.device) -> object:
     """Return a copy of a batch there: a model may write into its inputs."""
-    if isinstance(value, Tensor):
-        return value.to(device, copy=True)
-    if isinstance(value, Mapping):
-        return {key: _to_device(item, device) for key, item in value.items()}
-    if isinstance(value, tuple):
-        made = getattr(value, "_make", tuple)  # a named tuple keeps its names
-        return cast("object", made(_to_device(item, device) for item in value))
-    if isinstance(value, list):
-        return [_to_device(item, device) for item in value]
-    return value
+    return each(batch, lambda x: x.to(device, copy=True) if isinstance(x, Tensor) else x)

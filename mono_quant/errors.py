@@ -14,12 +14,54 @@
         └── CorruptCheckpointError           truncated, edited, or not one of ours
 
 Each message says what was wrong with which layer or file, what was expected, and the call that
-mends it.
+mends it. Where another interface says the call in other words, it is a `Mend`.
 """
+
+from collections.abc import Mapping
+from enum import Enum
+
+
+class Mend(Enum):
+    """What mends an error, as calls of Python; ``{layer}`` stands for the name of a layer."""
+
+    SAMPLES = "say how many with fit(data, samples=...)"
+    FORWARD = (
+        "if it is called another way, say how with fit(data, forward=lambda model, batch: ...)"
+    )
+    OUTPUT = "return one with fit(data, forward=lambda model, batch: ...)"
+    BATCH = "leave it out of fit(data)"
+    TUPLE = "write fit([(inputs, labels)]) for one batch, or fit(list(batches)) for several"
+    DATA = "give some with fit(data)"
+    DATA_OR_DYNAMIC = 'give some with fit(data), or say activations("dynamic")'
+    NO_STATIC = 'leave activations("static") out; of a state dict, quantize its model instead'
+    COPY = "use apply"
+    ROUNDING = "skip({layer}) or give it another rounding with override(...)"
+    SKIP = "mend the weight, or leave the layer in float with skip({layer})"
 
 
 class MonoQuantError(Exception):
-    """Parent of every error that this package raises on purpose."""
+    """Parent of every error that this package raises on purpose.
+
+    Attributes:
+        what: what was wrong.
+        mend: what mends it, where `what` does not say it already.
+        layer: the name of the layer that `mend` speaks of.
+    """
+
+    def __init__(self, what: str = "", mend: Mend | None = None, *, layer: str = "") -> None:
+        """Raise `what`, with what mends it."""
+        super().__init__(what)
+        self.what, self.mend, self.layer = what, mend, layer
+
+    def told(self, words: Mapping[Mend, str]) -> str:
+        """Return what was wrong and what mends it, in the words of some interface."""
+        if self.mend is None:
+            return self.what
+        return f"{self.what}; {words[self.mend].format(layer=repr(self.layer))}"
+
+    def __str__(self) -> str:
+        """Return it as calls of Python."""
+        return self.told({mend: mend.value for mend in Mend})
 
 
 class ConfigurationError(MonoQuantError, ValueError):
@@ -52,8 +94,6 @@ class FormatVersionError(CheckpointError):
 
 class UnknownKindError(CheckpointError, KeyError):
     """A file or configuration names a class that is not known here."""
-
-    __str__ = Exception.__str__  # KeyError would print the repr of its message
 
 
 class CorruptCheckpointError(CheckpointError):

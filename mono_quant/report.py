@@ -3,7 +3,7 @@
 import html
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
 
@@ -62,10 +62,14 @@ class LayerReport:
         reason: why it stayed float, or was not quantized now.
         sqnr_db: of the weight, in dB; None where nothing was quantized.
         estimated_db: SQNR of a product with the weight, in dB, for inputs drawn so that every
-            column counts alike; None where that says nothing.
+            column counts alike, or all alike where its rows are too few to tell. An estimate
+            without data, and without the error of quantized inputs; None where nothing was
+            quantized.
         outliers: root mean square of the largest column over that of the median one, or None.
         row_outliers: the same of the rows.
         columns: how many values a row of the weight's matrix has; 0 for a module's parameters.
+        scale_block: the block of the weight as a stack ``[G, out, in]`` that shares one scale;
+            empty where there are no scales.
         output_sqnr_db: of what its layer returns for the inputs that it has in the float model, in
             dB, weights and inputs quantized; None where that was not measured.
         inputs: what its inputs were like on the data, where they are quantized; also those of tied
@@ -90,6 +94,7 @@ class LayerReport:
     outliers: float | None = None
     row_outliers: float | None = None
     columns: int = 0
+    scale_block: tuple[int, ...] = ()
     output_sqnr_db: float | None = None
     inputs: tuple[InputReport, ...] = ()
     ranges: tuple[str, ...] = ()
@@ -218,6 +223,14 @@ class Report:
         ]
         return sum(finite) / len(finite) if finite else None
 
+    @property
+    def estimated(self) -> bool:
+        """Whether estimates are shown of what layers return: it was measured of none."""
+        quantized = self.quantized
+        return all(layer.output_sqnr_db is None for layer in quantized) and any(
+            layer.estimated_db is not None for layer in quantized
+        )
+
     def to_dict(self) -> Config:
         """Return everything as JSON data; an infinite SQNR is the string "inf"."""
         rows: list[Config] = [
@@ -237,6 +250,7 @@ class Report:
                 "outliers": layer.outliers,
                 "row_outliers": layer.row_outliers,
                 "columns": layer.columns,
+                "scale_block": list(layer.scale_block),
                 "output_sqnr_db": _finite(layer.output_sqnr_db),
                 "inputs": [attrs.asdict(one) for one in layer.inputs],
                 "ranges": list(layer.ranges),
@@ -277,19 +291,19 @@ class Report:
         lines = [
             f"**{line}**" if place == 0 else f"- {line}" for place, line in enumerate(self._head())
         ]
-        lines += ["", "| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
+        columns, rows = self._table()
+        lines += ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
         lines += [
-            "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
-            for row in self._rows()
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows
         ]
+        lines += ["", *self._below()] if self.estimated else []
         title, *flow = self._flowing()[1:] or [""]
         lines += ["", title, "", *(f"- {line.strip()}" for line in flow)] if flow else []
         return "\n".join(lines) + "\n"
 
     def __str__(self) -> str:
         """Return the report as text for a terminal."""
-        rows = table(_COLUMNS, self._rows(), _NUMERIC)
-        return "\n".join([*self._head(), "", *rows, *self._flowing()])
+        return "\n".join([*self._head(), "", *self._lines(), *self._below(), *self._flowing()])
 
     def forecast(self, peak_bytes: int, peak_bytes_in_place: int | None) -> str:
         """Return the report of a plan, whose sizes are predictions, as text."""
@@ -302,22 +316,25 @@ class Report:
             f"predicted: {format_bytes(self.float_bytes)} -> {format_bytes(self.bytes)} "
             f"({self.ratio:.2f} times smaller), {len(self.quantized)} weights at "
             f"{self.bits_per_weight:.3f} bits per weight",
+            *self._warned(),
             f"peak memory: {format_bytes(peak_bytes)} for apply{in_place}",
             *self.notes,
         ]
-        return "\n".join([*head, "", *table(_COLUMNS, self._rows(), _NUMERIC)])
+        return "\n".join([*head, "", *self._lines()])
 
     def _repr_html_(self) -> str:
         head, *rest = (html.escape(line) for line in self._head())
-        columns = "".join(f"<th>{column}</th>" for column in _COLUMNS)
-        rows = "".join(
+        columns, rows = self._table()
+        heads = "".join(f"<th>{column}</th>" for column in columns)
+        body = "".join(
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in self._rows()
+            for row in rows
         )
         items = "".join(f"<li>{line}</li>" for line in rest)
         return (
             f"<p><b>{head}</b></p><ul>{items}</ul>"
-            f"<table><thead><tr>{columns}</tr></thead><tbody>{rows}</tbody></table>"
+            f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+            + "".join(f"<p>{html.escape(line)}</p>" for line in self._below())
             + (f"<pre>{html.escape(chr(10).join(self.flow))}</pre>" if self.flow else "")
         )
 
@@ -326,7 +343,7 @@ class Report:
             f"{format_bytes(self.float_bytes)} -> {format_bytes(self.bytes)} "
             f"({self.ratio:.2f} times smaller)"
         ]
-        lines += [f"warning: {warning}" for warning in self.warnings]
+        lines += self._warned()
         mean = self.mean_sqnr_db
         lines.append(
             f"{len(self.quantized)} weights quantized at {self.bits_per_weight:.3f} bits per weight"
@@ -345,6 +362,9 @@ class Report:
         else:
             lines.append("output SQNR not measured: no data; give some with fit(data)")
         return [*lines, *self._changed(), *self.notes]
+
+    def _warned(self) -> list[str]:
+        return [f"warning: {warning}" for warning in self.warnings]
 
     def _flowing(self) -> list[str]:
         """Return what the layers of a graph take and give, under a title; nothing of other models.
@@ -372,25 +392,50 @@ class Report:
         done = [change.text for change in self.changes if change.done]
         return done[0] if len(done) == 1 else f"{done[0]}, ..."
 
-    def _rows(self) -> list[tuple[str, ...]]:
-        return [
-            (
-                layer.name,
-                layer.layer,
-                "x".join(map(str, layer.shape)),
-                format_bytes(layer.float_bytes),
-                format_bytes(layer.bytes),
-                f"{layer.bits_per_weight:.2f}",
-                format_db(layer.sqnr_db) if layer.sqnr_db is not None else "",
-                format_db(layer.output_sqnr_db) if layer.output_sqnr_db is not None else "",
-                layer.fate,
-            )
-            for layer in self.layers
-        ]
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        """Return the titles of the columns in which some row has anything, and their cells."""
+        cells = {title: [show(row) for row in self.layers] for title, show in _COLUMNS.items()}
+        if self.estimated:
+            cells[_OUTPUT] = [_estimate(row) for row in self.layers]
+        shown = {title: column for title, column in cells.items() if any(column) or not column}
+        return list(shown), [list(row) for row in zip(*shown.values(), strict=True)]
+
+    def _lines(self) -> list[str]:
+        """Return the table as text."""
+        return table(*self._table(), _NUMERIC)
+
+    def _below(self) -> list[str]:
+        """Return what a mark in the table means."""
+        return [_ESTIMATED] if self.estimated else []
 
 
-_COLUMNS = ("name", "layer", "shape", "before", "after", "bits", "SQNR", "output", "fate")
-_NUMERIC = frozenset({"before", "after", "bits", "SQNR", "output"})
+_OUTPUT = "output"
+_ESTIMATED = (
+    "~ estimated, not measured: of a product with the quantized weight alone, for inputs drawn so "
+    "that all of its columns count alike"
+)
+
+
+def _decibels(value: float | None) -> str:
+    return format_db(value) if value is not None else ""
+
+
+def _estimate(layer: LayerReport) -> str:
+    return f"~{format_db(layer.estimated_db)}" if layer.estimated_db is not None else ""
+
+
+_COLUMNS: dict[str, Callable[[LayerReport], str]] = {
+    "name": lambda layer: layer.name,
+    "layer": lambda layer: layer.layer,
+    "shape": lambda layer: "x".join(map(str, layer.shape)),
+    "before": lambda layer: format_bytes(layer.float_bytes),
+    "after": lambda layer: format_bytes(layer.bytes),
+    "bits": lambda layer: f"{layer.bits_per_weight:.2f}",
+    "SQNR": lambda layer: _decibels(layer.sqnr_db),
+    _OUTPUT: lambda layer: _decibels(layer.output_sqnr_db),
+    "fate": lambda layer: layer.fate,
+}
+_NUMERIC = frozenset({"before", "after", "bits", "SQNR", _OUTPUT})
 
 
 def grade(decibels: float) -> str:

@@ -127,6 +127,39 @@ def test_a_layer_that_no_data_reached_keeps_float_inputs_and_the_report_says_so(
     assert result.model(x, spare=True).shape == (3, 64)
 
 
+BARE = {"0.weight": torch.ones(64, 64)}
+
+
+def test_static_inputs_that_no_layer_can_have_are_refused_with_the_reason() -> None:
+    message = (
+        r"^no layer can have the static inputs that were asked for: 0 \(a state dict does not say "
+        r"what reads it\); leave activations\(\"static\"\) out"
+    )
+    with pytest.raises(ConfigurationError, match=message):
+        Quantizer().activations("static").plan(BARE)
+    with pytest.raises(ConfigurationError, match="no layer can have the static inputs"):
+        Quantizer().override("0", activations="static").plan(BARE)
+
+
+def test_dynamic_inputs_that_no_layer_can_have_are_warned_of_in_plan_and_report() -> None:
+    warning = (
+        "no layer can have the dynamic inputs that were asked for: 0 (a state dict does not say "
+        "what reads it); only weights are quantized"
+    )
+    plan = Quantizer().activations("dynamic").plan(BARE)
+    assert f"warning: {warning}" in plan.explain().splitlines()
+    assert warning in plan.run().report.warnings
+    for quantizer in (Quantizer(), Quantizer().activations(None)):
+        assert not any("asked for" in line for line in quantizer.apply(BARE).report.warnings)
+
+
+def test_inputs_that_only_some_layers_can_have_are_not_warned_of() -> None:
+    model = nn.Sequential(nn.Embedding(64, 64), nn.Linear(64, 64))
+    for mode in ("static", "dynamic"):
+        quantizer = Quantizer().activations(mode).fit(torch.arange(64))
+        assert not any("asked for" in line for line in quantizer.apply(model).report.warnings)
+
+
 @pytest.mark.parametrize("mode", ["static", "dynamic", None])
 def test_layers_that_no_data_reached_are_named(mode: str | None) -> None:
     quantizer = Quantizer().activations(mode)

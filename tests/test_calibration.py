@@ -246,6 +246,85 @@ def test_data_without_a_sample_is_refused_when_it_runs(data: object) -> None:
         measured(Net().eval(), data)
 
 
+class Broken(Rows):
+    """Cannot read one sample."""
+
+    def __getitem__(self, place: int) -> Tensor:
+        if place == 35:
+            raise KeyError("no such picture")
+        return super().__getitem__(place)
+
+
+def test_the_item_of_a_dataset_that_cannot_be_read_is_named() -> None:
+    message = r"^item 35 of the Broken cannot be read: KeyError: 'no such picture'$"
+    with pytest.raises(CalibrationError, match=message) as caught:
+        measured(Net().eval(), Broken())
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize(
+    ("data", "cause"),
+    [
+        (DataLoader(Broken(), batch_size=10), KeyError),
+        (DataLoader([ROWS[0], ROWS[1, :3]], batch_size=2), RuntimeError),  # type: ignore[arg-type]  # a list is a dataset to a loader
+    ],
+    ids=["reading", "stacking"],
+)
+def test_the_batch_of_a_loader_that_cannot_be_read_is_named(
+    data: object, cause: type[Exception]
+) -> None:
+    place = 3 if cause is KeyError else 0
+    with pytest.raises(CalibrationError, match=f"^batch {place} of the data cannot be") as caught:
+        measured(Net().eval(), data)
+    assert isinstance(caught.value.__cause__, cause)
+
+
+def read_only(x: Tensor) -> object:
+    """Return an array that cannot be written, as those of memory maps."""
+    array = x.numpy().copy()
+    array.flags.writeable = False
+    return array
+
+
+ARRAYS: dict[str, object] = {
+    "an array": ROWS.numpy(),
+    "a list": [ROWS[:10].numpy(), ROWS[10:].numpy()],
+    "a list of tuples": [(ROWS[:10].numpy(),), (ROWS[10:].numpy(), [1, 2])],
+    "a list of dicts": [{"x": ROWS[:10].numpy()}, {"x": ROWS[10:].numpy()}],
+    "read-only": [read_only(ROWS)],
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("data", ARRAYS.values(), ids=ARRAYS)
+def test_arrays_of_numpy_are_taken_for_tensors(data: object) -> None:
+    torch.manual_seed(0)
+    source = Net().eval()
+    found, expected = measured(source, data).report, measured(source, ROWS).report
+    assert found.samples == 40
+    assert found.output_sqnr_db == pytest.approx(expected.output_sqnr_db)
+
+
+def test_an_array_that_no_tensor_can_hold_is_refused_with_the_call_that_makes_one() -> None:
+    words = ROWS.numpy().astype(str)
+    message = r"an array that no tensor can hold: .*; give a tensor, as torch\.from_numpy\(array\)"
+    with pytest.raises(InputError, match=message):
+        measured(Net().eval(), [words])
+
+
+def test_a_forward_of_the_users_gets_arrays_as_they_came() -> None:
+    given: list[object] = []
+
+    def forward(model: nn.Module, batch: object) -> object:
+        given.append(batch)
+        return model(ROWS)
+
+    array = ROWS.numpy()
+    Quantizer().fit([array], forward=forward).apply(Net().eval())
+    assert given
+    assert all(batch is array for batch in given)
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_batch_with_nan_is_named_before_the_model_runs(in_place: bool) -> None:
     bad = ROWS.clone()
@@ -627,7 +706,7 @@ def test_a_tuple_is_one_batch_of_arguments() -> None:
 @pytest.mark.parametrize(
     ("model", "data", "message"),
     [
-        (Net(), [ROWS, ROWS * torch.nan], r"batch 1 of the data holds NaN: .*fit\(data\)"),
+        (Net(), [ROWS, ROWS * torch.nan], r"batch 1 of the data holds NaN; .*fit\(data\)"),
         (nn.Embedding(9, 9), torch.full((2, 2), 99), r"say how with fit\(data, forward="),
     ],
     ids=["nan", "failure"],

@@ -21,7 +21,7 @@ RANKS = {
             "configurable",
             "numerics",
             "base",
-            "report operations recurrence schemes observers rounding selection transforms",
+            "batches report operations recurrence schemes observers rounding selection transforms",
             "kernels settings",
             "modules",
             "layers serializers",

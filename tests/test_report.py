@@ -14,7 +14,7 @@ from torch import nn
 
 from mono_quant import LayerReport, PerGroup, Quantizer, Report
 from mono_quant.configurable import Json
-from mono_quant.plan.warnings import warnings_of
+from mono_quant.plan.warnings import warnings_of, with_output
 from mono_quant.report import format_bytes, format_db, grade, table
 from tests.helpers import TiedModel, noise
 
@@ -250,6 +250,26 @@ def test_a_model_that_is_quantized_to_the_last_layer_is_warned_of() -> None:
     assert warning not in reported(Quantizer().skip("*"), large()).warnings
 
 
+@pytest.mark.parametrize(
+    ("decibels", "warned"), [(None, True), (math.nan, True), (29.9, True), (30.0, False)]
+)
+def test_every_layer_quantized_is_no_warning_where_the_output_is_good(
+    decibels: float | None, warned: bool
+) -> None:
+    report = attrs.evolve(REPORT, layers=(WEIGHT, HEAD), output_sqnr_db=decibels)
+    assert any("every layer" in line for line in warnings_of(report)) == warned
+
+
+def test_another_output_changes_what_is_said_of_every_layer() -> None:
+    rough = attrs.evolve(REPORT, layers=(WEIGHT, HEAD), output_sqnr_db=25.0, warnings=())
+    rough = attrs.evolve(rough, warnings=warnings_of(rough))
+    fine = with_output(rough, 50.0)
+    assert [line for line in rough.warnings if line not in fine.warnings] == [
+        "every layer is quantized; the first and the last are usually the most sensitive"
+    ]
+    assert with_output(fine, 25.0).warnings == rough.warnings
+
+
 def test_an_unknown_layer_in_float_is_not_every_layer_quantized() -> None:
     model = nn.ModuleList([nn.Bilinear(64, 8, 256), nn.Linear(256, 16), nn.Bilinear(2, 2, 2)])
     for quantizer in (Quantizer(), Quantizer().bits(4)):
@@ -351,6 +371,7 @@ def test_json_holds_every_figure() -> None:
             "aliases": [],
             "inputs": [],
             "ranges": [],
+            "scale_block": [],
             "bits_per_weight": layer.bits_per_weight,
         }
     assert found == parsed(json.dumps(REPORT.to_dict()))
@@ -383,6 +404,92 @@ def test_markdown_is_a_list_and_one_table_with_every_figure() -> None:
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in (head, *rows)]
     assert cells == [COLUMNS, *CELLS]
     assert rule == "|" + "---|" * len(COLUMNS)
+
+
+ESTIMATED = attrs.evolve(
+    REPORT,
+    layers=(
+        attrs.evolve(WEIGHT, output_sqnr_db=None, estimated_db=19.04),
+        KEPT,
+        attrs.evolve(HEAD, estimated_db=math.inf),
+    ),
+    output_sqnr_db=None,
+)
+MEANING = (
+    "~ estimated, not measured: of a product with the quantized weight alone, for inputs drawn so "
+    "that all of its columns count alike"
+)
+
+
+def test_without_measured_layers_every_rendering_shows_estimates_and_what_marks_them() -> None:
+    lines = str(ESTIMATED).splitlines()
+    assert lines[-1] == MEANING
+    assert [line.split()[-2:] for line in lines[-4:-1:2]] == [["dB", "4-bit"], ["~exact", "8-bit"]]
+    assert "~19.0 dB  4-bit" in lines[-4]
+    markdown = ESTIMATED.to_markdown().splitlines()
+    assert markdown[-2:] == ["", MEANING]
+    assert "| ~19.0 dB | 4-bit |" in markdown[-5]
+    page = ESTIMATED._repr_html_()
+    assert page.endswith(f"</table><p>{MEANING}</p>")
+    assert "<td>~19.0 dB</td><td>4-bit</td>" in page
+    rows = parsed(ESTIMATED.to_json())["layers"]
+    assert isinstance(rows, list)
+    first = rows[0]
+    assert isinstance(first, dict)
+    assert (first["estimated_db"], first["output_sqnr_db"]) == (19.04, None)
+
+
+def test_estimates_are_not_shown_among_measured_figures() -> None:
+    rows = (WEIGHT, KEPT, attrs.evolve(HEAD, estimated_db=12.0))
+    report = attrs.evolve(REPORT, layers=rows)
+    for text in (str(report), report.to_markdown(), report._repr_html_()):
+        assert "~" not in text
+
+
+def test_estimates_count_in_no_figure_of_the_model() -> None:
+    plain = [attrs.evolve(row, estimated_db=None) for row in ESTIMATED.layers]
+    without = attrs.evolve(ESTIMATED, layers=tuple(plain))
+    assert ESTIMATED.summary() == without.summary()
+    assert warnings_of(ESTIMATED) == warnings_of(without)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_every_quantized_weight_has_an_estimate_without_data(bits: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3, groups=32), nn.Flatten(), nn.Linear(32, 64)
+    )
+    report = reported(Quantizer().bits(bits).only("*"), model)
+    assert len(report.quantized) == 3
+    for row in report.quantized:
+        assert row.estimated_db is not None
+        assert row.sqnr_db is not None
+        assert row.estimated_db == pytest.approx(row.sqnr_db, abs=3)
+    depthwise = report.quantized[1]
+    assert depthwise.estimated_db == depthwise.sqnr_db  # one row a matrix: inputs all alike
+
+
+def test_columns_in_which_no_row_has_anything_are_left_out_of_every_rendering() -> None:
+    rows = tuple(attrs.evolve(row, sqnr_db=None, output_sqnr_db=None) for row in (WEIGHT, HEAD))
+    report = attrs.evolve(REPORT, layers=rows)
+    left = [column for column in COLUMNS if column not in ("SQNR", "output")]
+    for text in (str(report), report.forecast(1, 1)):
+        assert left in [line.split() for line in text.splitlines()]
+    assert f"| {' | '.join(left)} |" in report.to_markdown().splitlines()
+    reader = Tables()
+    reader.feed(report._repr_html_())
+    assert reader.texts["th"] == left
+    kept = attrs.evolve(report, layers=(KEPT,)).forecast(1, 1).splitlines()[-2].split()
+    assert kept == [column for column in left if column != "shape"]
+
+
+def test_a_plan_has_no_columns_of_what_was_not_measured() -> None:
+    (titles,) = [
+        line.split()
+        for line in Quantizer().plan(large()).explain().splitlines()
+        if line.startswith("name ")
+    ]
+    assert titles == [column for column in COLUMNS if column not in ("SQNR", "output")]
 
 
 def test_markdown_keeps_a_bar_in_a_cell() -> None:

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import attrs
 
-from mono_quant.cli.inputs import data_of, factory_of, float_model, import_module, model_path
+from mono_quant.cli.inputs import (
+    data_of,
+    factory_of,
+    float_model,
+    forward_of,
+    import_module,
+    model_path,
+    read_data,
+    samples_of,
+)
 from mono_quant.cli.options import (
     CompareOptions,
     DemoOptions,
@@ -70,8 +79,11 @@ def quantize(given: Namespace) -> Outcome:
                 "--calibration runs the model, and a bare checkpoint cannot be run: "
                 "add --factory package.module:name"
             )
-        data = data_of(options.calibration, options, options.samples)
-        quantizer = quantizer.fit(data.source, samples=data.samples, forward=data.forward)
+        quantizer = quantizer.fit(
+            read_data(options.calibration),
+            samples=samples_of(options.samples),
+            forward=forward_of(options),
+        )
     elif options.forward is not None:
         raise ConfigurationError("--forward calls the model with --calibration; add that")
     elif options.samples is not None:

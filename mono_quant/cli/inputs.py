@@ -102,8 +102,8 @@ def forward_of(options: ModelOptions) -> Forward | None:
     return forward
 
 
-def data_of(path: Path, options: ModelOptions, samples: int | None) -> CalibrationData:
-    """Return the batches of a file.
+def read_data(path: Path) -> object:
+    """Return the data that a file holds: what `fit` takes.
 
     Raises:
         InputError: it holds no tensors.
@@ -120,8 +120,17 @@ def data_of(path: Path, options: ModelOptions, samples: int | None) -> Calibrati
             f"{path} holds no data: expected a tensor, a dictionary of tensors (one batch of "
             "keyword arguments) or a list of batches"
         )
-    count = DEFAULT_SAMPLES if samples is None else samples
-    return CalibrationData.bind(data, count, forward_of(options))
+    return data
+
+
+def samples_of(samples: int | None) -> int:
+    """Return how many samples are used, where nobody may have said it."""
+    return DEFAULT_SAMPLES if samples is None else samples
+
+
+def data_of(path: Path, options: ModelOptions, samples: int | None) -> CalibrationData:
+    """Return the batches of a file; see `read_data`."""
+    return CalibrationData.bind(read_data(path), samples_of(samples), forward_of(options))
 
 
 def float_model(options: QuantizeOptions) -> nn.Module | Mapping[str, Tensor]:

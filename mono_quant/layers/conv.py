@@ -3,9 +3,11 @@
 from typing import ClassVar, cast
 
 import attrs
+import torch
 from torch import nn
 
 from mono_quant.configurable import register
+from mono_quant.layers.reaching import gives_weight, meets_weight
 from mono_quant.layers.single import ProductQuantizer, weight_shape
 from mono_quant.modules import (
     QuantizedConv1d,
@@ -55,6 +57,22 @@ class ConvQuantizer(_ConvolvingQuantizer):
         shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
         return Layout.grouped(weight_shape(layer, shape), conv.groups)
 
+    def refuse_activation(self, layer: nn.Module, name: str, mode: str) -> str | None:
+        """Return also that a subclass makes another weight of its own, which it tries once."""
+        if reason := _ConvolvingQuantizer.refuse_activation(self, layer, name, mode):
+            return reason
+        known, cls = self._classes(layer)[0], type(layer).__name__
+        if not self._keeps_own_forward(layer) or not gives_weight(layer, known):
+            return None
+        conv = cast("nn.modules.conv._ConvNd", layer)  # `matches` has seen to it
+        like = next(layer.parameters())
+        weight = torch.ones(self.layout(layer).native, dtype=like.dtype, device=like.device)
+        try:
+            met = meets_weight(layer, known, weight.new_zeros(_least_input(conv)), weight)
+        except Exception as error:  # of anybody's code
+            return f"what reaches the weight is not known: {cls} failed on a blank input: {error}"
+        return None if met else f"{cls} convolves with a weight that it computes itself"
+
 
 @register
 @attrs.frozen
@@ -76,3 +94,10 @@ class ConvTransposeQuantizer(_ConvolvingQuantizer):
         conv = cast("nn.modules.conv._ConvNd", layer)  # `matches` has seen to it
         shape = (conv.in_channels, conv.out_channels // conv.groups, *conv.kernel_size)
         return Layout.transposed(weight_shape(layer, shape), conv.groups)
+
+
+def _least_input(conv: nn.modules.conv._ConvNd) -> tuple[int, ...]:
+    """Return the shape of one sample that any padding mode can pad, for one position or more."""
+    around = max(conv._reversed_padding_repeated_twice)
+    reach = zip(conv.dilation, conv.kernel_size, strict=True)
+    return (1, conv.in_channels, *(step * (size - 1) + 1 + around for step, size in reach))

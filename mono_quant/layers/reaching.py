@@ -4,10 +4,11 @@ import inspect
 from collections.abc import Mapping
 from typing import cast
 
+import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 _SEEN = "_seen_by_mono_quant"
+_WEIGHT = "_weight_by_mono_quant"
 
 
 def is_stock(layer: nn.Module, known: type[nn.Module]) -> bool:
@@ -20,10 +21,28 @@ def is_stock(layer: nn.Module, known: type[nn.Module]) -> bool:
 
 def reads_weight(layer: nn.Module) -> bool:
     """Return whether the layer's own forward reads its weight and hands nothing to its parent's."""
-    forward = inspect.unwrap(type(layer).forward)
-    code = getattr(forward, "__code__", None)
-    names = set(code.co_names) if code is not None else set()
+    names = _named(layer)
     return "weight" in names and not names & {"super", "_conv_forward"}
+
+
+def gives_weight(layer: nn.Module, known: type[nn.Module]) -> bool:
+    """Return whether the layer's own code says which weight a convolution is done with."""
+    own = getattr(type(layer), "_conv_forward", None) is not getattr(known, "_conv_forward", None)
+    return own or "_conv_forward" in _named(layer)
+
+
+def meets_weight(layer: nn.Module, known: type[nn.Module], x: Tensor, weight: Tensor) -> bool:
+    """Return whether the layer's own code has the known class multiply by the weight it is given.
+
+    The code runs once in eval mode on copies of buffers, whatever the values of `x` and `weight`.
+    """
+    seen: list[Tensor] = []
+    twin = _twin(layer, known, weight, seen)
+    copies = {name: None if one is None else one.clone() for name, one in layer._buffers.items()}
+    vars(twin).update(training=False, _buffers=copies)
+    with torch.no_grad():
+        twin.forward(x)
+    return bool(seen)
 
 
 def reaching(
@@ -37,12 +56,25 @@ def reaching(
     The layer's own forward runs once more, without hooks.
     """
     seen: list[Tensor] = []
+    _twin(layer, known, cast("Tensor", layer.weight), seen).forward(*args, **kwargs)
+    return seen
+
+
+def _named(layer: nn.Module) -> set[str]:
+    """Return the names that the code of the layer's forward reads."""
+    code = getattr(inspect.unwrap(type(layer).forward), "__code__", None)
+    return set(code.co_names) if code is not None else set()
+
+
+def _twin(
+    layer: nn.Module, known: type[nn.Module], weight: Tensor, seen: list[Tensor]
+) -> nn.Module:
+    """Return a layer that shares all but the weight, and notes what meets that."""
     cls = _watched(type(layer), known)
     twin = cls.__new__(cls)
     vars(twin).update(vars(layer))  # the same tensors
-    vars(twin)[_SEEN] = seen
-    twin.forward(*args, **kwargs)
-    return seen
+    vars(twin).update({_SEEN: seen, _WEIGHT: weight})
+    return twin
 
 
 class _Forward(nn.Module):
@@ -58,10 +90,13 @@ class _ConvForward(nn.modules.conv._ConvNd):
     """Notes what a convolution is given with the layer's weight; with another, it stays float."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if is_parametrized(self) or weight is self.weight:
+        if weight is self.weight:
             cast("list[Tensor]", vars(self)[_SEEN]).append(input)
         return super()._conv_forward(input, weight, bias)
 
+
+_KEPT = property(lambda layer: vars(layer)[_WEIGHT])
+"""The weight as one object, however often it is asked for."""
 
 _MADE: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
@@ -72,5 +107,5 @@ def _watched(cls: type[nn.Module], known: type[nn.Module]) -> type[nn.Module]:
         return _MADE[cls, known]
     notes: type[nn.Module] = _ConvForward if "_conv_forward" in vars(known) else _Forward
     noting = type(f"Noting{known.__name__}", (notes, known), {})
-    _MADE[cls, known] = type(f"Noting{cls.__name__}", (cls, noting), {})
+    _MADE[cls, known] = type(f"Noting{cls.__name__}", (cls, noting), {"weight": _KEPT})
     return _MADE[cls, known]

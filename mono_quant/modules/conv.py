@@ -11,27 +11,27 @@ from mono_quant.operations import Convolution, IntTuple, TransposedConvolution
 _STANDS_IN = "_stands_in"  # marks a decoded weight that may be exchanged for the quantized one
 
 
+def _stand_in(weight: Tensor) -> Tensor:
+    """Return a decoded weight, known again when a subclass hands it on to `_conv_forward`.
+
+    What it hands on unchanged is the quantized weight; what it computed is taken as it is.
+    """
+    setattr(weight, _STANDS_IN, True)
+    return weight
+
+
 class _QuantizedConv(QuantizedLayer, nn.modules.conv._ConvNd):
     """What convolutions of all dimensions share."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of `input`."""
         own = type(self)._conv_forward is not _QuantizedConv._conv_forward
-        return self._conv_forward(input, self._stand_in() if own else None, self.bias)
-
-    def _stand_in(self) -> Tensor:
-        """Return the weight for a subclass's own `_conv_forward`, known again when it comes back.
-
-        What it hands on unchanged is the quantized weight; what it computed is taken as it is.
-        """
-        weight = self.float_weight()
-        vars(weight)[_STANDS_IN] = True
-        return weight
+        return self._conv_forward(input, _stand_in(self.float_weight()) if own else None, self.bias)
 
     def _conv_forward(  # no weight means the quantized one
         self, input: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        if weight is not None and _STANDS_IN not in vars(weight):
+        if weight is not None and not hasattr(weight, _STANDS_IN):
             return super()._conv_forward(input, weight, bias)
         padding: IntTuple | str = self.padding
         if self.padding_mode != "zeros":
@@ -44,7 +44,7 @@ class _QuantizedConv(QuantizedLayer, nn.modules.conv._ConvNd):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # a parameter there, computed here
         """A float copy of the weight."""
-        return self.float_weight()
+        return _stand_in(self.float_weight())
 
 
 class QuantizedConv1d(_QuantizedConv, nn.Conv1d):

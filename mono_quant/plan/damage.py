@@ -71,8 +71,8 @@ class Damage:
         if self.output_db is None:
             ((one),) = self.culprits
             return (
-                f"{one.key} would leave {format_db(one.weight_db)} of a product whose "
-                "inputs make every column count alike (an estimate: no layer was measured); "
+                f"{one.key} would leave {format_db(one.weight_db)} of a product with it "
+                "(an estimate: no layer was measured); "
                 'fit(data) and apply measure it, on_damage("keep") and apply mend it, and so does '
                 f"override({one.key!r}, bits=16)"
             )

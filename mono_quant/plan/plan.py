@@ -10,7 +10,7 @@ from torch import nn
 from mono_quant.base import Change, Container, CorrectionContext, QuantizedModule, Transform
 from mono_quant.calibration import CalibrationData, Outputs, compare, count_samples
 from mono_quant.checkpoint import ModelT, adapt_containers, calling, copy_structure
-from mono_quant.errors import DamageError, InputError
+from mono_quant.errors import DamageError, InputError, Mend
 from mono_quant.layers import BUILT_IN_CONTAINERS
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.plan.accounting import account
@@ -185,7 +185,8 @@ class Plan(Generic[ModelT]):
                 samples=sum(count_samples(batch) for batch in data.batches()),
                 notes=(*report.notes, *left_out(work, data)),
             )
-        return attrs.evolve(report, warnings=warnings_of(report, found.damages))
+        warned = (*warnings_of(report, found.damages), *before.warnings)
+        return attrs.evolve(report, warnings=warned)
 
     def _check_unspent(self, todo: Iterable[WeightPlan]) -> None:
         for weight in todo:
@@ -199,13 +200,15 @@ class Plan(Generic[ModelT]):
         """Refuse what would only be refused halfway, with a part of the model changed."""
         if self._request.on_damage == "keep":
             raise InputError(
-                'on_damage("keep") begins again from the float model, which apply_ does not keep; '
-                "use apply"
+                "to keep what quantizing destroys, it begins again from the float model, which is "
+                "not kept in place",
+                Mend.COPY,
             )
         if self._request.corrections:
             raise InputError(
                 f"{self._request.corrections[0]!r} holds the result against the float model, which "
-                "apply_ does not keep; use apply"
+                "is not kept in place",
+                Mend.COPY,
             )
         for weight in todo:
             for source in weight.sources:

@@ -10,7 +10,7 @@ from mono_quant.base import Container, QuantizedModule
 from mono_quant.calibration import check_tuple
 from mono_quant.checkpoint import ModelT, check_supported
 from mono_quant.configurable import Config, dtype_name
-from mono_quant.errors import CalibrationError, ConfigurationError
+from mono_quant.errors import CalibrationError, ConfigurationError, Mend
 from mono_quant.layers import BUILT_IN_CONTAINERS, BUILT_IN_LAYERS
 from mono_quant.numerics.metrics import memory_of, tensor_bytes
 from mono_quant.plan.accounting import account, inside
@@ -31,15 +31,19 @@ def resolve(model: ModelT, request: Request, config: Config) -> Plan[ModelT]:
 
     Raises:
         InputError: the model cannot be quantized at all.
-        ConfigurationError: a selector matches nothing, or tied weights are asked for different
-            things.
+        ConfigurationError: a selector matches nothing, tied weights are asked for different
+            things, or no layer can have the static inputs that were asked for.
     """
     check_supported(model)
     if request.data is not None:
         check_tuple(model, request.data)
     weights = _join_ties(model, _weights(model, request))
-    report = attrs.evolve(account(model, weights), notes=tuple(_notes(weights)))
     todo = [weight for weight in weights if weight.recipe is not None]
+    report = attrs.evolve(
+        account(model, weights),
+        notes=tuple(_notes(weights)),
+        warnings=tuple(_refused_inputs(todo)),
+    )
     _check_data(request, todo)
     work = WORK_BYTES * max((weight.parameters for weight in todo), default=0)
     outline = Outline(
@@ -53,12 +57,10 @@ def _check_data(request: Request, todo: Sequence[WeightPlan]) -> None:
         return
     for correction in request.corrections:
         if correction.needs_data:
-            raise CalibrationError(f"{correction!r} needs data; give some with fit(data)")
+            raise CalibrationError(f"{correction!r} needs data", Mend.DATA)
     needy = [weight.path for weight in todo if weight.recipe and weight.recipe.rounding.needs]
     if needy:
-        raise CalibrationError(
-            f"the rounding of {', '.join(needy)} needs data; give some with fit(data)"
-        )
+        raise CalibrationError(f"the rounding of {', '.join(needy)} needs data", Mend.DATA)
     static = [
         weight.path
         for weight in todo
@@ -66,9 +68,31 @@ def _check_data(request: Request, todo: Sequence[WeightPlan]) -> None:
     ]
     if static:
         raise CalibrationError(
-            f"static activations of {', '.join(static)} are calibrated on data; give some with "
-            'fit(data), or say activations("dynamic")'
+            f"static activations of {', '.join(static)} are calibrated on data",
+            Mend.DATA_OR_DYNAMIC,
         )
+
+
+def _refused_inputs(todo: Sequence[WeightPlan]) -> Iterable[str]:
+    """Yield a warning where the user asked for quantized inputs and no layer can have them.
+
+    Raises:
+        ConfigurationError: static ones were asked for.
+    """
+    asked: dict[str, list[WeightPlan]] = {}
+    for weight in todo:
+        mode = weight.settings.activations.mode if weight.settings.activations else None
+        if mode is not None:
+            asked.setdefault(mode, []).append(weight)
+    for mode, weights in asked.items():
+        why = {weight.float_inputs: weight.path for weight in reversed(weights)}
+        if None in why:
+            continue
+        reasons = ", ".join(f"{path or 'the model'} ({reason})" for reason, path in why.items())
+        told = f"no layer can have the {mode} inputs that were asked for: {reasons}"
+        if mode == "static":
+            raise ConfigurationError(told, Mend.NO_STATIC)
+        yield f"{told}; only weights are quantized"
 
 
 @attrs.frozen(eq=False)

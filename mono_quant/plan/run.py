@@ -10,7 +10,7 @@ from tqdm import tqdm
 from mono_quant.base import Activation, PackedTensor, Scheme, Statistics
 from mono_quant.calibration import Gathered, evaluating
 from mono_quant.checkpoint import ModelT
-from mono_quant.errors import CalibrationError, InputError
+from mono_quant.errors import CalibrationError, InputError, Mend
 from mono_quant.modules import tie
 from mono_quant.numerics.extremes import all_finite
 from mono_quant.numerics.metrics import tensor_bytes
@@ -87,8 +87,9 @@ def _round(
     if missing:
         raise CalibrationError(
             f"no data reached {weight.path!r}, or {type(weight.maker).__name__} does not "
-            f"read its inputs; {type(recipe.rounding).__name__} needs them: "
-            f"skip({weight.path!r}) or give it another rounding with override(...)"
+            f"read its inputs; {type(recipe.rounding).__name__} needs them",
+            Mend.ROUNDING,
+            layer=weight.path,
         )
     try:
         q = recipe.rounding.round(stack, recipe.grid, statistics)
@@ -117,10 +118,11 @@ def _round(
         packed.nbytes,
         scheme=scheme.describe(),
         sqnr_db=error.total.sqnr_db,
-        estimated_db=error.balanced_db,
+        estimated_db=error.estimated_db,
         outliers=error.outliers,
         row_outliers=error.row_outliers,
         columns=stack.shape[2],
+        scale_block=q.qparams.block_size if q.qparams.scale is not None else (),
         ranges=(f"weight range by {why}",) if why else (),
         note="; ".join(part for part in notes if part) or None,
         aliases=weight.aliases,
@@ -166,10 +168,7 @@ def _inputs(weight: WeightPlan, activation: Activation | None) -> tuple[str | No
 def check_finite(name: str, tensor: Tensor) -> None:
     """Refuse a weight that holds NaN or infinity, by its name."""
     if not all_finite(tensor):
-        raise InputError(
-            f"{name} holds NaN or infinity; mend the weight, or leave the layer in float with "
-            f"skip({name.rpartition('.')[0]!r})"
-        )
+        raise InputError(f"{name} holds NaN or infinity", Mend.SKIP, layer=name.rpartition(".")[0])
 
 
 def check_fits(name: str, tensor: Tensor, scheme: Scheme) -> None:

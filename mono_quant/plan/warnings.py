@@ -45,24 +45,31 @@ def warnings_of(report: Report, damages: Sequence[Damage] = ()) -> tuple[str, ..
     if head := _low_head(report):
         found.append(head)
     found += _left_float(report)
-    if report.quantized and not any(row.shape or row.has_matrix for row in report.kept):
-        found.append(
-            "every layer is quantized; the first and the last are usually the most sensitive"
-        )
+    found += _ends(report)
     return _worst_first(found)
 
 
 def with_output(report: Report, decibels: float) -> Report:
     """Return a finished report with another SQNR of the output, and the warnings that go by it."""
-    before = _of_output(report)
+    before = [*_of_output(report), *_ends(report)]
     report = attrs.evolve(report, output_sqnr_db=decibels)
     kept = [warning for warning in report.warnings if warning not in before]
-    return attrs.evolve(report, warnings=_worst_first([*_of_output(report), *kept]))
+    found = [*_of_output(report), *kept, *_ends(report)]
+    return attrs.evolve(report, warnings=_worst_first(found))
 
 
 def _of_output(report: Report) -> list[str]:
     decibels = report.output_sqnr_db
     return _graded("the output", decibels) if decibels is not None else []
+
+
+def _ends(report: Report) -> list[str]:
+    """Return that every layer is quantized, where the output is not known to be good."""
+    good = report.output_sqnr_db is not None and report.output_sqnr_db >= GOOD_DB
+    rest = any(row.shape or row.has_matrix for row in report.kept)
+    if good or rest or not report.quantized:
+        return []
+    return ["every layer is quantized; the first and the last are usually the most sensitive"]
 
 
 def _worst_first(found: Iterable[str]) -> tuple[str, ...]:
@@ -114,15 +121,15 @@ def _outliers(report: Report) -> list[str]:
     """Return the weights with columns or rows that dwarf others with which they share a scale."""
     columns, rows = [], []
     for row in _rows_by_harm(report):
-        by_tensor = "per-tensor" in (row.scheme or "")
-        if _sound(row) or not (by_tensor or "per-channel" in (row.scheme or "")):
+        if _sound(row) or not row.scale_block:
             continue
-        if (row.row_outliers or 0) >= _OUTLIER and by_tensor:
+        *across, along = row.scale_block
+        if (row.row_outliers or 0) >= _OUTLIER and math.prod(across) > 1:
             rows.append(
                 f"{row.name} has rows {row.row_outliers:.0f} times the median one; a scale for "
                 f'each keeps them apart: override({row.name!r}, granularity="channel")'
             )
-        if (row.outliers or 0) >= _OUTLIER:
+        if (row.outliers or 0) >= _OUTLIER and along == row.columns:
             size = next((size for size in _GROUPS if row.columns % size == 0), None)
             mend = (
                 f"scales for groups keep them apart: override({row.name!r}, group_size={size})"

@@ -81,6 +81,15 @@ class WeightError:
         return weighted.sqnr_db
 
     @property
+    def estimated_db(self) -> float:
+        """What is expected of the SQNR of a product, in dB: `balanced_db`, or of inputs all alike.
+
+        For such inputs it is that of the values, `total`.
+        """
+        balanced = self.balanced_db
+        return self.total.sqnr_db if balanced is None else balanced
+
+    @property
     def outliers(self) -> float | None:
         """Root mean square of the largest column over that of the median one; None as above."""
         if self.signal.shape[0] != 1 or self.rows < _ENOUGH_ROWS:

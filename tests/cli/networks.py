@@ -61,3 +61,22 @@ def a_number() -> int:
 
 def doubled(model: nn.Module, batch: dict[str, Tensor]) -> object:
     return model(2 * batch["x"])
+
+
+class Chooses(nn.Module):
+    """Returns no floating tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = small()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.body(x)
+        return found.argmax(-1)
+
+
+def not_finite() -> nn.Module:
+    model = small()
+    with torch.no_grad():
+        model.get_parameter("2.weight")[0, 0] = torch.nan
+    return model

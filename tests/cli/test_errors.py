@@ -9,6 +9,8 @@ import torch
 
 from mono_quant import InputError, Quantizer
 from mono_quant.cli import commands, main
+from mono_quant.cli.words import OPTIONS
+from mono_quant.errors import Mend
 from tests.cli.conftest import SMALL, Monoquant
 from tests.cli.networks import small
 
@@ -114,6 +116,70 @@ def test_mistakes_are_told_in_one_line(
     assert done.complaint.startswith("monoquant: error: ")
     assert complaint in done.complaint
     assert sorted(folder.iterdir()) == before
+
+
+QUANTIZE = f"quantize --factory {SMALL} -o s.pt"
+BARE = "quantize model.pt -o s.pt"
+
+
+@pytest.mark.parametrize(
+    ("line", "mend"),
+    [
+        (f"{QUANTIZE} --calibration wide.pt", Mend.FORWARD),
+        (f"validate small.pt --factory {SMALL} --example wide.pt", Mend.FORWARD),
+        (f"{QUANTIZE} --calibration nan.pt", Mend.BATCH),
+        (f"{QUANTIZE} --calibration pair.pt", Mend.TUPLE),
+        (f"{QUANTIZE} --calibration batches.pt --samples 0", Mend.SAMPLES),
+        (f"{QUANTIZE} --activations static", Mend.DATA_OR_DYNAMIC),
+        (
+            f"quantize --factory {NETWORKS}:Chooses -o s.pt --calibration batches.pt",
+            Mend.OUTPUT,
+        ),
+        (f"quantize --factory {NETWORKS}:not_finite -o s.pt", Mend.SKIP),
+        (f"{BARE} --activations static", Mend.NO_STATIC),
+        (f"{QUANTIZE} --in-place --on-damage keep", Mend.COPY),
+    ],
+)
+def test_what_mends_a_mistake_is_told_in_options(
+    line: str, mend: Mend, folder: Path, monoquant: Monoquant
+) -> None:
+    Quantizer().apply(small()).save("small.pt")
+    torch.save(torch.ones(2, 65), "wide.pt")
+    torch.save(torch.full((2, 64), torch.nan), "nan.pt")
+    torch.save((torch.ones(2, 64), torch.ones(2)), "pair.pt")
+    done = monoquant(*words_of(line))
+    assert done.code == 2
+    assert done.complaint.endswith("; " + OPTIONS[mend].format(layer="'2'"))
+    assert "fit(" not in done.complaint
+
+
+def test_every_mend_is_told_in_options_and_in_calls() -> None:
+    assert set(OPTIONS) == set(Mend)
+    for mend, words in OPTIONS.items():
+        assert not any(call in words for call in ("fit(", "skip(", "activations(", "override("))
+        assert str(InputError("it is wrong", mend, layer="a.b")) == (
+            f"it is wrong; {mend.value.format(layer=repr('a.b'))}"
+        )
+
+
+def test_errors_are_pickled_with_what_mends_them() -> None:
+    error = InputError("0.weight is wrong", Mend.SKIP, layer="0")
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is InputError
+    assert str(again) == str(error)
+    assert "skip('0')" in str(again)
+
+
+def test_dynamic_inputs_of_a_bare_checkpoint_are_said_to_stay_float_at_the_top(
+    folder: Path, monoquant: Monoquant
+) -> None:
+    done = monoquant(*words_of(f"{BARE} --dynamic --json"))
+    assert done.code == 0
+    report = done.json["report"]
+    assert isinstance(report, dict)
+    warnings = report["warnings"]
+    assert isinstance(warnings, list)
+    assert any("no layer can have the dynamic inputs" in str(line) for line in warnings)
 
 
 def test_only_a_trusted_pickle_runs_its_code(folder: Path, monoquant: Monoquant) -> None:

@@ -55,10 +55,52 @@ class Standardizes(nn.Conv2d):
         return found
 
 
+class Centers(nn.Conv2d):
+    """Hands on a weight of its own from its forward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean()
+        found: Tensor = self._conv_forward(input, weight, self.bias)
+        return found
+
+
+class Asks(nn.Conv2d):
+    """Hands on its weight from its forward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        found: Tensor = self._conv_forward(input * 10, self.weight, self.bias)
+        return found
+
+
+class Counts(nn.Conv2d):
+    """Hands on its weight and counts."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 8, 3, padding=4, padding_mode="reflect")
+        self.register_buffer("calls", torch.zeros(()))
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        self.get_buffer("calls").add_(1)
+        assert not self.training
+        found: Tensor = super()._conv_forward(input, weight, bias)
+        return found
+
+
+class Conditioned(nn.Conv2d):
+    """Takes more than an input."""
+
+    def forward(self, input: Tensor, gain: Tensor) -> Tensor:  # type: ignore[override]  # so it is
+        found: Tensor = self._conv_forward(input * gain, self.weight, self.bias)
+        return found
+
+
 STATIC = Quantizer().activations("static").layer(LinearQuantizer(own_forward=True))
+BY_MODE = {"static": Quantizer(), "dynamic": Quantizer().activations("dynamic")}
+"""Static by default where there is data: asked for, it would be an error of these layers."""
 PAIRS: dict[str, tuple[nn.Module, nn.Module]] = {
     "conv": (Scales(3, 8, 3), nn.Conv2d(3, 8, 3)),
     "conv, inside": (ScalesInside(3, 8, 3), nn.Conv2d(3, 8, 3)),
+    "conv, asked": (Asks(3, 8, 3), nn.Conv2d(3, 8, 3)),
     "conv, parametrized": (
         nn.utils.parametrizations.weight_norm(Scales(3, 8, 3)),
         nn.Conv2d(3, 8, 3),
@@ -126,15 +168,79 @@ def test_hooks_of_the_layer_are_called_once_for_a_batch() -> None:
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 def test_a_forward_that_multiplies_itself_keeps_float_inputs_and_says_so(mode: str) -> None:
     model = nn.Sequential(Multiplies(3, 8, 3)).eval()
-    plan = Quantizer().activations(mode).fit(torch.randn(2, 3, 8, 8)).plan(model)
+    plan = BY_MODE[mode].fit(torch.randn(2, 3, 8, 8)).plan(model)
     with pytest.warns(SlowPathWarning):
         row = only_row(plan.run())
     said = "float inputs: the forward of Multiplies reads the weight and multiplies itself"
     assert row.activation == said
 
 
+def calls_of_kernels(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Return how often one call of a model asks for a kernel."""
+    calls, run = 0, QuantizedLayer.run
+
+    def counted(self: QuantizedLayer, *args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        return run(self, *args, **kwargs)  # type: ignore[arg-type]  # handed on as they came
+
+    monkeypatch.setattr(QuantizedLayer, "run", counted)
+    model(x)
+    return calls
+
+
 @pytest.mark.filterwarnings("ignore::mono_quant.SlowPathWarning")
-def test_inputs_that_meet_another_weight_are_not_said_to_be_calibrated() -> None:
-    model = nn.Sequential(Standardizes(3, 8, 3)).eval()
-    result = STATIC.fit(torch.randn(2, 3, 8, 8)).apply(model)
-    assert (only_row(result).activation or "").startswith("float inputs")
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+@pytest.mark.parametrize("cls", [Standardizes, Centers])
+@pytest.mark.parametrize("parametrized", [False, True])
+def test_inputs_that_meet_another_weight_are_float_and_the_plan_says_why(
+    cls: type[nn.Conv2d], mode: str, parametrized: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = cls(3, 8, 3)
+    if parametrized:
+        layer = nn.utils.parametrizations.weight_norm(layer)
+    model, x = nn.Sequential(layer).eval(), torch.randn(2, 3, 8, 8)
+    plan = BY_MODE[mode].fit(x).plan(model)
+    said = f"float inputs: {type(layer).__name__} convolves with a weight that it computes itself"
+    assert plan.outline.report.quantized[0].activation == said
+    result = plan.run()
+    assert only_row(result).activation == said
+    assert only_row(result).inputs == ()
+    assert calls_of_kernels(result.model, x, monkeypatch) == 0
+
+
+@pytest.mark.filterwarnings("ignore::mono_quant.SlowPathWarning")
+@pytest.mark.parametrize("layer", [Asks(3, 8, 3), ScalesInside(3, 8, 3), Counts()], ids=type)
+def test_inputs_that_meet_the_weight_handed_on_are_quantized(
+    layer: nn.Conv2d, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = nn.Sequential(layer).eval(), torch.randn(2, 3, 8, 8)
+    result = STATIC.fit(x).apply(model)
+    assert (only_row(result).activation or "").startswith("static")
+    assert calls_of_kernels(result.model, x, monkeypatch) == 1
+
+
+def test_a_plan_changes_nothing_of_a_layer_that_it_tries() -> None:
+    layer = Counts().train()
+    plan = Quantizer().activations("dynamic").plan(nn.Sequential(layer))
+    assert (plan.outline.report.quantized[0].activation or "").startswith("dynamic")
+    assert layer.training
+    assert layer.get_buffer("calls") == 0
+
+
+def test_a_layer_that_cannot_be_tried_keeps_float_inputs_and_says_why() -> None:
+    (row,) = Quantizer().plan(nn.Sequential(Conditioned(3, 8, 3))).outline.report.quantized
+    assert "float inputs: what reaches the weight is not known: Conditioned" in str(row.activation)
+    assert "missing 1 required positional argument: 'gain'" in str(row.activation)
+
+
+@pytest.mark.filterwarnings("ignore::mono_quant.SlowPathWarning")
+@pytest.mark.parametrize(
+    "layer", [Asks(3, 8, 3), ScalesInside(3, 8, 3), Standardizes(3, 8, 3)], ids=type
+)
+def test_what_a_forward_hands_on_is_the_same_when_compiled(layer: nn.Conv2d) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    model = Quantizer().fit(x).apply(nn.Sequential(layer).eval()).model
+    torch.compiler.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend="eager")(x), model(x))

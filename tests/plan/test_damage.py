@@ -194,12 +194,15 @@ def test_the_estimate_is_the_expected_sqnr_for_inputs_that_make_columns_count_al
 
 
 @pytest.mark.parametrize("shape", [(2, 64, 8), (1, 4, 8), (1, 64, 0)])
-def test_what_is_no_matrix_of_enough_rows_has_no_estimate(shape: tuple[int, int, int]) -> None:
+def test_what_is_no_matrix_of_enough_rows_is_judged_as_for_inputs_all_alike(
+    shape: tuple[int, int, int],
+) -> None:
     weight, scheme = torch.randn(shape), Affine(4)
     ends = weight.new_zeros(*shape[:2], 1), weight.new_ones(*shape[:2], 1)
     qparams = scheme.calculate_qparams(*ends, block_size=(1, 1, shape[2]))
     error = WeightError.of(weight, scheme.quantize(weight, qparams), scheme)
     assert error.balanced_db is None
+    assert error.estimated_db == error.total.sqnr_db
 
 
 def test_columns_that_dwarf_the_others_are_warned_of() -> None:

@@ -31,7 +31,7 @@ def test_a_plan_is_explained_line_by_line() -> None:
     assert memory == "peak memory: 144.32 kB for apply, 135.49 kB for apply_"
     table = [line.split("  ") for line in rest if line]
     cells = [[cell.strip() for cell in line if cell.strip()] for line in table]
-    assert cells[0] == "name layer shape before after bits SQNR output fate".split()
+    assert cells[0] == "name layer shape before after bits fate".split()
     assert cells[1] == [
         *("0.weight", "Linear", "64x128", "32.77 kB", "4.42 kB", "4.31"),
         "4-bit asymmetric per-group 64",
