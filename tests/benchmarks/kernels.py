@@ -61,7 +61,9 @@ def _rows() -> Iterator[tuple[str, ...]]:
         ratios: dict[str, list[str]] = {}
         for batch in BATCHES:
             x = torch.randn(batch, SIZE)
-            names = [kernel.name for kernel in kernels.KERNELS if kernel.name in known]
+            names = [
+                name for name in dict.fromkeys(k.name for k in kernels.KERNELS) if name in known
+            ]
             turns = [cycle(copies[name]) for name in names]
             calls: list[Callable[[], object]] = [
                 partial(_run, name, turn, x) for name, turn in zip(names, turns, strict=True)
