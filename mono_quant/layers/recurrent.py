@@ -38,7 +38,8 @@ class _SeveralWeightsQuantizer(ConvertingQuantizer):
     """What the quantizers of recurrent layers and cells share."""
 
     slowed: ClassVar[str | None] = (
-        "each step is many small operations, several times slower than the float layer; "
+        "each step is many small operations, which makes layers of a few hundred units several "
+        "times slower than in float and only wide ones faster; "
         'activations(None), or "float" in override, leaves its inputs in float'
     )
 
