@@ -212,7 +212,9 @@ class _Frame:
         sizes = codes.shape[1:-1]
         room = [sum(one) for one in zip(self.before, sizes, self.after, strict=True)]
         padded = codes.new_empty(len(codes), *room, codes.shape[-1])
-        padded.copy_(x.zero.reshape(-1, *(1 for _ in padded.shape[1:])))
+        zeros = x.zero.flatten().tolist()  # of each sample, or one of all
+        for part, zero in zip(padded.view(len(zeros), -1), zeros, strict=True):
+            part.fill_(zero)
         ends = zip(self.before, sizes, strict=True)
         inner = tuple(slice(zeros, zeros + size) for zeros, size in ends)
         padded[(slice(None), *inner)] = codes
