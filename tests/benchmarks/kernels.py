@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import cycle
+from itertools import cycle, repeat
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,17 @@ BATCHES = (1, 8, 64, 512)
 REPEATS = {1: 40, 8: 25, 64: 13, 512: 7}
 _COLD = 256e6  # bytes of weights that take turns, so that each comes from memory
 _MOST = 12
+
+CONVOLUTIONS = {
+    "3x3, 64 to 64 of 56x56": (64, 64, 56, 3),
+    "3x3, 128 to 128 of 28x28": (128, 128, 28, 3),
+    "3x3, 256 to 256 of 14x14": (256, 256, 14, 3),
+    "3x3, 512 to 512 of 7x7": (512, 512, 7, 3),
+    "1x1, 256 to 64 of 56x56": (256, 64, 56, 1),
+    "1x1, 96 to 576 of 14x14": (96, 576, 14, 1),
+}
+IMAGES = (1, 8)
+TURNS = 9
 
 SETTINGS = {
     "INT8, dynamic asymmetric inputs": Quantizer(),
@@ -41,6 +52,39 @@ def main() -> None:
     columns = ("setting", "kernel", *(f"M={batch}" for batch in BATCHES))
     with torch.no_grad():
         print_table(columns, _rows())
+    print("Conv2d with static inputs, channels last, ratio over the float32 layer in that order:\n")
+    columns = ("convolution", "kernel", *(f"N={count}" for count in IMAGES))
+    with torch.no_grad():
+        print_table(columns, _convolutions())
+
+
+def _convolutions() -> Iterator[tuple[str, ...]]:
+    for title, (channels, filters, side, size) in CONVOLUTIONS.items():
+        source = nn.Conv2d(channels, filters, size, padding=size // 2)
+        source = source.to(memory_format=torch.channels_last)
+        data = torch.randn(max(IMAGES), channels, side, side)
+        data = data.contiguous(memory_format=torch.channels_last)
+        layer = Quantizer().activations("static").fit(data).apply(source, progress=False).model
+        ratios: dict[str, list[str]] = {}
+        for count in IMAGES:
+            x = data[:count]
+            found = {name: _of_kernel(layer, name, x) for name in ("integer", "reference")}
+            calls = [partial(_run, name, repeat(layer), x) for name in found]
+            calls.append(partial(_run, None, repeat(source), x))
+            *taken, base = least_seconds(calls, TURNS)
+            chosen = _of_kernel(layer, None, x)
+            for (name, result), seconds in zip(found.items(), taken, strict=True):
+                mark = " chosen" if torch.equal(result, chosen) else ""
+                ratios.setdefault(name, []).append(f"{base / seconds:.2f}{mark}")
+        for name, cells in ratios.items():
+            yield (title, name, *cells)
+
+
+def _of_kernel(layer: nn.Module, name: str | None, x: Tensor) -> Tensor:
+    with kernels.use(name):
+        result = layer(x)
+    assert isinstance(result, Tensor)
+    return result
 
 
 def _rows() -> Iterator[tuple[str, ...]]:
@@ -99,7 +143,7 @@ def _copies(tensors: Iterable[Tensor]) -> int:
     return max(2, min(_MOST, round(_COLD / sum(tensor.nbytes for tensor in tensors))))
 
 
-def _run(name: str, layers: Iterator[nn.Module], x: Tensor) -> None:
+def _run(name: str | None, layers: Iterator[nn.Module], x: Tensor) -> None:
     with kernels.use(name):
         next(layers)(x)
 
