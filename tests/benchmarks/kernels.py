@@ -61,7 +61,7 @@ def main() -> None:
 def _convolutions() -> Iterator[tuple[str, ...]]:
     for title, (channels, filters, side, size) in CONVOLUTIONS.items():
         source = nn.Conv2d(channels, filters, size, padding=size // 2)
-        source = source.to(memory_format=torch.channels_last)
+        source.weight.data = source.weight.data.contiguous(memory_format=torch.channels_last)
         data = torch.randn(max(IMAGES), channels, side, side)
         data = data.contiguous(memory_format=torch.channels_last)
         layer = Quantizer().activations("static").fit(data).apply(source, progress=False).model
