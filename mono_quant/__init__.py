@@ -85,6 +85,7 @@ from mono_quant.rounding import RoundToNearest
 from mono_quant.schemes import Affine, FloatCast
 from mono_quant.serializers import SafetensorsSerializer, TorchSerializer, read_state_dict
 from mono_quant.settings import Activations
+from mono_quant.speed import Speed
 from mono_quant.transforms import BiasCorrection, EqualizeLayers, FoldBatchNorm
 from mono_quant.version import __version__
 
@@ -161,6 +162,7 @@ __all__ = [
     "Scheme",
     "Serializer",
     "SlowPathWarning",
+    "Speed",
     "Statistic",
     "Statistics",
     "TorchSerializer",

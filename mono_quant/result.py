@@ -26,6 +26,7 @@ from mono_quant.errors import CheckpointError, InputError
 from mono_quant.modules import BareModule
 from mono_quant.report import Report, table
 from mono_quant.serializers import BUILT_IN_SERIALIZERS, serializer_for
+from mono_quant.speed import Speed, measure_speed
 
 
 @attrs.frozen
@@ -160,6 +161,23 @@ class QuantizationResult(Generic[ModelT]):
             args = (batch,)
         with evaluating(model):
             return torch.export.export(model, args, kwargs, strict=strict)
+
+    def benchmark(self, example: object = None, *, seconds: float = 5.0) -> Speed:
+        """Measure the model's speed beside the float one, by turns, on this machine.
+
+        The float model is made for it, with weights on the grid, and takes its memory meanwhile.
+
+        Args:
+            example: a batch as `fit` takes them; by default the first one of the data.
+            seconds: roughly how long to measure.
+
+        Raises:
+            InputError: there is no example.
+        """
+        data = self._example(example)
+        if data is None or isinstance(self.model, BareModule):
+            raise InputError("benchmark needs a model and an example: benchmark(example)")
+        return measure_speed(self.dequantize(), self.model, data, seconds)
 
     @property
     def _class_kept(self) -> nn.Module:

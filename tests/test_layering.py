@@ -26,6 +26,7 @@ RANKS = {
             "modules",
             "layers serializers",
             "calibration checkpoint",
+            "speed",
             "result flow",
             "plan files",
             "builder comparison",

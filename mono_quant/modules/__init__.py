@@ -11,7 +11,14 @@ from mono_quant.modules.conv import (
     QuantizedConvTranspose3d,
 )
 from mono_quant.modules.embedding import QuantizedEmbedding, QuantizedEmbeddingBag
-from mono_quant.modules.layer import QuantizedLayer, SlowPathWarning, convert, taken_name, tie
+from mono_quant.modules.layer import (
+    QuantizedLayer,
+    SlowPathWarning,
+    convert,
+    kernels_run,
+    taken_name,
+    tie,
+)
 from mono_quant.modules.linear import QuantizedLinear, QuantizedLinearLike
 from mono_quant.modules.recurrent import (
     QuantizedGRU,
@@ -54,6 +61,7 @@ __all__ = [
     "SlowPathWarning",
     "convert",
     "kernel_bytes",
+    "kernels_run",
     "taken_name",
     "tie",
     "tree_of",

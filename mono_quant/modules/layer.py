@@ -1,7 +1,8 @@
 """What all quantized layers share: conversion in place, kernels, and the way back."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import ClassVar, cast
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from mono_quant.base import (
     Activation,
     ArrangingKernel,
+    Kernel,
     KernelSpec,
     Operation,
     PackedTensor,
@@ -79,12 +81,19 @@ class QuantizedLayer(QuantizedModule):
         spec = KernelSpec(operation, held.scheme, held.layout, self._activation(name))
         rows = operation.count(x)
         kernel = select(spec, x.device, x.dtype, rows, x, bias, arrange=held.is_arrangeable)
+        self.note(name, kernel)
         if kernel is REFERENCE:
             often = operation.reads_rows and not torch.compiler.is_compiling()
             return kernel(spec, x, held.pin() if often else held.peek(), bias)
         if isinstance(kernel, ArrangingKernel):
             return kernel.product(spec, x, held.arranged(kernel), bias)
         return kernel(spec, x, held.packed, bias)
+
+    def note(self, name: str, kernel: Kernel) -> None:
+        """Tell those who listen which kernel computes with the weight of that name."""
+        if not torch.compiler.is_compiling():
+            for ran in _LISTENING:
+                ran[self, name] = kernel.name
 
     def float_weight(self, name: str = "weight") -> Tensor:
         """Return a float copy of a weight, for code that reads it by attribute; warns."""
@@ -109,6 +118,20 @@ class QuantizedLayer(QuantizedModule):
         made_of = (float_class_of(type(self)), quantized_base(type(self)))
         state = {key: value for key, value in self.__dict__.items() if key not in _NOT_COPIED}
         return (_blank, made_of, state)
+
+
+_LISTENING: list[dict[tuple[nn.Module, str], str]] = []
+
+
+@contextmanager
+def kernels_run() -> Iterator[Mapping[tuple[nn.Module, str], str]]:
+    """Collect which kernel computes with each weight, by layer and name, until the end."""
+    ran: dict[tuple[nn.Module, str], str] = {}
+    _LISTENING.append(ran)
+    try:
+        yield ran
+    finally:
+        _LISTENING[:] = [one for one in _LISTENING if one is not ran]
 
 
 def convert(

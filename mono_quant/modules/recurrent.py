@@ -100,6 +100,7 @@ class QuantizedRecurrent(SeveralWeights, nn.RNNBase):
         spec = KernelSpec(operation, weight.scheme, weight.layout)
         met = (inputs, bias_hh, *recurrence.states)
         kernel = select(spec, inputs.device, inputs.dtype, recurrence.sizes[0], *met)
+        self.note(name, kernel)
         return kernel(spec, inputs, weight, bias_hh)
 
     def _fused(self, call: SequenceCall) -> tuple[Tensor, States]:
