@@ -77,14 +77,18 @@ def measure_speed(
         quantized: the model.
         data: its first batch is what both are called with.
         seconds: roughly how long to measure; each model is called five times at least.
+
+    Raises:
+        CalibrationError: a model cannot be called with it.
     """
     batch = data.first()
     models = (floats, quantized)
     taken: tuple[list[float], list[float]] = ([], [])
     with evaluating(floats), evaluating(quantized):
-        data.call(floats, batch)  # what only a first call does is not counted
+        one = CalibrationData([batch], 1, data.forward)
+        next(one.outputs(floats))  # what only a first call does is not counted
         with kernels_run() as ran:
-            data.call(quantized, batch)
+            next(one.outputs(quantized))
         begun = time.perf_counter()
         for turn in range(_ROUNDS.stop):
             if turn >= _ROUNDS.start and time.perf_counter() - begun > seconds:

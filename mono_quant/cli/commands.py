@@ -8,6 +8,7 @@ from pathlib import Path
 
 import attrs
 
+from mono_quant.api import load_model
 from mono_quant.cli.inputs import (
     data_of,
     factory_of,
@@ -19,6 +20,7 @@ from mono_quant.cli.inputs import (
     samples_of,
 )
 from mono_quant.cli.options import (
+    BenchmarkOptions,
     CompareOptions,
     DemoOptions,
     DequantizeOptions,
@@ -36,6 +38,7 @@ from mono_quant.files import describe_file, float_state_dict, validate_file
 from mono_quant.report import format_bytes
 from mono_quant.result import Validation
 from mono_quant.serializers import read_checkpoint, serializer_for, write_state_dict
+from mono_quant.speed import measure_speed
 
 OK = 0
 FAILED = 1
@@ -139,6 +142,21 @@ def validate(given: Namespace) -> Outcome:
     found = validate_file(options.file, make() if make is not None else None, example)
     answer: Config = {"path": str(options.file), **_validation(found)}
     return Outcome(str(found), answer, _problem(options.file, found))
+
+
+def benchmark(given: Namespace) -> Outcome:
+    """Measure the speed of a quantized file's model beside the float one."""
+    options = BenchmarkOptions(**vars(given))
+    _import_all(options)
+    make = factory_of(options)
+    if make is None or options.example is None:
+        raise ConfigurationError(
+            "what is measured is a model on a batch: add --factory package.module:name and "
+            "--example FILE"
+        )
+    example = data_of(options.example, options, 1)
+    found = measure_speed(make(), load_model(options.file, make()), example, options.seconds)
+    return Outcome(str(found), {"path": str(options.file), **found.to_dict()})
 
 
 def compare(given: Namespace) -> Outcome:

@@ -67,6 +67,14 @@ class ValidateOptions(ModelOptions):
     example: Path | None
 
 
+class BenchmarkOptions(ModelOptions):
+    """What ``benchmark`` was told; see its help."""
+
+    file: Path
+    example: Path | None
+    seconds: float
+
+
 class CompareOptions(ModelOptions):
     """What ``compare`` was told; see its help."""
 

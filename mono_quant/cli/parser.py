@@ -46,6 +46,8 @@ _INFO = """examples:
 _VALIDATE = """examples:
   monoquant validate small.safetensors
   monoquant validate small.safetensors --factory my_package.models:make --example batches.pt"""
+_BENCHMARK = """examples:
+  monoquant benchmark small.safetensors --factory my_package.models:make --example batches.pt"""
 _COMPARE = """examples:
   monoquant compare model.safetensors small.safetensors
   monoquant compare eight.pt four.pt --factory my_package.models:make --calibration batches.pt"""
@@ -79,6 +81,7 @@ def build_parser() -> ArgumentParser:
     _add_quantize(known)
     _add_info(known)
     _add_validate(known)
+    _add_benchmark(known)
     _add_compare(known)
     _add_dequantize(known)
     _add_demo(known)
@@ -244,6 +247,19 @@ def _add_validate(known: _SubParsersAction[_Parser]) -> None:
     _add_forward(command)
     command.add_argument(
         "--example", type=Path, metavar="FILE", help="a batch to run, as quantize --calibration"
+    )
+
+
+def _add_benchmark(known: _SubParsersAction[_Parser]) -> None:
+    command = _command(known, "benchmark", commands.benchmark, _BENCHMARK)
+    command.add_argument("file", type=Path, metavar="FILE", help="a quantized file")
+    _add_factory(command)
+    _add_forward(command)
+    command.add_argument(
+        "--example", type=Path, metavar="FILE", help="a batch to run, as quantize --calibration"
+    )
+    command.add_argument(
+        "--seconds", type=float, default=5.0, metavar="N", help="how long to measure (5)"
     )
 
 

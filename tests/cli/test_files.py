@@ -271,3 +271,22 @@ def test_the_tied_file_is_valid(folder: Path, monoquant: Monoquant) -> None:
         "validate", "tied-small.pt", "--factory", TIED, "--example", "tied-batch.safetensors"
     )
     assert (done.code, done.out.splitlines()[0]) == (0, "valid")
+
+
+def test_benchmark_runs_the_file_beside_the_float_model(file: str, monoquant: Monoquant) -> None:
+    words = ("benchmark", file, "--factory", SMALL, "--example", "batches.pt", "--seconds", "0")
+    done = monoquant(*words)
+    assert done.code == 0
+    assert "float" in done.out
+    assert "median of 5 by turns" in done.out
+    found = monoquant(*words, "--json").json
+    assert found["rounds"] == 5
+    assert isinstance(found["kernels"], dict)
+    assert found["kernels"]
+
+
+def test_benchmark_needs_a_model_and_an_example(file: str, monoquant: Monoquant) -> None:
+    for words in ((), ("--factory", SMALL)):
+        done = monoquant("benchmark", file, *words)
+        assert done.code == 2
+        assert "--example FILE" in done.err
