@@ -32,14 +32,17 @@ class _QuantizedConv(QuantizedLayer, nn.modules.conv._ConvNd):
         What it hands on unchanged is the quantized weight of this layer, or one that is tied to it;
         what it computed, and another layer's weight, is taken as it is.
         """
-        setattr(weight, _STANDS_IN, id(self._holder("weight")))
+        setattr(weight, _STANDS_IN, self._mark())
         return weight
+
+    def _mark(self) -> Tensor:
+        """Return what is one object for each quantized weight, which compilers need not know."""
+        return self._holder("weight").get_buffer("_like")
 
     def _conv_forward(  # no weight means the quantized one
         self, input: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        known = id(self._holder("weight"))
-        if weight is not None and getattr(weight, _STANDS_IN, None) != known:
+        if weight is not None and getattr(weight, _STANDS_IN, None) is not self._mark():
             return super()._conv_forward(input, weight, bias)
         dims = len(self.kernel_size)
         padding: IntTuple | int | str = self.padding

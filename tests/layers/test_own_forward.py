@@ -291,3 +291,14 @@ def test_what_a_forward_hands_on_is_the_same_when_compiled(layer: nn.Conv2d) -> 
     torch.compiler.reset()
     with torch.no_grad():
         assert torch.equal(torch.compile(model, backend="eager")(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore::mono_quant.SlowPathWarning")
+@pytest.mark.parametrize("cls", [Asks, ScalesInside])
+def test_layers_of_one_class_share_what_is_compiled(cls: type[nn.Conv2d]) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    layers = [cls(3, 3, 1) for _ in range(10)]  # more than torch compiles a function anew
+    model = Quantizer().fit(x).only("*").apply(nn.Sequential(*layers).eval()).model
+    torch.compiler.reset()
+    with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        assert torch.equal(torch.compile(model, backend="eager")(x), model(x))
