@@ -151,6 +151,8 @@ def select(
     if arranged and (arrange is None or not arrange()):
         arranged = False
         able = tuple(kernel for kernel in able if not isinstance(kernel, ArrangingKernel))
+    if not able:
+        return REFERENCE  # before `rows` is counted, which has no value while a trace is made
     key = (arranged, bucket(rows), torch.get_num_threads())
     kernel = choice.fastest.get(key)
     if kernel is None:
@@ -188,11 +190,11 @@ def _able(
 def _fastest(
     kernels: tuple[Kernel, ...], spec: KernelSpec, dtype: torch.dtype, rows: int
 ) -> Kernel:
-    """Return the fastest of some kernels, the reference where there are none."""
+    """Return the fastest of some kernels, one at least, and where it may be, the reference."""
     if any(_order(kernel) is not _order(kernels[0]) for kernel in kernels):
         order = _order(fastest(kernels, spec, dtype, 1))
         kernels = tuple(kernel for kernel in kernels if _order(kernel) is order)
-    if not kernels or (isinstance(spec.operation, _RIVALLED) and use.named() is None):
+    if isinstance(spec.operation, _RIVALLED) and use.named() is None:
         kernels = (*kernels, REFERENCE)
     return fastest(kernels, spec, dtype, rows)
 

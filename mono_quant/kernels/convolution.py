@@ -20,6 +20,7 @@ from mono_quant.operations import Convolution
 
 _REFERENCE = Reference()
 _SMALLEST = 1 << 12  # weights of fewer values gain nothing
+_LONG = 16  # lines of so many times the positions that are done at once are cut
 
 
 @final
@@ -111,12 +112,12 @@ class IntegerConvolution(ArrangingKernel[Taps]):
         frame = _Frame.of(operation, tuple(batch.shape), weight.layout.native)
         qparams = _of_samples(activation, batch)
         factor = Factor.of(weight.codes, weight.sums, weight.scale, weight.zero_point, bias)
-        out = torch.empty(len(batch), *frame.output, len(weight.codes))
+        out = batch.new_empty(len(batch), *frame.output, len(weight.codes))
         for start in range(0, len(batch), frame.samples):
             part = slice(start, start + frame.samples)
             codes = digits_of_codes(batch, activation.scheme, qparams, part)
-            for rows, lines in frame.rows(codes):
-                factor.product(rows, out[part, lines].view(-1, out.shape[-1]))
+            for rows, place in frame.rows(codes):
+                factor.product(rows, out[(part, *place)].view(-1, out.shape[-1]))
         found = out.movedim(-1, 1).to(x.dtype)
         if batch.is_contiguous():
             found = found.contiguous()
@@ -134,8 +135,7 @@ class _Frame:
         before: positions of zeros before the input.
         after: those behind it.
         output: positions of the output.
-        samples: how many to do at once.
-        lines: how many indices of the first dimension of the output to do at once.
+        at_once: how many positions of the output to do at once.
     """
 
     kernel: Shape
@@ -144,8 +144,12 @@ class _Frame:
     before: Shape
     after: Shape
     output: Shape
-    samples: int
-    lines: int
+    at_once: int
+
+    @property
+    def samples(self) -> int:
+        """How many to do at once: several are done whole."""
+        return max(1, self.at_once // math.prod(self.output))
 
     @classmethod
     def of(cls, operation: Convolution, shape: Shape, native: Shape) -> "_Frame":
@@ -155,6 +159,8 @@ class _Frame:
             RuntimeError: they do not fit, as in torch's own convolution.
         """
         kernel, sizes = native[2:], shape[2:]
+        if len(shape) != len(native):
+            raise RuntimeError(f"an input {list(shape)} does not meet a weight {list(native)}")
         reach = [
             step * (size - 1) + 1 for step, size in zip(operation.dilation, kernel, strict=True)
         ]
@@ -170,21 +176,13 @@ class _Frame:
             raise RuntimeError(f"an input {list(shape)} does not meet a weight {list(native)}")
         steps = zip(room, reach, operation.stride, strict=True)
         output = tuple((size - seen) // stride + 1 for size, seen, stride in steps)
-        at_once, positions = AT_ONCE * torch.get_num_threads(), math.prod(output)
-        lines = max(1, at_once * output[0] // positions)
+        at_once = AT_ONCE * torch.get_num_threads()
         return cls(
-            tuple(kernel),
-            operation.stride,
-            operation.dilation,
-            before,
-            after,
-            output,
-            max(1, at_once // positions),
-            min(lines, output[0]),
+            tuple(kernel), operation.stride, operation.dilation, before, after, output, at_once
         )
 
-    def rows(self, x: Digits) -> Iterator[tuple[Digits, slice]]:
-        """Yield what positions see, and of which lines of the output they are.
+    def rows(self, x: Digits) -> Iterator[tuple[Digits, tuple[slice, ...]]]:
+        """Yield what positions see, and where in the output they are.
 
         Args:
             x: codes ``[n, C, *positions]``, zeros and units ``[n or 1, ...]``.
@@ -197,12 +195,11 @@ class _Frame:
         windows = padded.as_strided(
             (samples, *self.output, *self.kernel, channels), (count, *moves, *taps, 1)
         )
-        for start in range(0, self.output[0], self.lines):
-            lines = slice(start, start + self.lines)
-            seen = windows[:, lines]
+        for place in _places(self.output, self.at_once):
+            seen = windows[(slice(None), *place)]
             rows = seen.reshape(-1, math.prod(self.kernel) * channels).contiguous()  # no overlap
             each = len(rows) // samples
-            yield Digits(rows, _of_rows(x.zero, each), _of_rows(x.unit, each)), lines
+            yield Digits(rows, _of_rows(x.zero, each), _of_rows(x.unit, each)), place
 
     def _padded(self, x: Digits) -> Tensor:
         """Return the codes as ``[n, *positions, C]``, within codes of zero."""
@@ -219,6 +216,17 @@ class _Frame:
         inner = tuple(slice(zeros, zeros + size) for zeros, size in ends)
         padded[(slice(None), *inner)] = codes
         return padded
+
+
+def _places(sizes: Shape, at_once: int) -> Iterator[tuple[slice, ...]]:
+    """Yield parts of positions that follow each other: lines, or parts of lines that are long."""
+    first, inner = sizes[0], math.prod(sizes[1:])
+    if inner > _LONG * at_once:
+        for line in range(first):
+            yield from ((slice(line, line + 1), *place) for place in _places(sizes[1:], at_once))
+        return
+    step = max(1, at_once // inner)
+    yield from ((slice(start, start + step),) for start in range(0, first, step))
 
 
 def _of_samples(activation: Activation, batch: Tensor) -> QParams:

@@ -76,7 +76,7 @@ class Factor:
     def product(self, x: Digits, out: Tensor) -> None:
         """Write the product with some rows of inputs to ``out [M, out]``."""
         count, width = out.shape
-        sums = torch.empty(x.places * count, width, dtype=torch.int32)
+        sums = x.digits.new_empty(x.places * count, width, dtype=torch.int32)
         int_mm(x.digits, self.codes, sums)
         if self.zero is not None:
             of_rows = x.digits.sum(1, keepdim=True, dtype=torch.int32)
@@ -99,11 +99,12 @@ class Factor:
         out.copy_(sums[-1])
         for lower in range(x.places - 2, -1, -1):
             out.mul_(256.0).add_(sums[lower])
-        out.mul_(rows_of(x.unit, place))
+        unit = rows_of(x.unit, place)
+        out.mul_(self.scale)  # before the unit of a huge input, which alone could overflow
         if self.bias is None:
-            out.mul_(self.scale)
+            out.mul_(unit)
         else:
-            torch.addcmul(self.bias, out, self.scale, out=out)
+            torch.addcmul(self.bias, out, unit, out=out)
 
 
 def parts(count: int, step: int) -> Iterator[slice | None]:
@@ -137,7 +138,7 @@ def digits_of_floats(rows: Tensor) -> Digits:
     _, exponent = torch.frexp(rows.abs().amax(1, keepdim=True))  # |x| < 2^exponent, [M, 1]
     exponent = exponent.clamp(min=-100) - 22  # of the last digit's unit
     values = (rows * _power_of_two(-exponent)).round_().to(torch.int32)  # below 2^22
-    digits = torch.empty(_PLACES, *rows.shape, dtype=torch.int8)
+    digits = rows.new_empty(_PLACES, *rows.shape, dtype=torch.int8)
     for digit in digits.unbind():
         digit.copy_(values)  # the lowest byte, as a signed one
         values.add_(_SIGN).bitwise_right_shift_(8)

@@ -102,8 +102,8 @@ class PanelBlocks(_OnPanels):
         of_zeros = (scale * zeros).view(2 * count, half, runs).transpose(1, 2)
         out = torch.matmul(sums, of_zeros).neg_()  # [halves, M, half], each a product's own
         scales = _by_panel(scale, count, half)
-        codes = torch.empty(2, min(_LONGEST, length) * half, dtype=torch.uint8)
-        values = torch.empty(codes.shape[1])
+        codes = rows.new_empty(2, min(_LONGEST, length) * half, dtype=torch.uint8)
+        values = rows.new_empty(codes.shape[1])
         for start, stop in _pieces(length, size):
             code, block = codes[:, : (stop - start) * half], values[: (stop - start) * half]
             low, high = code.view(torch.int64)  # eight bytes at once

@@ -34,12 +34,12 @@ def gives_weight(layer: nn.Module, known: type[nn.Module]) -> bool:
 def meets_weight(layer: nn.Module, known: type[nn.Module], x: Tensor, weight: Tensor) -> bool:
     """Return whether the layer's own code has the known class multiply by the weight it is given.
 
-    The code runs once in eval mode on copies of buffers, whatever the values of `x` and `weight`.
+    The code runs once in eval mode on copies of buffers, those of modules inside the layer too,
+    whatever the values of `x` and `weight`.
     """
     seen: list[Tensor] = []
     twin = _twin(layer, known, weight, seen)
-    copies = {name: None if one is None else one.clone() for name, one in layer._buffers.items()}
-    vars(twin).update(training=False, _buffers=copies)
+    _set_apart(twin)
     with torch.no_grad():
         twin.forward(x)
     return bool(seen)
@@ -75,6 +75,18 @@ def _twin(
     vars(twin).update(vars(layer))  # the same tensors
     vars(twin).update({_SEEN: seen, _WEIGHT: weight})
     return twin
+
+
+def _set_apart(twin: nn.Module) -> None:
+    """Put a copy of a module, as it shares its parts, in eval mode with buffers of its own."""
+    buffers = {name: None if one is None else one.clone() for name, one in twin._buffers.items()}
+    inner = dict(twin._modules)
+    for name, one in inner.items():
+        if one is not None:
+            inner[name] = own = type(one).__new__(type(one))
+            vars(own).update(vars(one))
+            _set_apart(own)
+    vars(twin).update(training=False, _buffers=buffers, _modules=inner)
 
 
 class _Forward(nn.Module):

@@ -11,13 +11,10 @@ from mono_quant.operations import Convolution, IntTuple, TransposedConvolution
 _STANDS_IN = "_stands_in"  # marks a decoded weight that may be exchanged for the quantized one
 
 
-def _stand_in(weight: Tensor) -> Tensor:
-    """Return a decoded weight, known again when a subclass hands it on to `_conv_forward`.
-
-    What it hands on unchanged is the quantized weight; what it computed is taken as it is.
-    """
-    setattr(weight, _STANDS_IN, True)
-    return weight
+def _per_dim(value: IntTuple | int, dims: int) -> IntTuple:
+    """Return an attribute that torch takes as one number, a list or a tuple, as one per dim."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dims if len(values) == 1 else values
 
 
 class _QuantizedConv(QuantizedLayer, nn.modules.conv._ConvNd):
@@ -26,25 +23,42 @@ class _QuantizedConv(QuantizedLayer, nn.modules.conv._ConvNd):
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of `input`."""
         own = type(self)._conv_forward is not _QuantizedConv._conv_forward
-        return self._conv_forward(input, _stand_in(self.float_weight()) if own else None, self.bias)
+        given = self._stand_in(self.float_weight()) if own else None
+        return self._conv_forward(input, given, self.bias)
+
+    def _stand_in(self, weight: Tensor) -> Tensor:
+        """Return the decoded weight, known again when a subclass hands it on to `_conv_forward`.
+
+        What it hands on unchanged is the quantized weight of this layer, or one that is tied to it;
+        what it computed, and another layer's weight, is taken as it is.
+        """
+        setattr(weight, _STANDS_IN, self._mark())
+        return weight
+
+    def _mark(self) -> Tensor:
+        """Return what is one object for each quantized weight, which compilers need not know."""
+        return self._holder("weight").get_buffer("_like")
 
     def _conv_forward(  # no weight means the quantized one
         self, input: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        if weight is not None and not hasattr(weight, _STANDS_IN):
+        if weight is not None and getattr(weight, _STANDS_IN, None) is not self._mark():
             return super()._conv_forward(input, weight, bias)
-        padding: IntTuple | str = self.padding
+        dims = len(self.kernel_size)
+        padding: IntTuple | int | str = self.padding
         if self.padding_mode != "zeros":
             around = self._reversed_padding_repeated_twice
             input = functional.pad(input, around, mode=self.padding_mode)
-            padding = (0,) * len(self.kernel_size)
-        operation = Convolution(self.stride, padding, self.dilation, self.groups)
+            padding = 0
+        zeros = padding if isinstance(padding, str) else _per_dim(padding, dims)
+        stride, dilation = _per_dim(self.stride, dims), _per_dim(self.dilation, dims)
+        operation = Convolution(stride, zeros, dilation, self.groups)
         return self.run(operation, input, bias)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # a parameter there, computed here
         """A float copy of the weight."""
-        return _stand_in(self.float_weight())
+        return self._stand_in(self.float_weight())
 
 
 class QuantizedConv1d(_QuantizedConv, nn.Conv1d):

@@ -34,11 +34,19 @@ class _Fixed(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Tensor], prefix: str, *rest: object
     ) -> None:
-        """Take the dtypes of a state dict over: scales that had to be wider stay so."""
+        """Take the dtypes of a state dict over: scales that had to be wider stay so.
+
+        Codes of another dtype mean other values, and are an error.
+        """
         for name in self._names:
             stored, own = state_dict.get(prefix + name), self.get_buffer(name)
-            if stored is not None and stored.dtype != own.dtype:
-                self.register_buffer(name, torch.empty_like(own, dtype=stored.dtype))
+            if stored is None or stored.dtype == own.dtype:
+                continue
+            if not (stored.is_floating_point() and own.is_floating_point()):
+                said = f"{prefix + name} is {stored.dtype}, where {own.dtype} was expected"
+                cast("list[str]", rest[-1]).append(said)  # what load_state_dict raises at its end
+                return
+            self.register_buffer(name, torch.empty_like(own, dtype=stored.dtype))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

@@ -56,8 +56,8 @@ def block_range(x: Tensor, block_size: Shape) -> tuple[Tensor, Tensor]:
         counts = block_counts(tuple(x.shape), block_size)
         zeros = torch.zeros(counts, dtype=x.dtype, device=x.device)
         return zeros, zeros.clone()
-    if _whole(x, block_size):
-        inside = [place for place, size in enumerate(x.shape) if size == block_size[place]]
+    inside = [place for place, size in enumerate(x.shape) if size == block_size[place]]
+    if inside and _whole(x, block_size):  # torch takes no dimensions for all of them
         return x.amin(inside, keepdim=True), x.amax(inside, keepdim=True)
     blocks = to_blocks(x, block_size)
     inside = list(range(1, blocks.dim(), 2))

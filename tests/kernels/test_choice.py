@@ -114,6 +114,14 @@ def test_every_grid_can_be_timed(grid: str, timed: list[tuple[str, int]]) -> Non
     assert chosen(layer(DECODED[grid], 65, 1040), rows=2) == "blocks"
 
 
+def test_kernels_are_timed_on_the_device_of_inputs(
+    made: QuantizedLayer, timed: list[tuple[str, int]]
+) -> None:
+    with torch.device("meta"):
+        assert chosen(made, rows=2) == "blocks"
+    assert len(timed) == 2
+
+
 def test_what_was_timed_is_kept_in_a_file(
     made: QuantizedLayer, timed: list[tuple[str, int]]
 ) -> None:
@@ -221,6 +229,18 @@ def test_transforms_of_functions_take_the_reference() -> None:
     torch.testing.assert_close(tangent, direction @ weight.t(), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # within torch
+@pytest.mark.filterwarnings("ignore::mono_quant.SlowPathWarning")  # a trace reads all attributes
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # and follows no sizes
+def test_a_traced_layer_is_the_reference(made: QuantizedLayer) -> None:
+    x = noise(2, 1040)
+    with torch.no_grad(), kernels.use("integer"):
+        traced = torch.jit.trace(made, x)  # type: ignore[no-untyped-call]  # torch leaves it so
+    with torch.no_grad(), kernels.use("reference"):
+        for rows in (x, noise(5, 1040)):
+            assert same_bits(traced(rows), made(rows))
+
+
 def test_a_compiled_or_exported_layer_is_the_reference(made: QuantizedLayer) -> None:
     x = noise(2, 1040)
     torch.compiler.reset()
@@ -275,6 +295,8 @@ def test_a_trial_is_made_once_on_a_machine(tmp_path: Path) -> None:
     STORE.forget()
     assert trial.refusal("it", program) is None
     assert mark.read_text() == "x"
+    other = "raise RuntimeError('no such order')"
+    assert trial.refusal("it", other) == "it failed on trial: RuntimeError: no such order"
 
 
 _LONG = "import time; time.sleep(60)"

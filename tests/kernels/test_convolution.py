@@ -13,6 +13,7 @@ from mono_quant import QuantizedLayer, Quantizer, kernels
 from mono_quant.base import KernelSpec
 from mono_quant.kernels import IntegerConvolution
 from mono_quant.kernels.convolution import Taps
+from mono_quant.kernels.digits import Digits, Factor
 from mono_quant.modules import QuantizedWeight
 from mono_quant.operations import Convolution
 from tests.helpers import dense, noise, same_bits
@@ -32,6 +33,8 @@ CONVOLUTIONS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "same": (nn.Conv2d(16, 32, 4, padding="same", dilation=2), (2, 16, 9, 12)),
     "valid": (nn.Conv2d(16, 32, 4, padding="valid", bias=False), (2, 16, 9, 12)),
     "reflected": (nn.Conv2d(16, 32, 3, padding=1, padding_mode="reflect"), (2, 16, 9, 12)),
+    "flat": (nn.Conv2d(16, 32, (1, 9)), (2, 16, 1, 100)),
+    "flat, strided": (nn.Conv2d(16, 32, (2, 9), stride=(1, 2), padding=1), (2, 16, 3, 100)),
     "3d": (nn.Conv3d(8, 20, 3, padding=(1, 0, 1), stride=(1, 2, 1)), (2, 8, 5, 6, 7)),
 }
 
@@ -153,6 +156,59 @@ def test_what_is_not_finite_is_left_to_the_reference(grid: str, value: float) ->
     assert found[0].isfinite().all()
 
 
+def test_huge_inputs_overflow_where_the_result_does() -> None:
+    case = Case.of("2d", INTEGERS["dynamic"])
+    x = torch.zeros_like(case.x)
+    x[:, 3, 4, 5] = 1e37
+    expected = run(case.made, x, "reference")
+    assert expected.isfinite().all()
+    torch.testing.assert_close(run(case.made, x), expected, rtol=1e-5, atol=0)
+
+
+def test_attributes_may_be_numbers_and_lists_as_for_torch() -> None:
+    case = Case.of("valid", INTEGERS["dynamic"])
+    for name, values in (
+        ("padding", (1, [2, 1], (1,))),
+        ("stride", (2, [1, 2])),
+        ("dilation", (2,)),
+    ):
+        for value in values:
+            setattr(case.source, name, value)
+            setattr(case.made, name, value)
+            torch.testing.assert_close(run(case.made, case.x), case.exact().float())
+
+
+@pytest.mark.parametrize("name", ["flat", "flat, strided", "3d"])
+def test_long_lines_are_done_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case.of(name, INTEGERS["dynamic"])
+    expected = run(case.made, case.x)
+    monkeypatch.setattr("mono_quant.kernels.convolution._LONG", 1)
+    monkeypatch.setattr("mono_quant.kernels.convolution.AT_ONCE", 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    most: list[int] = []
+    product = Factor.product
+
+    def noted(self: Factor, x: Digits, out: Tensor) -> None:
+        most.append(len(x.digits))
+        product(self, x, out)
+
+    monkeypatch.setattr(Factor, "product", noted)
+    assert same_bits(run(case.made, case.x), expected)
+    assert max(most) <= 16
+
+
+def test_the_default_dtype_and_device_have_no_say() -> None:
+    case = Case.of("2d", INTEGERS["dynamic"])
+    expected = run(case.made, case.x)
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.device("meta"):
+            found = run(case.made, case.x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same_bits(found, expected)
+
+
 def test_zeros_give_the_bias() -> None:
     for quantizer in INTEGERS.values():
         case = Case.of("2d", quantizer)
@@ -182,7 +238,7 @@ def test_codes_are_held_once_and_files_have_them_in_their_own_order() -> None:
 
 def test_inputs_that_do_not_fit_are_refused_as_by_torch() -> None:
     case = Case.of("2d", INTEGERS["dynamic"])
-    for shape in ((2, 15, 9, 12), (2, 17, 9, 12), (2, 16, 0, 12)):
+    for shape in ((2, 15, 9, 12), (2, 17, 9, 12), (2, 16, 0, 12), (16, 9), (1, 2, 16, 9, 12)):
         with pytest.raises(RuntimeError):
             run(case.source, torch.ones(shape))
         with pytest.raises(RuntimeError):

@@ -112,6 +112,18 @@ def test_bias_is_added_and_leading_dimensions_and_dtypes_are_kept(
 
 
 @pytest.mark.parametrize("kernel", [INT4, PANEL_BLOCKS])
+def test_the_default_dtype_has_no_say(kernel: Int4 | PanelBlocks) -> None:
+    made, x = layer(BITS4, *SHAPE), noise(3, SHAPE[1])
+    expected = run(kernel, made, x)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = run(kernel, made, x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same_bits(found, expected)
+
+
+@pytest.mark.parametrize("kernel", [INT4, PANEL_BLOCKS])
 def test_nan_stays_in_its_row(kernel: Int4 | PanelBlocks) -> None:
     x = noise(3, SHAPE[1])
     x[1, 5] = float("nan")

@@ -121,6 +121,16 @@ def test_tiny_and_huge_inputs_are_as_good_as_usual_ones() -> None:
         assert same_bits(run(INTEGER, made, x * 2.0**exponent), usual * 2.0**exponent)
 
 
+@pytest.mark.parametrize("grid", ["dynamic", "8-bit"])
+def test_huge_inputs_overflow_where_the_result_does(grid: str) -> None:
+    made = layer({**INTEGERS, **FLOATS}[grid], 65, 1040)
+    x = torch.zeros(3, 1040)
+    x[1, 7] = 1e37
+    found, expected = run(INTEGER, made, x), run(REFERENCE, made, x)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
 def test_an_input_of_the_wrong_width_is_refused() -> None:
     made = layer(INTEGERS["dynamic"], 65, 1040)
     for wrong in (noise(2, 520), noise(1, 2080), torch.tensor(1.0)):

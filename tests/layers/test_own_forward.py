@@ -86,6 +86,30 @@ class Counts(nn.Conv2d):
         return found
 
 
+class Normalizes(nn.Conv2d):
+    """Hands on its weight to a module inside it, which has statistics."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 8, 3)
+        self.norm = nn.utils.parametrizations.weight_norm(nn.BatchNorm2d(8))
+
+    def forward(self, input: Tensor) -> Tensor:
+        found: Tensor = self.norm(self._conv_forward(input, self.weight, self.bias))
+        return found
+
+
+class Borrows(nn.Conv2d):
+    """Convolves with another layer's weight."""
+
+    def __init__(self, lender: nn.Conv2d) -> None:
+        super().__init__(3, 8, 3)
+        self.lender = [lender]
+
+    def forward(self, input: Tensor) -> Tensor:
+        found: Tensor = self._conv_forward(input, self.lender[0].weight, self.bias)
+        return found
+
+
 class Conditioned(nn.Conv2d):
     """Takes more than an input."""
 
@@ -228,6 +252,29 @@ def test_a_plan_changes_nothing_of_a_layer_that_it_tries() -> None:
     assert layer.get_buffer("calls") == 0
 
 
+def test_a_plan_changes_nothing_inside_a_layer_that_it_tries() -> None:
+    model = nn.Sequential(Normalizes().train())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plan = Quantizer().activations("dynamic").only("*").plan(model)
+    assert (plan.outline.report.quantized[0].activation or "").startswith("dynamic")
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore::mono_quant.SlowPathWarning")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_weight_of_another_layer_stays_that_layers(compiled: bool) -> None:
+    quantizer, x = Quantizer().activations(None).only("*"), torch.randn(2, 3, 8, 8)
+    lender = quantizer.apply(nn.Conv2d(3, 8, 3)).model
+    borrower = quantizer.apply(Borrows(lender)).model
+    borrower.lender = [lender]
+    expected = functional.conv2d(x, lender.weight, borrower.bias)
+    torch.compiler.reset()
+    forward = torch.compile(borrower, backend="eager") if compiled else borrower
+    with torch.no_grad():
+        torch.testing.assert_close(forward(x), expected)
+
+
 def test_a_layer_that_cannot_be_tried_keeps_float_inputs_and_says_why() -> None:
     (row,) = Quantizer().plan(nn.Sequential(Conditioned(3, 8, 3))).outline.report.quantized
     assert "float inputs: what reaches the weight is not known: Conditioned" in str(row.activation)
@@ -243,4 +290,15 @@ def test_what_a_forward_hands_on_is_the_same_when_compiled(layer: nn.Conv2d) -> 
     model = Quantizer().fit(x).apply(nn.Sequential(layer).eval()).model
     torch.compiler.reset()
     with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend="eager")(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore::mono_quant.SlowPathWarning")
+@pytest.mark.parametrize("cls", [Asks, ScalesInside])
+def test_layers_of_one_class_share_what_is_compiled(cls: type[nn.Conv2d]) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    layers = [cls(3, 3, 1) for _ in range(10)]  # more than torch compiles a function anew
+    model = Quantizer().fit(x).only("*").apply(nn.Sequential(*layers).eval()).model
+    torch.compiler.reset()
+    with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         assert torch.equal(torch.compile(model, backend="eager")(x), model(x))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant import QuantizedLayer
-from tests.helpers import same_bits, same_tensors
+from tests.helpers import quantized, same_bits, same_tensors
 from tests.modules.layers import LAYERS, TAUGHT, PadsFirst
 
 Make = Callable[[], tuple[nn.Module, Tensor]]
@@ -112,6 +112,15 @@ def test_a_state_dict_holds_codes_scales_and_the_rest(make: Make) -> None:
     if source.state_dict().keys() & {"bias"}:
         names.add("bias")
     assert set(model.state_dict()) == names
+
+
+def test_codes_of_another_dtype_are_refused() -> None:
+    model = quantized(nn.Linear(16, 4))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    codes = "quantized_weights.weight.codes"
+    with pytest.raises(RuntimeError, match=rf"{codes} is torch.uint8, where torch.int8"):
+        model.load_state_dict({**before, codes: before[codes].view(torch.uint8)})
+    assert all(same_bits(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_float_state_dict_is_refused() -> None:
