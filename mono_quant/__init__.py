@@ -4,90 +4,104 @@ Example:
     ``result = Quantizer().bits(4).skip("head").fit(data).apply(model)``
 """
 
-from mono_quant.api import (
-    dequantize_model,
-    dynamic_quantize,
-    load_model,
-    quantize,
-    save_model,
-    static_quantize,
-    validate_quantization,
-)
-from mono_quant.base import (
-    Activation,
-    Change,
-    Checkpoint,
-    Container,
-    Correction,
-    CorrectionContext,
-    Edit,
-    Grid,
-    Kernel,
-    KernelSpec,
-    LayerQuantizer,
-    Observer,
-    Operation,
-    PackedTensor,
-    QuantizedModule,
-    RangeEstimator,
-    Rounding,
-    Scheme,
-    Serializer,
-    Statistic,
-    Statistics,
-    Transform,
-    TransformContext,
-    WeightRecord,
-)
-from mono_quant.configurable import Configurable, register
-from mono_quant.errors import (
-    CalibrationError,
-    CheckpointError,
-    ConfigurationError,
-    CorruptCheckpointError,
-    DamageError,
-    FormatVersionError,
-    InputError,
-    MonoQuantError,
-    UnknownKindError,
-    UnsupportedLayerError,
-)
-from mono_quant.flow import Flow, integer_flow
-from mono_quant.layers import (
-    BareWeightQuantizer,
-    ConvQuantizer,
-    ConvTransposeQuantizer,
-    EmbeddingQuantizer,
-    LinearLikeQuantizer,
-    LinearQuantizer,
-    RecurrentCellQuantizer,
-    RecurrentQuantizer,
-)
-from mono_quant.modules import QuantizedLayer, SlowPathWarning, kernel_bytes
-from mono_quant.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
-from mono_quant.numerics.metrics import sqnr_db
-from mono_quant.numerics.values import Layout, QParams, QTensor, WeightView
-from mono_quant.observers import (
-    MSE,
-    Auto,
-    Entropy,
-    Histogram,
-    MinMax,
-    MovingAverage,
-    Percentile,
-    create_observer,
-)
-from mono_quant.plan import GraphPlan, GraphResult, Plan
-from mono_quant.quantizer import GraphQuantizer, Quantizer
-from mono_quant.report import InputReport, LayerReport, Report
-from mono_quant.result import Outline, QuantizationResult, Validation
-from mono_quant.rounding import RoundToNearest
-from mono_quant.schemes import Affine, FloatCast
-from mono_quant.serializers import SafetensorsSerializer, TorchSerializer, read_state_dict
-from mono_quant.settings import Activations
-from mono_quant.speed import Speed
-from mono_quant.transforms import BiasCorrection, EqualizeLayers, FoldBatchNorm
-from mono_quant.version import __version__
+import gc
+
+_COLLECTING = gc.isenabled()
+gc.disable()  # a full collection would walk all that torch holds, for as long as the imports take
+try:
+    from mono_quant.api import (
+        dequantize_model,
+        dynamic_quantize,
+        load_model,
+        quantize,
+        save_model,
+        static_quantize,
+        validate_quantization,
+    )
+    from mono_quant.base import (
+        Activation,
+        Change,
+        Checkpoint,
+        Container,
+        Correction,
+        CorrectionContext,
+        Edit,
+        Grid,
+        Kernel,
+        KernelSpec,
+        LayerQuantizer,
+        Observer,
+        Operation,
+        PackedTensor,
+        QuantizedModule,
+        RangeEstimator,
+        Rounding,
+        Scheme,
+        Serializer,
+        Statistic,
+        Statistics,
+        Transform,
+        TransformContext,
+        WeightRecord,
+    )
+    from mono_quant.configurable import Configurable, register
+    from mono_quant.errors import (
+        CalibrationError,
+        CheckpointError,
+        ConfigurationError,
+        CorruptCheckpointError,
+        DamageError,
+        FormatVersionError,
+        InputError,
+        MonoQuantError,
+        UnknownKindError,
+        UnsupportedLayerError,
+    )
+    from mono_quant.flow import Flow, integer_flow
+    from mono_quant.layers import (
+        BareWeightQuantizer,
+        ConvQuantizer,
+        ConvTransposeQuantizer,
+        EmbeddingQuantizer,
+        LinearLikeQuantizer,
+        LinearQuantizer,
+        RecurrentCellQuantizer,
+        RecurrentQuantizer,
+    )
+    from mono_quant.modules import QuantizedLayer, SlowPathWarning, kernel_bytes
+    from mono_quant.numerics.granularity import (
+        Granularity,
+        PerChannel,
+        PerGroup,
+        PerTensor,
+        PerToken,
+    )
+    from mono_quant.numerics.metrics import sqnr_db
+    from mono_quant.numerics.values import Layout, QParams, QTensor, WeightView
+    from mono_quant.observers import (
+        MSE,
+        Auto,
+        Entropy,
+        Histogram,
+        MinMax,
+        MovingAverage,
+        Percentile,
+        create_observer,
+    )
+    from mono_quant.plan import GraphPlan, GraphResult, Plan
+    from mono_quant.quantizer import GraphQuantizer, Quantizer
+    from mono_quant.report import InputReport, LayerReport, Report
+    from mono_quant.result import Outline, QuantizationResult, Validation
+    from mono_quant.rounding import RoundToNearest
+    from mono_quant.schemes import Affine, FloatCast
+    from mono_quant.serializers import SafetensorsSerializer, TorchSerializer, read_state_dict
+    from mono_quant.settings import Activations
+    from mono_quant.speed import Speed
+    from mono_quant.transforms import BiasCorrection, EqualizeLayers, FoldBatchNorm
+    from mono_quant.version import __version__
+finally:
+    if _COLLECTING:
+        gc.enable()
 
 __all__ = [
     "MSE",

@@ -141,3 +141,15 @@ def test_everything_works_without_numpy() -> None:
 
 def test_the_package_is_typed() -> None:
     assert resources.files(mono_quant).joinpath("py.typed").is_file()
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_importing_collects_no_garbage_and_leaves_the_collector_as_it_was(collecting: bool) -> None:
+    program = f"""
+import gc, torch
+{"gc.enable()" if collecting else "gc.disable()"}
+full = gc.get_stats()[2]["collections"]
+import mono_quant
+print(gc.isenabled(), gc.get_stats()[2]["collections"] - full)
+"""
+    assert run(program).split() == [str(collecting), "0"]

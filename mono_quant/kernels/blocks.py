@@ -15,7 +15,6 @@ _BATCH = 32  # from as many rows of input on, larger blocks serve the product be
 _LARGE_BLOCK = 1 << 20
 
 
-@attrs.frozen
 class Blocks:
     """Decodes some rows of a weight into a buffer, multiplies, and goes on with the next ones.
 
@@ -23,7 +22,7 @@ class Blocks:
     order in which a product is summed, and a scale being applied behind the sum, differ.
     """
 
-    name: str = attrs.field(default="blocks", init=False)
+    name = "blocks"
 
     def supports(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return why it cannot: affine grids and casts on a CPU are what it can."""

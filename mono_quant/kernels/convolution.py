@@ -59,7 +59,6 @@ class Taps(Arranged):
         return taps.transpose(1, 2).reshape(self.layout.stack).contiguous()
 
 
-@attrs.frozen
 class IntegerConvolution(ArrangingKernel[Taps]):
     """Multiplies the codes that each output position sees by 8-bit weights, as `Integer` does.
 
@@ -69,7 +68,7 @@ class IntegerConvolution(ArrangingKernel[Taps]):
     Inputs that are not finite are left to the reference.
     """
 
-    name: str = attrs.field(default=INTEGER.name, init=False)
+    name = INTEGER.name
 
     @property
     def arrangement(self) -> type[Taps]:

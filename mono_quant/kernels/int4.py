@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import attrs
 import torch
 from torch import Tensor
 
@@ -20,7 +19,6 @@ _LOW, _HIGH = 0x0F0F0F0F0F0F0F0F, -0x0F0F0F0F0F0F0F10  # nibbles of eight bytes
 _LONGEST = 4096  # columns that are decoded at once: 512 KB, which stay in a core's cache
 
 
-@attrs.frozen
 class _OnPanels(ArrangingKernel[Panels]):
     """What kernels on panels have in common."""
 
@@ -60,7 +58,6 @@ class _OnPanels(ArrangingKernel[Panels]):
         return Panels(codes, pairs, weight.tensors["scale"][0], kept)
 
 
-@attrs.frozen
 class Int4(_OnPanels):
     """Multiplies by torch's own 4-bit product, which reads weights in panels.
 
@@ -69,7 +66,7 @@ class Int4(_OnPanels):
     the reference, where 4 bits in groups of 64 leave about 20 dB against the float layer.
     """
 
-    name: str = attrs.field(default="int4", init=False)
+    name = "int4"
 
     def product(self, spec: KernelSpec, x: Tensor, weight: Panels, bias: Tensor | None) -> Tensor:
         """Return ``x @ weight.T + bias``, ``[..., out]`` in the dtype of `x`."""
@@ -79,7 +76,6 @@ class Int4(_OnPanels):
         return shaped(int4_mm(rows, weight.codes, group, weight.pairs).to(torch.float32), bias, x)
 
 
-@attrs.frozen
 class PanelBlocks(_OnPanels):
     """Decodes half a panel of a weight into a buffer, multiplies, and goes on with the next one.
 
@@ -87,7 +83,7 @@ class PanelBlocks(_OnPanels):
     float32. What is decoded is ``[in, 32]``, which the product takes faster than rows.
     """
 
-    name: str = attrs.field(default="int4-blocks", init=False)
+    name = "int4-blocks"
 
     def product(self, spec: KernelSpec, x: Tensor, weight: Panels, bias: Tensor | None) -> Tensor:
         """Return ``x @ weight.T + bias``, ``[..., out]`` in the dtype of `x`."""

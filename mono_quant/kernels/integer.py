@@ -2,7 +2,6 @@
 
 import math
 
-import attrs
 import torch
 from torch import Tensor
 
@@ -22,7 +21,6 @@ from mono_quant.numerics.granularity import PerChannel, PerTensor, PerToken
 from mono_quant.schemes import Affine
 
 
-@attrs.frozen
 class Integer:
     """Multiplies 8-bit weights and integers of inputs, summing in 32 bits, without decoding.
 
@@ -36,7 +34,7 @@ class Integer:
     Rows with NaN or infinity, and sums that overflow, are left to `Blocks`.
     """
 
-    name: str = attrs.field(default="integer", init=False)
+    name = "integer"
 
     def supports(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return why it cannot: 8-bit weights, per channel or per tensor, on a CPU are what it can.

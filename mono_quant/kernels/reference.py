@@ -1,13 +1,11 @@
 """Plain torch, always able, and the oracle of all other kernels."""
 
-import attrs
 import torch
 from torch import Tensor
 
 from mono_quant.base import KernelSpec, PackedTensor
 
 
-@attrs.frozen
 class Reference:
     """Dequantizes what an operation needs, then runs the float operation.
 
@@ -16,7 +14,7 @@ class Reference:
     there.
     """
 
-    name: str = attrs.field(default="reference", init=False)
+    name = "reference"
 
     def supports(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return None: everything is supported."""

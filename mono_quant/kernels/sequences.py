@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import attrs
 import torch
 from torch import Tensor
 
@@ -12,7 +11,6 @@ from mono_quant.operations import MatrixProduct
 from mono_quant.recurrence import Recurrence
 
 
-@attrs.frozen
 class IntegerSteps:
     """Multiplies h by the hidden weight as `Integer` does, at each step.
 
@@ -21,7 +19,7 @@ class IntegerSteps:
     bytes.
     """
 
-    name: str = attrs.field(default=INTEGER.name, init=False)
+    name = INTEGER.name
 
     def supports(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return why it cannot: what `Integer` does for quantized h is what it can."""

@@ -22,7 +22,6 @@ from mono_quant.numerics.values import Layout
 _CODES = "graph() passes codes on, where inputs are static"
 
 
-@attrs.frozen
 class _ConvolvingQuantizer(ProductQuantizer):
     """A layer whose input is ``[N, in, *positions]``."""
 

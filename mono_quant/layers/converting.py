@@ -3,14 +3,12 @@
 from collections.abc import Mapping
 from typing import ClassVar
 
-import attrs
 from torch import nn
 
 from mono_quant.base import Activation, LayerQuantizer, PackedTensor, QuantizedModule, Scheme
 from mono_quant.modules import QuantizedLayer, convert, taken_name
 
 
-@attrs.frozen
 class ConvertingQuantizer(LayerQuantizer):
     """Knows float classes of layers, and turns an object of one into a quantized one in place."""
 

@@ -12,7 +12,6 @@ from mono_quant.modules import QuantizedLinear, QuantizedLinearLike
 from mono_quant.numerics.values import Layout
 
 
-@attrs.frozen
 class _MatrixQuantizer(ProductQuantizer):
     """A layer that multiplies the rows of its input by a matrix."""
 

@@ -33,7 +33,6 @@ from mono_quant.recurrence import GATES, Projection, Recurrence
 Inputs = Iterable[tuple[str, Tensor]]
 
 
-@attrs.frozen
 class _SeveralWeightsQuantizer(ConvertingQuantizer):
     """What the quantizers of recurrent layers and cells share."""
 

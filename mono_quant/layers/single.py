@@ -5,7 +5,6 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import cast
 
-import attrs
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -24,7 +23,6 @@ def weight_shape(layer: nn.Module, expected: tuple[int, ...]) -> tuple[int, ...]
     return tuple(weight.shape) if weight is not None else expected
 
 
-@attrs.frozen
 class SingleWeightQuantizer(ConvertingQuantizer):
     """A layer whose one weight is called ``weight`` and that is turned into a `QuantizedLayer`."""
 
@@ -53,7 +51,6 @@ class SingleWeightQuantizer(ConvertingQuantizer):
         return {"weight": self.layout(layer)}
 
 
-@attrs.frozen
 class ProductQuantizer(SingleWeightQuantizer):
     """A layer that multiplies its first tensor by its weight: any grid of inputs will do."""
 

@@ -71,8 +71,8 @@ def _measure(bytecode: Path) -> None:
     columns = ("median ms", "least ms", "full collections ms", "without them ms", "share of torch")
     print_table((f"import, {REPEATS} fresh processes", *columns), rows)
     print(
-        "A full collection walks all that torch holds. Python begins one after some 10 000 new "
-        "objects,\nwhoever makes them first: without mono_quant the program's own."
+        "A full collection walks all that torch holds. Torch leaves the collector on the brink of "
+        "one;\nmono_quant puts off what would fall into its own import."
     )
     modules = added[_BEYOND]
     counted = Counter(name.partition(".")[0] for name in modules)
