@@ -737,10 +737,12 @@ class Arranged(ABC):
     """
 
     __slots__ = ()
+    is_opaque: ClassVar[bool] = False
+    """Whether `canonical` is more than plain torch, so that no compiler can follow it."""
 
     @abstractmethod
     def canonical(self) -> Tensor:
-        """Return the codes as `PackedTensor` has them, bit for bit; plain torch."""
+        """Return the codes as `PackedTensor` has them, bit for bit."""
 
     @property
     @abstractmethod
@@ -776,8 +778,11 @@ class ArrangingKernel(ABC, Generic[ArrangedT]):
         """Return why this kernel cannot do `spec` for inputs of `dtype` on `device`, or None."""
 
     @abstractmethod
-    def arrange(self, weight: PackedTensor) -> ArrangedT:
-        """Return `weight`, which must stay as it is, in the order that `product` reads."""
+    def arrange(self, spec: KernelSpec, weight: PackedTensor) -> ArrangedT:
+        """Return `weight`, which must stay as it is, in the order that `product` reads.
+
+        Layers that share a weight share this too, whichever of them came first with its `spec`.
+        """
 
     @abstractmethod
     def product(
@@ -789,7 +794,7 @@ class ArrangingKernel(ABC, Generic[ArrangedT]):
         self, spec: KernelSpec, x: Tensor, weight: PackedTensor, bias: Tensor | None
     ) -> Tensor:
         """Return the result of the operation for a canonical weight, which is arranged for it."""
-        return self.product(spec, x, self.arrange(weight), bias)
+        return self.product(spec, x, self.arrange(spec, weight), bias)
 
 
 @attrs.frozen(eq=False)

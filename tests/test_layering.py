@@ -41,7 +41,7 @@ RANKS = {
 }
 """A module imports only from lower ranks; of the package's own __init__ nothing is asked."""
 
-ONLY_IN = {"safetensors": "serializers", "argparse": "cli", "torch.ops": "kernels flow"}
+ONLY_IN = {"safetensors": "serializers", "argparse": "cli", "torch.ops": "kernels"}
 """What only these packages may touch."""
 LAZY = {"demo"}
 """Packages that may import inside functions: what they need is optional."""

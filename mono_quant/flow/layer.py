@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.base import Operation, PackedTensor
-from mono_quant.flow import ops
 from mono_quant.flow.arithmetic import SIGN, Grid, dequantize, numbers, quantize, signed_codes
-from mono_quant.flow.packed import PackedWeight
+from mono_quant.kernels import onednn
+from mono_quant.kernels.packed import PackedWeight
 from mono_quant.modules import QuantizedLayer, QuantizedWeight
 from mono_quant.operations import Convolution, MatrixProduct
 from mono_quant.schemes import Affine
@@ -80,13 +80,13 @@ class IntegerLayer(nn.Module):
         pack = self._packed()
         if pack.zeros is not None:
             return self._corrected(pack, codes, added, added_grid)
-        return self._within(pack.product(codes, self._bias(), output))
+        return self._within(pack.product(codes, self.inputs.numbers, self._bias(), output))
 
     def _conv(
         self,
         operation: Convolution,
         codes: Tensor,
-        output: ops.Numbers | None,
+        output: onednn.Numbers | None,
         added: Tensor | None,
         added_grid: object,
     ) -> Tensor:
@@ -99,13 +99,14 @@ class IntegerLayer(nn.Module):
             done = self._corrected(pack, batch, beside, added_grid)
             return done.squeeze(0) if single else done
         if added is None:
-            done = self._within(pack.product(batch, self._bias(), output))
+            done = self._within(pack.product(batch, self.inputs.numbers, self._bias(), output))
             return done.squeeze(0) if single else done
         if single or output is None or not _same(added, batch, operation, self.weight):
-            floats = pack.product(batch, self._bias(), None)
+            floats = pack.product(batch, self.inputs.numbers, self._bias(), None)
             return self._finish(floats.squeeze(0) if single else floats, added, added_grid)
         sums = added.clone(memory_format=torch.channels_last)  # overwritten, and read by others
-        done = pack.sum_with(batch, self._bias(), output, sums, numbers(added_grid))
+        grid = numbers(added_grid)
+        done = pack.sum_with(batch, self.inputs.numbers, self._bias(), output, sums, grid)
         return self._within(done)
 
     def _corrected(
@@ -115,13 +116,13 @@ class IntegerLayer(nn.Module):
         bias, output = self._bias(), self.output
         if output is None:
             none = torch.zeros_like(pack.scale)
-            y = pack.corrected(x, none if bias is None else bias, 1.0)
+            y = pack.corrected(x, self.inputs.numbers, none if bias is None else bias)
             return self._finish(y, added, added_grid)
         unit, offset = output.scale, float(output.zero_point)
         step, zero_point, _ = (0.0, 0, 0) if added is None else numbers(added_grid)
         offset -= zero_point * step / unit
         shifts = torch.full_like(pack.scale, offset) if bias is None else bias / unit + offset
-        y = pack.corrected(x, shifts - SIGN, unit)
+        y = pack.corrected(x, self.inputs.numbers, shifts - SIGN, unit)
         if added is not None:
             y = torch.add(y, added, alpha=step / unit)
         return signed_codes(y, output.top)
@@ -155,12 +156,14 @@ class IntegerLayer(nn.Module):
         q = weight.unpack()
         rows = q.codes.shape[:2]
         scale = cast("Tensor", q.qparams.scale)  # an affine grid has one
-        zero_point = q.qparams.zero_point
+        codes, zero_point = weight.layout.to_native(q.codes), q.qparams.zero_point
+        if zero_point is not None:
+            codes = (codes.to(torch.int16) - SIGN).to(torch.int8)
+            zero_point = zero_point.expand(*rows, 1).flatten().to(torch.int16) - SIGN
         return PackedWeight.of(
-            weight.layout.to_native(q.codes),
+            codes,
             scale.to(torch.float32).expand(*rows, 1).flatten(),  # [out]
-            zero_point.expand(*rows, 1).flatten() if zero_point is not None else None,
-            self.inputs.numbers,
+            zero_point,
             _place(self.operation) if isinstance(self.operation, Convolution) else None,
         )
 
@@ -187,16 +190,16 @@ def refuse_operator(weight: PackedTensor, operation: Operation) -> str | None:
     if weight.tensors["codes"].device.type != "cpu":
         return "the integer operators are for processors"
     if isinstance(operation, MatrixProduct):
-        return ops.refuse_linear()
+        return onednn.refuse_linear()
     if not isinstance(operation, Convolution) or len(operation.stride) != 2:
         return "the integer operator is for convolutions of two dimensions"
     if isinstance(operation.padding, str):
         return "its padding is given by a word"
-    return ops.refuse_conv()
+    return onednn.refuse_conv()
 
 
-def _place(operation: Convolution) -> ops.Place:
-    padding = cast("ops.IntTuple", operation.padding)  # words are refused for the operator
+def _place(operation: Convolution) -> onednn.Place:
+    padding = cast("onednn.IntTuple", operation.padding)  # words are refused for the operator
     return operation.stride, padding, operation.dilation, operation.groups
 
 

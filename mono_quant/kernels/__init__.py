@@ -21,10 +21,11 @@ from mono_quant.kernels.convolution import INTEGER_CONVOLUTION, IntegerConvoluti
 from mono_quant.kernels.int4 import INT4, PANEL_BLOCKS, Int4, PanelBlocks
 from mono_quant.kernels.integer import INTEGER, Integer
 from mono_quant.kernels.ops import followed
+from mono_quant.kernels.packed_convolution import PACKED_CONVOLUTION, PackedConvolution
 from mono_quant.kernels.reference import Reference
 from mono_quant.kernels.sequences import INTEGER_STEPS, IntegerSteps
 from mono_quant.kernels.store import STORE
-from mono_quant.kernels.timing import bucket, fastest
+from mono_quant.kernels.timing import LARGEST_BATCH, bucket, fastest
 from mono_quant.numerics.values import Layout
 from mono_quant.operations import Convolution, MatrixProduct
 from mono_quant.recurrence import Recurrence
@@ -34,6 +35,7 @@ REFERENCE: Kernel = Reference()
 KERNELS: tuple[Kernel, ...] = (
     INTEGER,
     INTEGER_STEPS,
+    PACKED_CONVOLUTION,
     INTEGER_CONVOLUTION,
     INT4,
     PANEL_BLOCKS,
@@ -140,8 +142,9 @@ def select(
             follows these: where a gradient is asked for, and under `torch.compile`,
             `torch.export` and `torch.func`.
         arrange: tells whether the caller can hold the codes in another order; None if it cannot.
-            That order is chosen for a single input, and every batch is then computed by a kernel
-            that reads it: so codes lie in one order, and change it once.
+            That order is chosen for a single input, of a convolution for many positions, and
+            every batch is then computed by a kernel that reads it: so codes lie in one order, and
+            change it once.
     """
     if torch.compiler.is_compiling():
         return REFERENCE
@@ -192,7 +195,8 @@ def _fastest(
 ) -> Kernel:
     """Return the fastest of some kernels, one at least, and where it may be, the reference."""
     if any(_order(kernel) is not _order(kernels[0]) for kernel in kernels):
-        order = _order(fastest(kernels, spec, dtype, 1))
+        usual = LARGEST_BATCH if isinstance(spec.operation, Convolution) else 1
+        order = _order(fastest(kernels, spec, dtype, usual))
         kernels = tuple(kernel for kernel in kernels if _order(kernel) is order)
     if isinstance(spec.operation, _RIVALLED) and use.named() is None:
         kernels = (*kernels, REFERENCE)
@@ -220,6 +224,7 @@ __all__ = [
     "Integer",
     "IntegerConvolution",
     "IntegerSteps",
+    "PackedConvolution",
     "PanelBlocks",
     "Reference",
     "remembered_bytes",

@@ -90,7 +90,7 @@ class IntegerConvolution(ArrangingKernel[Taps]):
             return f"{math.prod(spec.layout.stack)} values are too few to gain from it"
         return refuse_weight(spec) or refuse_inputs(spec.activation) or int_mm_refusal()
 
-    def arrange(self, weight: PackedTensor) -> Taps:
+    def arrange(self, spec: KernelSpec, weight: PackedTensor) -> Taps:
         """Return the weight with its taps in rows."""
         rows, channels, *kernel = weight.layout.native
         codes = weight.tensors["codes"].reshape(rows, channels, math.prod(kernel))
@@ -105,11 +105,12 @@ class IntegerConvolution(ArrangingKernel[Taps]):
         assert isinstance(operation, Convolution)  # `supports` saw to it
         assert activation is not None
         if not x.numel() or not math.isfinite(x.sum(dtype=torch.float32).item()):
-            return _REFERENCE(spec, x, _canonical(weight, spec, x.dtype), bias)
+            scales = (weight.scale, weight.zero_point)
+            return in_reference(weight.canonical(), scales, spec, x, bias)
         batched = x.dim() == len(operation.stride) + 2
         batch = (x if batched else x[None]).to(torch.float32)
-        frame = _Frame.of(operation, tuple(batch.shape), weight.layout.native)
-        qparams = _of_samples(activation, batch)
+        frame = Frame.of(operation, tuple(batch.shape), weight.layout.native)
+        qparams = of_samples(activation, batch)
         factor = Factor.of(weight.codes, weight.sums, weight.scale, weight.zero_point, bias)
         out = batch.new_empty(len(batch), *frame.output, len(weight.codes))
         for start in range(0, len(batch), frame.samples):
@@ -124,7 +125,7 @@ class IntegerConvolution(ArrangingKernel[Taps]):
 
 
 @attrs.frozen
-class _Frame:
+class Frame:
     """Where the positions of a convolution's output find what they see.
 
     Attributes:
@@ -151,7 +152,7 @@ class _Frame:
         return max(1, self.at_once // math.prod(self.output))
 
     @classmethod
-    def of(cls, operation: Convolution, shape: Shape, native: Shape) -> "_Frame":
+    def of(cls, operation: Convolution, shape: Shape, native: Shape) -> "Frame":
         """Return the frame for inputs ``[N, C, *positions]`` and a weight ``[out, C, *kernel]``.
 
         Raises:
@@ -171,7 +172,7 @@ class _Frame:
         else:
             before = after = operation.padding
         room = [sum(one) for one in zip(before, sizes, after, strict=True)]
-        if shape[1] != native[1] or any(map(int.__lt__, room, reach)):
+        if shape[1] != native[1] * operation.groups or any(map(int.__lt__, room, reach)):
             raise RuntimeError(f"an input {list(shape)} does not meet a weight {list(native)}")
         steps = zip(room, reach, operation.stride, strict=True)
         output = tuple((size - seen) // stride + 1 for size, seen, stride in steps)
@@ -228,7 +229,7 @@ def _places(sizes: Shape, at_once: int) -> Iterator[tuple[slice, ...]]:
     yield from ((slice(start, start + step),) for start in range(0, first, step))
 
 
-def _of_samples(activation: Activation, batch: Tensor) -> QParams:
+def of_samples(activation: Activation, batch: Tensor) -> QParams:
     """Return the parameters for ``batch [N, C, *positions]``, each shaped to meet it."""
     if activation.scale is not None:
         return activation.qparams(batch)
@@ -247,11 +248,27 @@ def _of_rows(values: Tensor, each: int) -> Tensor:
     return values if values.shape[0] == 1 else values.repeat_interleave(each, 0)
 
 
-def _canonical(weight: Taps, spec: KernelSpec, dtype: torch.dtype) -> PackedTensor:
-    tensors = {"codes": weight.canonical(), "scale": weight.scale}
-    if weight.zero_point is not None:
-        tensors["zero_point"] = weight.zero_point
-    return PackedTensor(tensors, spec.scheme, weight.layout, dtype)
+def in_reference(
+    codes: Tensor,
+    scales: tuple[Tensor, Tensor | None],
+    spec: KernelSpec,
+    x: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """Return what the reference makes of `x`.
+
+    Args:
+        codes: canonical ones.
+        scales: scale and zero point, as the weight stores them.
+        spec: what is to be done.
+        x: the input.
+        bias: of the layer, or None.
+    """
+    scale, zero_point = scales
+    tensors = {"codes": codes, "scale": scale}
+    if zero_point is not None:
+        tensors["zero_point"] = zero_point
+    return _REFERENCE(spec, x, PackedTensor(tensors, spec.scheme, spec.layout, x.dtype), bias)
 
 
 INTEGER_CONVOLUTION = IntegerConvolution()

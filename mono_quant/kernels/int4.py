@@ -41,7 +41,7 @@ class _OnPanels(ArrangingKernel[Panels]):
         rows = spec.layout.stack[1]
         return f"{rows} rows are no multiple of {2 * half}" if rows % (2 * half) else None
 
-    def arrange(self, weight: PackedTensor) -> Panels:
+    def arrange(self, spec: KernelSpec, weight: PackedTensor) -> Panels:
         """Return the weight in panels."""
         half = int4_panel()
         if isinstance(half, str):

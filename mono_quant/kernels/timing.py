@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mono_quant.base import ArrangingKernel, Kernel, KernelSpec, PackedTensor, Scheme
 from mono_quant.kernels.store import STORE
+from mono_quant.numerics.blocks import block_counts
 from mono_quant.numerics.granularity import Shape
 from mono_quant.numerics.packing import packed_length
 from mono_quant.operations import Convolution
@@ -38,7 +39,7 @@ def fastest(kernels: Sequence[Kernel], spec: KernelSpec, dtype: torch.dtype, row
 
     Args:
         kernels: with names of their own; at least one.
-        spec: a `Affine` or cast weight that is one matrix.
+        spec: of an `Affine` or cast weight.
         dtype: of the inputs.
         rows: how many inputs the weight meets at once.
     """
@@ -103,14 +104,13 @@ def _inputs(spec: KernelSpec, batch: int) -> Tensor:
 
 def _made_up(spec: KernelSpec) -> PackedTensor:
     """Return a weight of the shape and scheme of `spec`, of codes that mean nothing."""
-    _, count, length = stack = spec.layout.stack
+    groups, count, length = stack = spec.layout.stack
     scheme = spec.scheme
     if not isinstance(scheme, Affine):
         codes = torch.zeros(stack, dtype=getattr(scheme, "dtype", torch.float16))
         return PackedTensor({"codes": codes}, scheme, spec.layout, torch.float32)
-    block = scheme.granularity.block_size(stack)
-    scales = (1, count // block[1], length // block[2])
-    places = (1, count, packed_length(length, scheme.bits))
+    scales = block_counts(stack, scheme.granularity.block_size(stack))
+    places = (groups, count, packed_length(length, scheme.bits))
     codes = torch.full(places, 65, dtype=scheme.stored_dtype)
     tensors = {"codes": codes, "scale": torch.ones(scales, dtype=scheme.scale_dtype)}
     if not scheme.symmetric:
@@ -136,5 +136,5 @@ def _prepared(
 ) -> Callable[[], Tensor]:
     """Return a call of `kernel`, the weight as a module would hold it for it."""
     if isinstance(kernel, ArrangingKernel):
-        return partial(kernel.product, spec, x, kernel.arrange(weight), None)
+        return partial(kernel.product, spec, x, kernel.arrange(spec, weight), None)
     return partial(kernel, spec, x, weight, None)

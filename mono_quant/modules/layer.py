@@ -86,7 +86,7 @@ class QuantizedLayer(QuantizedModule):
             often = operation.reads_rows and not torch.compiler.is_compiling()
             return kernel(spec, x, held.pin() if often else held.peek(), bias)
         if isinstance(kernel, ArrangingKernel):
-            return kernel.product(spec, x, held.arranged(kernel), bias)
+            return kernel.product(spec, x, held.arranged(kernel, spec), bias)
         return kernel(spec, x, held.packed, bias)
 
     def note(self, name: str, kernel: Kernel) -> None:

@@ -9,7 +9,14 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from mono_quant.base import Activation, Arranged, ArrangedT, ArrangingKernel, PackedTensor
+from mono_quant.base import (
+    Activation,
+    Arranged,
+    ArrangedT,
+    ArrangingKernel,
+    KernelSpec,
+    PackedTensor,
+)
 from mono_quant.kernels import remembered_bytes
 
 
@@ -108,12 +115,15 @@ class QuantizedWeight(_Fixed):
 
     def peek(self) -> PackedTensor:
         """Return the weight to read once: codes in another order stay so, and are copied back."""
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            _clear(self)  # before anything is read, which a trace then relies on
         codes = cast("Tensor | None", self.codes)
         if codes is None:
             held = self._held
             if held is None:  # another thread has put them back since
                 return self.packed
-            source = None if torch.compiler.is_compiling() else held.source()
+            source = None if compiling else held.source()
             codes = held.arranged.canonical() if source is None else source
         return self._with(codes)
 
@@ -145,14 +155,14 @@ class QuantizedWeight(_Fixed):
             and not any(self.get_buffer(name).is_inference() for name in self._names)
         )
 
-    def arranged(self, kernel: ArrangingKernel[ArrangedT]) -> ArrangedT:
-        """Return the weight as `kernel` reads it, which it then is the only copy of."""
+    def arranged(self, kernel: ArrangingKernel[ArrangedT], spec: KernelSpec) -> ArrangedT:
+        """Return the weight as `kernel` reads it for `spec`, which it then is the only copy of."""
         found = self._found(kernel)
         if found is None:
             with _LOCK:
                 found = self._found(kernel)
                 if found is None:
-                    found = self._arrange(kernel)
+                    found = self._arrange(kernel, spec)
         return found
 
     @property
@@ -186,14 +196,14 @@ class QuantizedWeight(_Fixed):
                 return None
         return held.arranged if isinstance(held.arranged, kernel.arrangement) else None
 
-    def _arrange(self, kernel: ArrangingKernel[ArrangedT]) -> ArrangedT:
+    def _arrange(self, kernel: ArrangingKernel[ArrangedT], spec: KernelSpec) -> ArrangedT:
         with torch.inference_mode(False), torch.no_grad():
             weight = self._with(self._restored())
             parts = {name: weight.tensors[name] for name in _SCALES if name in weight.tensors}
             scales = {name: (tensor, tensor._version) for name, tensor in parts.items()}
             codes = weight.tensors["codes"]
             written = codes._version
-            arranged = kernel.arrange(weight)
+            arranged = kernel.arrange(spec, weight)
         self._held = _Held(arranged, weakref.ref(codes), written, scales)
         self._buffers["codes"] = None
         return arranged
@@ -257,6 +267,15 @@ class QuantizedWeight(_Fixed):
             codes = self.peek().tensors["codes"]
             buffers = {**self._buffers, "codes": codes}
             return {**self.__dict__, "_buffers": buffers, "_held": None}
+
+
+# so that it runs while a trace is made, and is not part of it
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped
+def _clear(weight: QuantizedWeight) -> None:
+    """Put canonical codes back, and keep them so, where a trace could not follow how they lie."""
+    with _LOCK:
+        if weight._held is not None and weight._held.arranged.is_opaque:
+            weight.pin()
 
 
 def kernel_bytes(model: nn.Module) -> int:

@@ -192,7 +192,7 @@ def test_a_machine_without_the_product_is_told_so(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("mono_quant.kernels.int4.int4_panel", lambda: "no such luck")
     assert INT4.supports(spec_of(made), CPU, torch.float32) == "no such luck"
     with pytest.raises(RuntimeError, match="no such luck"):
-        INT4.arrange(made.packed_weights()["weight"])
+        INT4.arrange(spec_of(made), made.packed_weights()["weight"])
     with torch.no_grad(), kernels.use("int4"):
         assert (
             kernels.select(spec_of(made), CPU, torch.float32, arrange=lambda: True).name

@@ -1,4 +1,4 @@
-"""oneDNN's operators on uint8 codes, typed: every call of `torch.ops` is in this file.
+"""oneDNN's operators on uint8 codes, typed, and whether this machine has them.
 
 They take int8 weights without zero points and ignore one in silence, so none can be given here.
 Sums of another dtype than the result's are misread in silence, so they have to be of that. Packed
@@ -18,17 +18,20 @@ Numbers = tuple[float, int, int]
 Place = tuple[IntTuple, IntTuple, IntTuple, int]
 """Stride, padding (with real zeros) and dilation of both sides of a convolution, and its groups."""
 
+_SOME_GRID = (1.0, 1)  # only whether the zero point is none decides how a weight is packed
 
-def pack_conv(codes: Tensor, scale: Tensor, inputs: Numbers, place: Place) -> Tensor:
-    """Return the weight of a 2d convolution as `conv` takes it.
+
+def pack_conv(codes: Tensor, scale: Tensor, place: Place) -> Tensor:
+    """Return the weight of a 2d convolution as `conv` takes it, for inputs on any grid.
+
+    Its ``to_dense()`` is `codes` again.
 
     Args:
         codes: ``int8 [out, in / groups, height, width]``.
         scale: ``float32 [out]``.
-        inputs: grid of the inputs.
         place: of the convolution.
     """
-    packed = torch.ops.onednn.qconv_prepack(codes, scale, inputs[0], inputs[1], *place, None)
+    packed = torch.ops.onednn.qconv_prepack(codes, scale, *_SOME_GRID, *place, None)
     return cast("Tensor", packed)
 
 
@@ -47,7 +50,7 @@ def conv(
     Args:
         x: ``uint8 [N, C, H, W]``, fastest in channels_last.
         inputs: grid of `x`.
-        packed: from `pack_conv`, called with the same numbers.
+        packed: from `pack_conv`, called with the same place.
         scale: ``float32 [out]``.
         bias: ``float32 [out]`` or None.
         place: as for `pack_conv`.
@@ -55,7 +58,7 @@ def conv(
         added: what has the result's shape and dtype, and its grid, to be added before the result
             is put on `output`; it is overwritten. Of floats, the grid's zero point is 0.
     """
-    zeros = torch.zeros(scale.shape, dtype=torch.int32)
+    zeros = scale.new_zeros(scale.shape, dtype=torch.int32)
     out_scale, out_zero, dtype = _target(output)
     tail = (*place, out_scale, out_zero, dtype)
     head = (x, inputs[0], inputs[1], packed, scale, zeros)
@@ -86,7 +89,7 @@ def linear(
 
     The other arguments are those of `conv`.
     """
-    zeros = torch.zeros(scale.shape, dtype=torch.int32)
+    zeros = scale.new_zeros(scale.shape, dtype=torch.int32)
     done = torch.ops.onednn.qlinear_pointwise(
         x, inputs[0], inputs[1], packed, scale, zeros, bias, *_target(output), "none", [], ""
     )
@@ -119,10 +122,13 @@ for channels, groups, taps, side in ((1, 1, 1, 2), (64, 1, 3, 9), (64, 64, 3, 9)
     weight = torch.randint(-128, 128, shape, dtype=torch.int8)
     place = ((1, 1), (taps // 2, taps // 2), (1, 1), groups)
     scale, zeros = torch.full((channels,), 0.5), torch.zeros(channels, dtype=torch.int32)
-    head = (x, 0.25, 3, onednn.qconv_prepack(weight, scale, 0.25, 3, *place, None), scale, zeros)
-    exact = conv2d(x.double() - 3, weight.double(), None, *place) / 8
-    done = onednn.qconv_pointwise(*head, None, *place, 1.0, 0, torch.float32, "none", [], "")
-    assert torch.equal(done.double(), exact), "a product is wrong"
+    packed = onednn.qconv_prepack(weight, scale, 1.0, 1, *place, None)
+    assert torch.equal(packed.to_dense(), weight), "a weight does not come back"
+    for zero in (0, 3):
+        head = (x, 0.25, zero, packed, scale, zeros)
+        exact = conv2d(x.double() - zero, weight.double(), None, *place) / 8
+        done = onednn.qconv_pointwise(*head, None, *place, 1.0, 0, torch.float32, "none", [], "")
+        assert torch.equal(done.double(), exact), "a product is wrong"
     step = float(exact.abs().max()) / 100
     added = torch.randint(0, 256, exact.shape, dtype=torch.uint8)
     added = added.contiguous(memory_format=torch.channels_last)

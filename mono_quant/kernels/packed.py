@@ -11,9 +11,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from mono_quant.flow import ops
-from mono_quant.flow.arithmetic import SIGN
-from mono_quant.flow.ops import Numbers, Place
+from mono_quant.kernels import onednn
+from mono_quant.kernels.onednn import Numbers, Place
 
 
 @attrs.frozen(eq=False)
@@ -23,7 +22,6 @@ class PackedWeight:
     Attributes:
         weight: of signed codes.
         scale: ``float32 [out]``.
-        inputs: grid of the inputs.
         place: of a convolution; None for a matrix.
         zeros: what the sum of its inputs is multiplied by, ``float32 [out]``; None for a weight
             without zero points.
@@ -32,7 +30,6 @@ class PackedWeight:
 
     weight: Tensor
     scale: Tensor
-    inputs: Numbers
     place: Place | None
     zeros: Tensor | None = None
     ones: Tensor | None = None
@@ -43,76 +40,80 @@ class PackedWeight:
         codes: Tensor,
         scale: Tensor,
         zero_point: Tensor | None,
-        inputs: Numbers,
         place: Place | None,
     ) -> Self:
         """Return a weight, packed.
 
         Args:
-            codes: in the weight's native shape; int8, or uint8 where there are zero points.
+            codes: int8, in the weight's native shape.
             scale: ``float32 [out]``.
-            zero_point: codes ``[out]``, or None.
-            inputs: grid of the inputs.
+            zero_point: what of the codes means zero, ``[out]``, or None for 0.
             place: of a convolution; None for a matrix.
         """
-        zeros = None
-        if zero_point is not None:
-            codes = (codes.to(torch.int16) - SIGN).to(torch.int8)
-            zeros = (SIGN - zero_point.to(torch.float32)) * scale
+        zeros = -zero_point.to(torch.float32) * scale if zero_point is not None else None
         if place is None:
-            return cls(ops.pack_linear(codes), scale, inputs, place, zeros)
-        packed = ops.pack_conv(codes, scale, inputs, place)
+            return cls(onednn.pack_linear(codes), scale, place, zeros)
+        packed = onednn.pack_conv(codes, scale, place)
         if zeros is None:
-            return cls(packed, scale, inputs, place)
+            return cls(packed, scale, place)
         groups = place[3]
         window = codes.new_ones(groups, *codes.shape[1:])
-        units = zeros if groups == len(scale) else torch.ones(groups)
-        ones = ops.pack_conv(window, units, inputs, place)
-        return cls(packed, scale, inputs, place, zeros, ones)
+        units = zeros if groups == len(scale) else scale.new_ones(groups)
+        return cls(packed, scale, place, zeros, onednn.pack_conv(window, units, place))
 
-    def product(self, x: Tensor, bias: Tensor | None, output: Numbers | None) -> Tensor:
+    def product(
+        self, x: Tensor, inputs: Numbers, bias: Tensor | None, output: Numbers | None
+    ) -> Tensor:
         """Return the product with codes `x` on the grid `output`, or floats; without zero points.
 
         Args:
             x: uint8, ``[..., in]`` for a matrix, otherwise ``[N, C, H, W]`` in channels_last.
+            inputs: grid of `x`.
             bias: ``float32 [out]`` or None.
             output: of 8 bits, or None.
         """
         if self.place is None:
-            return ops.linear(x, self.inputs, self.weight, self.scale, bias, output)
-        head = (x, self.inputs, self.weight, self.scale, bias)
-        return ops.conv(*head, self.place, output)
+            return onednn.linear(x, inputs, self.weight, self.scale, bias, output)
+        head = (x, inputs, self.weight, self.scale, bias)
+        return onednn.conv(*head, self.place, output)
 
     def sum_with(
-        self, x: Tensor, bias: Tensor | None, output: Numbers, sums: Tensor, grid: Numbers
+        self,
+        x: Tensor,
+        inputs: Numbers,
+        bias: Tensor | None,
+        output: Numbers,
+        sums: Tensor,
+        grid: Numbers,
     ) -> Tensor:
         """Return a convolution's `product` with the codes `sums` added, which are overwritten."""
         assert self.place is not None  # a matrix has no such operator
-        head = (x, self.inputs, self.weight, self.scale, bias)
-        return ops.conv(*head, self.place, output, (sums, grid))
+        head = (x, inputs, self.weight, self.scale, bias)
+        return onednn.conv(*head, self.place, output, (sums, grid))
 
-    def corrected(self, x: Tensor, bias: Tensor, unit: float) -> Tensor:
+    def corrected(self, x: Tensor, inputs: Numbers, bias: Tensor, unit: float = 1.0) -> Tensor:
         """Return the product with a weight that has zero points, in float32.
 
         Args:
             x: as for `product`.
+            inputs: grid of `x`.
             bias: ``float32 [out]``, in units of the result.
             unit: of the result.
         """
         assert self.zeros is not None  # that is what makes this method needed
         scale, zeros = self.scale / unit, self.zeros / unit
         if self.place is None or self.ones is None:
-            step, zero_point, _ = self.inputs
+            step, zero_point, _ = inputs
             sums = x.sum(-1, keepdim=True, dtype=torch.int32).sub_(x.shape[-1] * zero_point)
-            y = ops.linear(x, self.inputs, self.weight, scale, bias, None)
+            y = onednn.linear(x, inputs, self.weight, scale, bias, None)
             return y.addcmul_(sums * step, zeros)
-        head, groups = (x, self.inputs), self.place[3]
+        head, groups = (x, inputs), self.place[3]
         if groups == len(scale):  # each channel has a sum of its own
-            sums = ops.conv(*head, self.ones, zeros, None, self.place, None)
+            sums = onednn.conv(*head, self.ones, zeros, None, self.place, None)
             added = (sums, (1.0, 0, 0))
-            return ops.conv(*head, self.weight, scale, bias, self.place, None, added)
-        sums = ops.conv(*head, self.ones, torch.ones(groups), None, self.place, None)
-        y = ops.conv(*head, self.weight, scale, bias, self.place, None)
+            return onednn.conv(*head, self.weight, scale, bias, self.place, None, added)
+        sums = onednn.conv(*head, self.ones, scale.new_ones(groups), None, self.place, None)
+        y = onednn.conv(*head, self.weight, scale, bias, self.place, None)
         by_group = y.view(len(y), groups, -1, *y.shape[2:])  # [N, groups, out / groups, H, W]
         by_group.addcmul_(sums.unsqueeze(2), zeros.view(groups, -1, 1, 1))
         return y
