@@ -42,8 +42,8 @@ class ConvQuantizer(_ConvolvingQuantizer):
 
     kind: ClassVar[str] = "conv"
     slowed: ClassVar[str | None] = (
-        "its product runs in integers where a measurement finds that faster, and elsewhere, as in "
-        f"groups of channels, in float and slower than before; {_CODES}"
+        "its product runs in integers where a measurement finds that faster, and elsewhere in "
+        f"float and slower than before; {_CODES}"
     )
     float_classes: ClassVar = {
         nn.Conv1d: QuantizedConv1d,
