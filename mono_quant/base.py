@@ -737,10 +737,15 @@ class Arranged(ABC):
     """
 
     __slots__ = ()
+    traceable: ClassVar[bool] = True
+    """Whether `canonical` is plain torch, which `torch.compile` can trace at little cost.
+
+    Where it is not, a weight that is compiled stays canonical from then on.
+    """
 
     @abstractmethod
     def canonical(self) -> Tensor:
-        """Return the codes as `PackedTensor` has them, bit for bit; plain torch."""
+        """Return the codes as `PackedTensor` has them, bit for bit."""
 
     @property
     @abstractmethod

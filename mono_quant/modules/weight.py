@@ -55,6 +55,9 @@ _LOCK = threading.RLock()
 
 _SCALES = ("scale", "zero_point")
 
+_OPAQUE: "weakref.WeakSet[QuantizedWeight]" = weakref.WeakSet()
+"""Weights that were held in an order that `torch.compile` cannot trace."""
+
 
 @attrs.frozen(eq=False)
 class _Held:
@@ -107,7 +110,12 @@ class QuantizedWeight(_Fixed):
         return self._with(codes)
 
     def peek(self) -> PackedTensor:
-        """Return the weight to read once: codes in another order stay so, and are copied back."""
+        """Return the weight to read once: codes in another order stay so, and are copied back.
+
+        `torch.compile` finds canonical ones where it could not trace the way back.
+        """
+        if torch.compiler.is_compiling():
+            self._steady()
         codes = cast("Tensor | None", self.codes)
         if codes is None:
             held = self._held
@@ -196,6 +204,8 @@ class QuantizedWeight(_Fixed):
             arranged = kernel.arrange(weight)
         self._held = _Held(arranged, weakref.ref(codes), written, scales)
         self._buffers["codes"] = None
+        if not arranged.traceable:
+            _OPAQUE.add(self)
         return arranged
 
     def _restored(self) -> Tensor:
@@ -210,6 +220,22 @@ class QuantizedWeight(_Fixed):
             self._buffers["codes"] = codes
             self._held = None
         return codes
+
+    def _steady(self) -> bool:
+        """Keep codes canonical from now on, where their order cannot be traced.
+
+        Called while a trace is made, and no part of it. All such weights are put back at once:
+        layers that share what is compiled then need not be traced each on its own.
+        """
+        with _LOCK:
+            if self in _OPAQUE:
+                self._pinned = True
+            for weight in list(_OPAQUE):
+                weight._restored()
+        return True
+
+    # what `torch.compiler.assume_constant_result` does, without seconds of imports
+    _steady._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch reads it
 
     def _settle(self) -> None:
         """Hold canonical codes and nothing else."""
@@ -230,11 +256,12 @@ class QuantizedWeight(_Fixed):
         """Yield this module, as `torch.nn.Module` does.
 
         `torch.export` walks a model with its duplicates to find the buffers that it will write,
-        and has canonical codes.
+        and has canonical codes; they may be put in another order again.
         """
         if not remove_duplicate:
             with _LOCK:
                 self._restored()
+                _OPAQUE.discard(self)
         yield from super().named_modules(memo, prefix, remove_duplicate)
 
     def _load_from_state_dict(
