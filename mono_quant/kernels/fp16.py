@@ -22,7 +22,7 @@ from mono_quant.schemes import FloatCast
 
 _PIECE = 1 << 22  # values that are float32 at once while a weight is packed: 16 MB
 _PANEL = 64  # rows of a piece are a multiple of it, so that only the last one is filled up
-_PADDING = 1 / 3  # of the weight's bytes, the most that filling up may take
+_PADDING = 0.4  # of the weight's bytes, the most that filling up may take
 
 
 @final
