@@ -20,7 +20,7 @@ from mono_quant.kernels.ops import (
 )
 from mono_quant.schemes import FloatCast
 
-_PIECE = 1 << 22  # values that are float32 at once while a weight is packed: 16 MB
+_PIECE = 1 << 23  # values that are float32 at once while a weight is packed: 32 MB
 _PANEL = 64  # rows of a piece are a multiple of it, so that only the last one is filled up
 _PADDING = 0.4  # of the weight's bytes, the most that filling up may take
 

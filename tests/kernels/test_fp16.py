@@ -19,15 +19,20 @@ from mono_quant.modules.layer import kernels_run
 from mono_quant.numerics.values import Layout
 from mono_quant.operations import MatrixProduct
 from tests.helpers import noise, same_bits
-from tests.kernels.cases import CPU, EPS, ROWS, SHAPES, exact, layer, run, spec_of
+from tests.kernels.cases import CPU, EPS, ROWS, SHAPES, Largest, exact, layer, run, spec_of
 
 pytestmark = pytest.mark.skipif(fp16_refusal() is not None, reason=str(fp16_refusal()))
 
 FP16 = Fp16()
 BITS16 = Quantizer().bits(16)
-SHAPE = (130, 1500)
-IN_PIECES = (1700, 5000)
+SHAPE = (120, 1500)
+IN_PIECES = (300, 1500)
 """Packed in three pieces, the last one smaller and no whole panel."""
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mono_quant.kernels.fp16._PIECE", 1 << 18)
 
 
 def cast(codes: Tensor) -> tuple[KernelSpec, PackedTensor]:
@@ -176,24 +181,40 @@ def test_a_weight_whose_rows_are_inputs_is_packed_by_its_columns() -> None:
 # --- the packed weight ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(62, 1024), (1024, 62), (31, 2048), (1, 63488), (1240, 4096)])
-def test_every_finite_float16_is_given_back_to_the_bit(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "pieces"),
+    [((62, 1024), 1), ((1024, 62), 1), ((31, 2048), 1), ((1, 63488), 1), ((1240, 4096), 20)],
+)
+def test_every_finite_float16_is_given_back_to_the_bit(shape: tuple[int, int], pieces: int) -> None:
     patterns = torch.arange(1 << 16).to(torch.int16).view(torch.float16)
     patterns = patterns[patterns.isfinite()]
     assert len(patterns) == 63488, "subnormals and both zeros among them"
     codes = patterns.repeat(shape[0] * shape[1] // len(patterns)).reshape(shape)
     _, weight = cast(codes)
     packed = FP16.arrange(weight)
-    assert len(packed.pieces) == -(-shape[0] * shape[1] // (1 << 22))
+    assert len(packed.pieces) == pieces
     again = packed.canonical()
     assert again.is_contiguous()
     assert same_bits(again, codes[None])
+
+
+def test_no_float_copy_of_the_weight_is_made() -> None:
+    made = layer(BITS16, 1024, 1024)
+    weight = made.packed_weights()["weight"]
+    with Largest() as seen:
+        packed = FP16.arrange(weight)
+    assert 0 < seen.size <= 1 << 18
+    with Largest() as seen, torch.no_grad():
+        FP16.product(spec_of(made), noise(3, 1024), packed, None)
+    assert 0 < seen.size <= 3 * 1024
 
 
 @pytest.mark.parametrize("shape", [SHAPE, IN_PIECES])
 def test_bytes_that_fill_panels_up_are_counted(shape: tuple[int, int]) -> None:
     rows, length = shape
     made = layer(BITS16, *shape)
+    pieces = FP16.arrange(made.packed_weights()["weight"]).pieces
+    assert len(pieces) == (1 if shape == SHAPE else 3)
     with torch.no_grad(), kernels.use("fp16"):
         made(noise(1, length))
     packed = 2 * (rows + -rows % 32) * (length + -length % 512)
