@@ -737,8 +737,11 @@ class Arranged(ABC):
     """
 
     __slots__ = ()
-    is_opaque: ClassVar[bool] = False
-    """Whether `canonical` is more than plain torch, so that no compiler can follow it."""
+    traceable: ClassVar[bool] = True
+    """Whether `canonical` is plain torch, which `torch.compile` can trace at little cost.
+
+    Where it is not, a weight that is compiled stays canonical from then on.
+    """
 
     @abstractmethod
     def canonical(self) -> Tensor:

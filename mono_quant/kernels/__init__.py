@@ -18,6 +18,7 @@ from mono_quant.errors import ConfigurationError
 from mono_quant.kernels.blocks import BLOCKS, Blocks
 from mono_quant.kernels.codes import remembered_bytes
 from mono_quant.kernels.convolution import INTEGER_CONVOLUTION, IntegerConvolution
+from mono_quant.kernels.fp16 import FP16, Fp16
 from mono_quant.kernels.int4 import INT4, PANEL_BLOCKS, Int4, PanelBlocks
 from mono_quant.kernels.integer import INTEGER, Integer
 from mono_quant.kernels.ops import followed
@@ -39,6 +40,7 @@ KERNELS: tuple[Kernel, ...] = (
     INTEGER_CONVOLUTION,
     INT4,
     PANEL_BLOCKS,
+    FP16,
     BLOCKS,
     REFERENCE,
 )
@@ -220,6 +222,7 @@ __all__ = [
     "REFERENCE",
     "VARIABLE",
     "Blocks",
+    "Fp16",
     "Int4",
     "Integer",
     "IntegerConvolution",

@@ -1,5 +1,7 @@
 """The few operators of torch that are not public, typed, and whether this machine has them."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
@@ -41,6 +43,34 @@ for rows in (1, 2, 3, 4, 17, 64):
     x = torch.randint(-4, 5, (rows, length)).to(torch.bfloat16)
     found = aten._weight_int4pack_mm_for_cpu(x, packed, group, pairs)
     assert torch.equal(found, (x.double() @ weight.t()).to(torch.bfloat16))
+"""
+_FP16_TRIAL = """
+import torch
+quantized = torch.ops.quantized
+patterns = torch.arange(1 << 16).to(torch.int16).view(torch.float16)
+patterns = patterns[patterns.isfinite()]
+for rows, length in ((1024, 62), (64, 992), (1, 63488)):
+    weight = patterns.reshape(rows, length)
+    packed = quantized.linear_prepack_fp16(weight.float(), None)
+    found, _ = quantized.linear_unpack_fp16(packed)
+    again = found.to(torch.float16)
+    assert torch.equal(again.view(torch.int16), weight.view(torch.int16)), "other weights"
+for rows, length in ((96, 512), (1, 513), (33, 1), (65, 1100)):
+    weight = torch.randint(-64, 65, (rows, length)).float()
+    packed = quantized.linear_prepack_fp16(weight / 8, None)
+    for count in (0, 1, 2, 3, 17, 130):
+        x = torch.randint(-4, 5, (count, length)).float()
+        found = quantized.linear_dynamic_fp16(x, packed)
+        assert found.dtype == torch.float32
+        assert torch.equal(found.double(), x.double() @ weight.double().t() / 8)
+    weight = torch.zeros(rows, length)
+    weight[:, 0] = torch.arange(rows)
+    packed = quantized.linear_prepack_fp16(weight, None)
+    x = torch.full((2, length), 1 + 2.0**-20)  # more digits than halves have
+    x[1, -1] = float("nan")
+    found = quantized.linear_dynamic_fp16(x, packed)
+    assert torch.equal(found[0], x[0, 0] * weight[:, 0])
+    assert found[1].isnan().all()
 """
 
 
@@ -88,6 +118,57 @@ def int4_panel() -> int | str:
     return str(why)
 
 
+_FP16_ENGINES = ("x86", "fbgemm")
+
+
+def fp16_refusal() -> str | None:
+    """Return why `fp16_mm` cannot be used by this torch on this machine as it is set, or None."""
+    engine = torch.backends.quantized.engine
+    if engine not in _FP16_ENGINES:
+        return f"torch.backends.quantized.engine is {engine}, not {' or '.join(_FP16_ENGINES)}"
+    return refusal("the product with packed float16 weights", _FP16_TRIAL)
+
+
+def fp16_pack(weight: Tensor) -> torch.ScriptObject:
+    """Return a weight as `fp16_mm` reads it, which takes `fp16_packed_bytes`.
+
+    Args:
+        weight: ``float32 [out, in]``, all of whose values are finite ones of float16. Others are
+            changed to the nearest, with no error.
+    """
+    packed: torch.ScriptObject = torch.ops.quantized.linear_prepack_fp16(weight, None)
+    return packed
+
+
+def fp16_packed_bytes(rows: int, length: int) -> int:
+    """Return the bytes that `fp16_pack` takes: panels of 32 rows and 512 columns, each whole.
+
+    Without AVX-512 panels have 16 rows, and it may be less.
+    """
+    panels, columns = -(-rows // _FP16_ROWS), -(-length // _FP16_COLUMNS)
+    return 2 * panels * _FP16_ROWS * columns * _FP16_COLUMNS
+
+
+_FP16_ROWS, _FP16_COLUMNS = 32, 512
+
+
+def fp16_unpack(packed: torch.ScriptObject) -> Tensor:
+    """Return the weight that was packed, ``float32 [out, in]``, to the bit."""
+    weight: Tensor = torch.ops.quantized.linear_unpack_fp16(packed)[0]
+    return weight
+
+
+def fp16_mm(x: Tensor, packed: torch.ScriptObject) -> Tensor:
+    """Return ``x @ weight.T`` as ``float32 [M, out]``, summed in float32.
+
+    Args:
+        x: ``float32 [M, in]``.
+        packed: by `fp16_pack`.
+    """
+    product: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, packed)
+    return product
+
+
 def followed(*tensors: Tensor | None) -> bool:
     """Return whether somebody follows what is computed from `tensors`, rather than its values.
 
@@ -104,3 +185,14 @@ def followed(*tensors: Tensor | None) -> bool:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         return True
     return any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in given)
+
+
+def unfollowed(make: Callable[[], Tensor]) -> Tensor:
+    """Return what `make` does where nobody follows it: if need be, in a thread of its own.
+
+    Operators on packed weights know no fake tensors and no traces: torch 2.13 dies of them.
+    """
+    if not followed():
+        return make()
+    with ThreadPoolExecutor(1) as aside:
+        return aside.submit(make).result()

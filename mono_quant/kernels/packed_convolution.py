@@ -1,7 +1,7 @@
 """Convolutions of codes by oneDNN's integer operator, floats out."""
 
 import math
-from typing import final
+from typing import ClassVar, final
 
 import attrs
 import torch
@@ -14,6 +14,7 @@ from mono_quant.kernels.convolution import Frame, in_reference, of_samples
 from mono_quant.kernels.digits import Digits, digits_of_codes
 from mono_quant.kernels.integer import refuse_inputs
 from mono_quant.kernels.onednn import Place
+from mono_quant.kernels.ops import unfollowed
 from mono_quant.kernels.packed import PackedWeight
 from mono_quant.numerics.granularity import PerChannel, PerTensor, Shape
 from mono_quant.operations import Convolution, IntTuple
@@ -36,11 +37,12 @@ class PackedTaps(Arranged):
         stack: shape of the canonical codes.
     """
 
+    traceable: ClassVar[bool] = False
+
     pack: PackedWeight
     scale: Tensor
     zero_point: Tensor | None
     stack: Shape
-    is_opaque = True
 
     @property
     def beside(self) -> int:
@@ -55,7 +57,7 @@ class PackedTaps(Arranged):
 
     def canonical(self) -> Tensor:
         """Return the codes as `PackedTensor` has them, ``int8 [groups, out, in * taps]``."""
-        return self.pack.weight.to_dense().reshape(self.stack).contiguous()
+        return unfollowed(lambda: self.pack.weight.to_dense().reshape(self.stack).contiguous())
 
 
 @final

@@ -62,6 +62,9 @@ _LOCK = threading.RLock()
 
 _SCALES = ("scale", "zero_point")
 
+_OPAQUE: "weakref.WeakSet[QuantizedWeight]" = weakref.WeakSet()
+"""Weights that were held in an order that `torch.compile` cannot trace."""
+
 
 @attrs.frozen(eq=False)
 class _Held:
@@ -114,16 +117,18 @@ class QuantizedWeight(_Fixed):
         return self._with(codes)
 
     def peek(self) -> PackedTensor:
-        """Return the weight to read once: codes in another order stay so, and are copied back."""
-        compiling = torch.compiler.is_compiling()
-        if compiling:
-            _clear(self)  # before anything is read, which a trace then relies on
+        """Return the weight to read once: codes in another order stay so, and are copied back.
+
+        `torch.compile` finds canonical ones where it could not trace the way back.
+        """
+        if torch.compiler.is_compiling():
+            self._steady()
         codes = cast("Tensor | None", self.codes)
         if codes is None:
             held = self._held
             if held is None:  # another thread has put them back since
                 return self.packed
-            source = None if compiling else held.source()
+            source = None if torch.compiler.is_compiling() else held.source()
             codes = held.arranged.canonical() if source is None else source
         return self._with(codes)
 
@@ -206,6 +211,8 @@ class QuantizedWeight(_Fixed):
             arranged = kernel.arrange(spec, weight)
         self._held = _Held(arranged, weakref.ref(codes), written, scales)
         self._buffers["codes"] = None
+        if not arranged.traceable:
+            _OPAQUE.add(self)
         return arranged
 
     def _restored(self) -> Tensor:
@@ -220,6 +227,22 @@ class QuantizedWeight(_Fixed):
             self._buffers["codes"] = codes
             self._held = None
         return codes
+
+    def _steady(self) -> bool:
+        """Keep codes canonical from now on, where their order cannot be traced.
+
+        Called while a trace is made, and no part of it. All such weights are put back at once:
+        layers that share what is compiled then need not be traced each on its own.
+        """
+        with _LOCK:
+            if self in _OPAQUE:
+                self._pinned = True
+            for weight in list(_OPAQUE):
+                weight._restored()
+        return True
+
+    # what `torch.compiler.assume_constant_result` does, without seconds of imports
+    _steady._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch reads it
 
     def _settle(self) -> None:
         """Hold canonical codes and nothing else."""
@@ -240,11 +263,12 @@ class QuantizedWeight(_Fixed):
         """Yield this module, as `torch.nn.Module` does.
 
         `torch.export` walks a model with its duplicates to find the buffers that it will write,
-        and has canonical codes.
+        and has canonical codes; they may be put in another order again.
         """
         if not remove_duplicate:
             with _LOCK:
                 self._restored()
+                _OPAQUE.discard(self)
         yield from super().named_modules(memo, prefix, remove_duplicate)
 
     def _load_from_state_dict(
@@ -267,15 +291,6 @@ class QuantizedWeight(_Fixed):
             codes = self.peek().tensors["codes"]
             buffers = {**self._buffers, "codes": codes}
             return {**self.__dict__, "_buffers": buffers, "_held": None}
-
-
-# so that it runs while a trace is made, and is not part of it
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped
-def _clear(weight: QuantizedWeight) -> None:
-    """Put canonical codes back, and keep them so, where a trace could not follow how they lie."""
-    with _LOCK:
-        if weight._held is not None and weight._held.arranged.is_opaque:
-            weight.pin()
 
 
 def kernel_bytes(model: nn.Module) -> int:

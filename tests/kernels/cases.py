@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mono_quant import Activation, PackedTensor, QuantizedLayer, Quantizer
 from mono_quant.base import KernelSpec
@@ -107,3 +108,17 @@ def run(kernel: Call, made: QuantizedLayer, x: Tensor, bias: Tensor | None = Non
     """Return what a kernel makes of a layer's weight."""
     with torch.no_grad():
         return kernel(spec_of(made), x, made.packed_weights()["weight"], bias)
+
+
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Sees how many values the largest tensor of float32 or wider that is made has."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # so is this
+        self.size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's own signature is untyped
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype in (torch.float32, torch.float64):
+            self.size = max(self.size, made.numel())
+        return made

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mono_quant import Quantizer
 from mono_quant.kernels import REFERENCE, Blocks
@@ -15,6 +14,7 @@ from tests.kernels.cases import (
     GROUPED_SHAPE,
     ROWS,
     SHAPES,
+    Largest,
     exact,
     layer,
     run,
@@ -48,20 +48,6 @@ def test_groups_have_scales_of_their_own(grid: str) -> None:
 
 def test_a_weight_of_several_blocks_is_multiplied_whole() -> None:
     assert_exact(Quantizer().bits(4), (1100, 1024))
-
-
-class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    """Sees how many values the largest float tensor that is made has."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # so is this
-        self.size = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's own signature is untyped
-        made = func(*args, **(kwargs or {}))
-        if isinstance(made, torch.Tensor) and made.is_floating_point():
-            self.size = max(self.size, made.numel())
-        return made
 
 
 @pytest.mark.parametrize("grid", ["4-bit", "8-bit"])

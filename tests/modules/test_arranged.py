@@ -13,22 +13,35 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant import QuantizedLayer, Quantizer, kernel_bytes, kernels, load_model
-from mono_quant.kernels.ops import int4_panel
+from mono_quant.kernels.ops import fp16_refusal, int4_panel
 from mono_quant.kernels.panels import Panels
 from mono_quant.kernels.store import STORE
 from mono_quant.modules import QuantizedWeight, tie
 from tests.helpers import noise, same_bits
 
-pytestmark = pytest.mark.skipif(isinstance(int4_panel(), str), reason=str(int4_panel()))
-
 BITS4 = Quantizer().bits(4).only("*")
+KINDS = {
+    "asymmetric": ("int4", BITS4),
+    "symmetric": ("int4", BITS4.symmetric()),
+    "fp16": ("fp16", Quantizer().bits(16).only("*")),
+}
+"""The kernel whose order it is, and what makes its weights."""
+
 LENGTH, COUNT = 512, 256
+in_panels = pytest.mark.parametrize("ran", ["asymmetric", "symmetric"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
-def _in_use() -> Iterator[None]:
-    with kernels.use("int4"), torch.no_grad():
+def _no_gradients() -> Iterator[None]:
+    with torch.no_grad():
         yield
+
+
+def missing(kernel: str) -> str | None:
+    """Return why this machine cannot run a kernel, or None."""
+    if kernel == "fp16":
+        return fp16_refusal()
+    return str(int4_panel()) if isinstance(int4_panel(), str) else None
 
 
 @attrs.frozen(eq=False)
@@ -36,6 +49,7 @@ class Ran:
     """A layer that ran, and what it was before.
 
     Attributes:
+        quantizer: made it.
         layer: its codes are in another order.
         state: its state dict before.
         x: an input.
@@ -43,6 +57,7 @@ class Ran:
         plain: what the reference made of it before.
     """
 
+    quantizer: Quantizer
     layer: QuantizedLayer
     state: dict[str, Tensor]
     x: Tensor
@@ -65,19 +80,22 @@ def moved(layer: nn.Module) -> bool:
     return holder(layer)._buffers["codes"] is None
 
 
-@pytest.fixture(params=["asymmetric", "symmetric"])
-def ran(request: pytest.FixtureRequest) -> Ran:
-    quantizer = BITS4.symmetric() if request.param == "symmetric" else BITS4
+@pytest.fixture(params=KINDS)
+def ran(request: pytest.FixtureRequest) -> Iterator[Ran]:
+    kernel, quantizer = KINDS[request.param]
+    if why := missing(kernel):
+        pytest.skip(why)
     made = quantizer.apply(nn.Linear(LENGTH, COUNT), progress=False).model
     assert isinstance(made, QuantizedLayer)
     state = {name: tensor.clone() for name, tensor in made.state_dict().items()}
     x = noise(3, LENGTH)
     with kernels.use("reference"):
         plain = made(x)
-    y = made(x)
-    assert moved(made)
-    assert not same_bits(y, plain)
-    return Ran(made, state, x, y, plain)
+    with kernels.use(kernel):
+        y = made(x)
+        assert moved(made)
+        assert not same_bits(y, plain)
+        yield Ran(quantizer, made, state, x, y, plain)
 
 
 def same_state(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -122,6 +140,7 @@ def test_copies_are_canonical_and_leave_the_original_alone(
     assert same_bits(ran.layer(ran.x), ran.y)
 
 
+@in_panels
 def test_no_pickle_holds_the_order(ran: Ran) -> None:
     held = ran.holder._held
     assert held is not None
@@ -133,8 +152,7 @@ def test_no_pickle_holds_the_order(ran: Ran) -> None:
 
 
 def test_other_codes_can_be_loaded(ran: Ran) -> None:
-    other = BITS4 if "quantized_weights.weight.zero_point" in ran.state else BITS4.symmetric()
-    source = other.apply(nn.Linear(LENGTH, COUNT), progress=False).model
+    source = ran.quantizer.apply(nn.Linear(LENGTH, COUNT), progress=False).model
     for assign in (False, True):
         ran.layer(ran.x)
         assert moved(ran.layer)
@@ -175,6 +193,7 @@ def test_the_reference_reads_codes_and_leaves_them(ran: Ran) -> None:
     assert moved(ran.layer)
 
 
+@in_panels
 def test_a_kernel_of_canonical_codes_puts_them_back(ran: Ran) -> None:
     with kernels.use("blocks"):
         ran.layer(ran.x)
@@ -189,7 +208,7 @@ def test_a_kernel_of_canonical_codes_puts_them_back(ran: Ran) -> None:
 
 
 def test_a_file_is_the_same_before_and_after(ran: Ran, tmp_path: Path) -> None:
-    result = BITS4.apply(nn.Sequential(nn.Linear(LENGTH, COUNT)), progress=False)
+    result = ran.quantizer.apply(nn.Sequential(nn.Linear(LENGTH, COUNT)), progress=False)
     for suffix in ("pt", "safetensors"):
         before, after = tmp_path / f"before.{suffix}", tmp_path / f"after.{suffix}"
         result.save(before)
@@ -204,6 +223,7 @@ def test_a_file_is_the_same_before_and_after(ran: Ran, tmp_path: Path) -> None:
         assert same_bits(again(ran.x), expected)
 
 
+@in_panels
 def test_compiled_layers_are_the_reference_whatever_the_order(ran: Ran) -> None:
     torch.compiler.reset()
     compiled = torch.compile(ran.layer, fullgraph=True, backend="eager")
@@ -275,6 +295,7 @@ def test_codes_come_back_as_ordinary_tensors_from_inference_mode(ran: Ran) -> No
     assert same_bits(ran.layer(ran.x), ran.y)
 
 
+@in_panels
 def test_writing_to_codes_and_scales_is_seen(ran: Ran) -> None:
     packed = ran.layer.packed_weights()["weight"]
     ran.layer(ran.x)
@@ -310,7 +331,9 @@ def test_functional_calls_use_the_tensors_they_are_given(ran: Ran, settled: bool
 
 def test_a_weight_that_is_looked_up_by_rows_stays_canonical(ran: Ran) -> None:
     rows = nn.Embedding(COUNT, LENGTH)
-    model = BITS4.apply(nn.ModuleDict({"rows": rows, "head": ran.layer.dequantize()})).model
+    model = ran.quantizer.apply(
+        nn.ModuleDict({"rows": rows, "head": ran.layer.dequantize()}), progress=False
+    ).model
     tie(model["rows"], "weight", model["head"], "weight")
     model["head"](ran.x)
     assert moved(model["head"])
@@ -321,7 +344,8 @@ def test_a_weight_that_is_looked_up_by_rows_stays_canonical(ran: Ran) -> None:
     assert not moved(model["head"])
 
 
-def test_tied_layers_share_one_arranged_weight() -> None:
+@pytest.mark.parametrize(("kernel", "quantizer"), KINDS.values(), ids=KINDS)
+def test_tied_layers_share_one_arranged_weight(kernel: str, quantizer: Quantizer) -> None:
     class Twins(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -332,15 +356,20 @@ def test_tied_layers_share_one_arranged_weight() -> None:
             found: Tensor = self.two(self.one(x))
             return found
 
-    model = BITS4.apply(Twins(), progress=False).model
+    if why := missing(kernel):
+        pytest.skip(why)
+    model = quantizer.apply(Twins(), progress=False).model
     x = noise(2, LENGTH)
-    y = model(x)
-    assert holder(model.one) is holder(model.two)
-    again = copy.deepcopy(model)
-    assert holder(again.one) is holder(again.two)
-    assert same_bits(again(x), y)
+    with kernels.use(kernel):
+        y = model(x)
+        assert moved(model.one)
+        assert holder(model.one) is holder(model.two)
+        again = copy.deepcopy(model)
+        assert holder(again.one) is holder(again.two)
+        assert same_bits(again(x), y)
 
 
+@in_panels
 def test_bytes_beside_the_file_are_counted(ran: Ran) -> None:
     groups = LENGTH // 64 * COUNT
     zeros = groups if "quantized_weights.weight.zero_point" in ran.state else 0
@@ -353,6 +382,7 @@ def test_bytes_beside_the_file_are_counted(ran: Ran) -> None:
     assert kernel_bytes(eight) == 4 * COUNT
 
 
+@in_panels
 def test_the_order_is_chosen_once_for_all_batches(
     ran: Ran, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
