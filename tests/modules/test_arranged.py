@@ -5,6 +5,7 @@ import io
 import pickle
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -13,21 +14,48 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant import QuantizedLayer, Quantizer, kernel_bytes, kernels, load_model
-from mono_quant.kernels.ops import fp16_refusal, int4_panel
+from mono_quant.kernels import onednn
+from mono_quant.kernels.ops import fp16_refusal, int4_panel, int_mm_refusal
 from mono_quant.kernels.panels import Panels
 from mono_quant.kernels.store import STORE
 from mono_quant.modules import QuantizedWeight, tie
 from tests.helpers import noise, same_bits
 
 BITS4 = Quantizer().bits(4).only("*")
-KINDS = {
-    "asymmetric": ("int4", BITS4),
-    "symmetric": ("int4", BITS4.symmetric()),
-    "fp16": ("fp16", Quantizer().bits(16).only("*")),
-}
-"""The kernel whose order it is, and what makes its weights."""
-
+DYNAMIC = Quantizer().only("*")
 LENGTH, COUNT = 512, 256
+
+
+@attrs.frozen
+class Kind:
+    """An order of codes.
+
+    Attributes:
+        kernel: whose order it is.
+        quantizer: what makes its weights.
+        source: makes a float layer.
+        shape: of inputs.
+    """
+
+    kernel: str
+    quantizer: Quantizer
+    source: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+
+
+LINEAR, ROWS = partial(nn.Linear, LENGTH, COUNT), (3, LENGTH)
+CONV, IMAGES = partial(nn.Conv2d, 16, 32, 3), (2, 16, 9, 12)
+MATRICES = {
+    "asymmetric": Kind("int4", BITS4, LINEAR, ROWS),
+    "symmetric": Kind("int4", BITS4.symmetric(), LINEAR, ROWS),
+    "fp16": Kind("fp16", Quantizer().bits(16).only("*"), LINEAR, ROWS),
+}
+KINDS = {
+    **MATRICES,
+    "taps": Kind("integer", DYNAMIC, CONV, IMAGES),
+    "oneDNN": Kind("onednn", DYNAMIC, CONV, IMAGES),
+    "oneDNN, asymmetric": Kind("onednn", DYNAMIC.asymmetric(), CONV, IMAGES),
+}
 in_panels = pytest.mark.parametrize("ran", ["asymmetric", "symmetric"], indirect=True)
 
 
@@ -39,9 +67,10 @@ def _no_gradients() -> Iterator[None]:
 
 def missing(kernel: str) -> str | None:
     """Return why this machine cannot run a kernel, or None."""
-    if kernel == "fp16":
-        return fp16_refusal()
-    return str(int4_panel()) if isinstance(int4_panel(), str) else None
+    if kernel == "int4":
+        return str(int4_panel()) if isinstance(int4_panel(), str) else None
+    refuse = {"fp16": fp16_refusal, "integer": int_mm_refusal, "onednn": onednn.refuse_conv}
+    return refuse[kernel]()
 
 
 @attrs.frozen(eq=False)
@@ -49,7 +78,7 @@ class Ran:
     """A layer that ran, and what it was before.
 
     Attributes:
-        quantizer: made it.
+        kind: of its order.
         layer: its codes are in another order.
         state: its state dict before.
         x: an input.
@@ -57,7 +86,7 @@ class Ran:
         plain: what the reference made of it before.
     """
 
-    quantizer: Quantizer
+    kind: Kind
     layer: QuantizedLayer
     state: dict[str, Tensor]
     x: Tensor
@@ -67,6 +96,10 @@ class Ran:
     @property
     def holder(self) -> QuantizedWeight:
         return holder(self.layer)
+
+    def again(self) -> nn.Module:
+        """Return another layer, made in the same way."""
+        return self.kind.quantizer.apply(self.kind.source(), progress=False).model
 
 
 def holder(layer: nn.Module) -> QuantizedWeight:
@@ -82,20 +115,20 @@ def moved(layer: nn.Module) -> bool:
 
 @pytest.fixture(params=KINDS)
 def ran(request: pytest.FixtureRequest) -> Iterator[Ran]:
-    kernel, quantizer = KINDS[request.param]
-    if why := missing(kernel):
+    kind = KINDS[request.param]
+    if why := missing(kind.kernel):
         pytest.skip(why)
-    made = quantizer.apply(nn.Linear(LENGTH, COUNT), progress=False).model
+    made = kind.quantizer.apply(kind.source(), progress=False).model
     assert isinstance(made, QuantizedLayer)
     state = {name: tensor.clone() for name, tensor in made.state_dict().items()}
-    x = noise(3, LENGTH)
+    x = noise(*kind.shape)
     with kernels.use("reference"):
         plain = made(x)
-    with kernels.use(kernel):
+    with kernels.use(kind.kernel):
         y = made(x)
         assert moved(made)
         assert not same_bits(y, plain)
-        yield Ran(quantizer, made, state, x, y, plain)
+        yield Ran(kind, made, state, x, y, plain)
 
 
 def same_state(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -152,7 +185,7 @@ def test_no_pickle_holds_the_order(ran: Ran) -> None:
 
 
 def test_other_codes_can_be_loaded(ran: Ran) -> None:
-    source = ran.quantizer.apply(nn.Linear(LENGTH, COUNT), progress=False).model
+    source = ran.again()
     for assign in (False, True):
         ran.layer(ran.x)
         assert moved(ran.layer)
@@ -177,8 +210,8 @@ def test_packed_weights_and_floats_are_canonical(ran: Ran) -> None:
     assert packed.tensors["codes"] is ran.layer.packed_weights()["weight"].tensors["codes"]
     ran.layer(ran.x)
     floats = ran.layer.dequantize()
-    assert type(floats) is nn.Linear
-    assert same_bits(floats.weight, packed.dequantize())
+    assert type(floats) is type(ran.kind.source())
+    assert same_bits(floats.get_parameter("weight"), packed.dequantize())
 
 
 def test_the_reference_reads_codes_and_leaves_them(ran: Ran) -> None:
@@ -208,18 +241,16 @@ def test_a_kernel_of_canonical_codes_puts_them_back(ran: Ran) -> None:
 
 
 def test_a_file_is_the_same_before_and_after(ran: Ran, tmp_path: Path) -> None:
-    result = ran.quantizer.apply(nn.Sequential(nn.Linear(LENGTH, COUNT)), progress=False)
+    result = ran.kind.quantizer.apply(nn.Sequential(ran.kind.source()), progress=False)
     for suffix in ("pt", "safetensors"):
         before, after = tmp_path / f"before.{suffix}", tmp_path / f"after.{suffix}"
         result.save(before)
         expected = result.model(ran.x)
         assert moved(result.model[0])
         result.save(after)
-        again = load_model(after, nn.Sequential(nn.Linear(LENGTH, COUNT)))
-        assert same_state(
-            again.state_dict(),
-            load_model(before, nn.Sequential(nn.Linear(LENGTH, COUNT))).state_dict(),
-        )
+        again = load_model(after, nn.Sequential(ran.kind.source()))
+        earlier = load_model(before, nn.Sequential(ran.kind.source()))
+        assert same_state(again.state_dict(), earlier.state_dict())
         assert same_bits(again(ran.x), expected)
 
 
@@ -316,7 +347,7 @@ def test_writing_to_codes_and_scales_is_seen(ran: Ran) -> None:
 @pytest.mark.parametrize("settled", [False, True])
 def test_functional_calls_use_the_tensors_they_are_given(ran: Ran, settled: bool) -> None:
     given = {name: tensor.clone() for name, tensor in ran.state.items()}
-    given["quantized_weights.weight.codes"].fill_(0x88)
+    given["quantized_weights.weight.codes"].fill_(0x38)
     other = copied(ran.layer)
     other.load_state_dict(given)
     with kernels.use("reference"):
@@ -329,9 +360,10 @@ def test_functional_calls_use_the_tensors_they_are_given(ran: Ran, settled: bool
     assert torch.allclose(ran.layer(ran.x), ran.plain, rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.parametrize("ran", MATRICES, indirect=True)
 def test_a_weight_that_is_looked_up_by_rows_stays_canonical(ran: Ran) -> None:
     rows = nn.Embedding(COUNT, LENGTH)
-    model = ran.quantizer.apply(
+    model = ran.kind.quantizer.apply(
         nn.ModuleDict({"rows": rows, "head": ran.layer.dequantize()}), progress=False
     ).model
     tie(model["rows"], "weight", model["head"], "weight")
@@ -344,8 +376,8 @@ def test_a_weight_that_is_looked_up_by_rows_stays_canonical(ran: Ran) -> None:
     assert not moved(model["head"])
 
 
-@pytest.mark.parametrize(("kernel", "quantizer"), KINDS.values(), ids=KINDS)
-def test_tied_layers_share_one_arranged_weight(kernel: str, quantizer: Quantizer) -> None:
+@pytest.mark.parametrize("kind", MATRICES.values(), ids=MATRICES)
+def test_tied_layers_share_one_arranged_weight(kind: Kind) -> None:
     class Twins(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -356,11 +388,11 @@ def test_tied_layers_share_one_arranged_weight(kernel: str, quantizer: Quantizer
             found: Tensor = self.two(self.one(x))
             return found
 
-    if why := missing(kernel):
+    if why := missing(kind.kernel):
         pytest.skip(why)
-    model = quantizer.apply(Twins(), progress=False).model
+    model = kind.quantizer.apply(Twins(), progress=False).model
     x = noise(2, LENGTH)
-    with kernels.use(kernel):
+    with kernels.use(kind.kernel):
         y = model(x)
         assert moved(model.one)
         assert holder(model.one) is holder(model.two)
