@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant import InputError, Quantizer, Speed, kernels
+from mono_quant.benchmark import measure_speed
 from mono_quant.calibration import CalibrationData
-from mono_quant.speed import measure_speed
 from tests.helpers import noise
 
 

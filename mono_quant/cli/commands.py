@@ -9,6 +9,7 @@ from pathlib import Path
 import attrs
 
 from mono_quant.api import load_model
+from mono_quant.benchmark import measure_speed
 from mono_quant.cli.inputs import (
     data_of,
     factory_of,
@@ -38,7 +39,6 @@ from mono_quant.files import describe_file, float_state_dict, validate_file
 from mono_quant.report import format_bytes
 from mono_quant.result import Validation
 from mono_quant.serializers import read_checkpoint, serializer_for, write_state_dict
-from mono_quant.speed import measure_speed
 
 OK = 0
 FAILED = 1
