@@ -362,7 +362,7 @@ def _is_plain(value: object) -> bool:
 def _asked(weights: Sequence[WeightPlan]) -> Hashable:
     """Return how a layer is to be quantized."""
     return tuple(
-        (weight.name, type(weight.maker), recipe.grid.scheme, recipe.activations)
+        (weight.name, repr(weight.maker), recipe.grid.scheme, recipe.activations)
         for weight in weights
         if (recipe := weight.recipe) is not None
     )
