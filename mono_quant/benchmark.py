@@ -1,5 +1,6 @@
 """A quantized model's speed beside the float one, measured here and now."""
 
+import statistics
 from functools import partial
 
 import torch
@@ -35,10 +36,10 @@ def measure_speed(
         found = take_turns(theirs, ours, seconds, device_of(quantized))
     paths = {module: path for path, module in quantized.named_modules()}
     return Speed(
-        found.float_seconds,
-        found.seconds,
+        statistics.median(found.floats),
+        statistics.median(found.quantized),
         found.ratio,
-        found.rounds,
+        rounds=len(found.floats),
         threads=torch.get_num_threads(),
         kernels={
             f"{paths[layer]}.{name}".removeprefix("."): kernel

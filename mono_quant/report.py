@@ -3,13 +3,14 @@
 import html
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import attrs
 
 from mono_quant.base import Change
 from mono_quant.configurable import Config
-from mono_quant.speed import LayerSpeed, Speed, format_ms
+from mono_quant.speed import LayerSpeed, Speed
+from mono_quant.text import format_bytes, format_db, format_ms, table
 
 CRITICAL_DB = 10.0
 WARNING_DB = 20.0
@@ -496,34 +497,6 @@ def grade(decibels: float) -> str:
     if decibels < WARNING_DB:
         return "warning"
     return "good" if decibels > GOOD_DB else "fair"
-
-
-def format_db(decibels: float) -> str:
-    """Return decibels with one decimal; "exact" for an infinite ratio."""
-    return "exact" if decibels == math.inf else f"{decibels:.1f} dB"
-
-
-def format_bytes(count: float) -> str:
-    """Return a size in decimal units: 1 kB is 1000 bytes."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
-            break
-        count /= 1000
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-
-
-def table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: frozenset[str] = frozenset()
-) -> list[str]:
-    """Return lines of text in aligned columns, those in `numeric` to the right."""
-    widths = [max(len(line[place]) for line in [columns, *rows]) for place in range(len(columns))]
-    return [
-        "  ".join(
-            cell.rjust(width) if column in numeric else cell.ljust(width)
-            for cell, width, column in zip(line, widths, columns, strict=True)
-        ).rstrip()
-        for line in [columns, *rows]
-    ]
 
 
 def _finite(value: float | None) -> float | str | None:

@@ -25,9 +25,10 @@ from mono_quant.checkpoint import (
 from mono_quant.configurable import Config
 from mono_quant.errors import CheckpointError, InputError
 from mono_quant.modules import BareModule
-from mono_quant.report import Report, table
+from mono_quant.report import Report
 from mono_quant.serializers import BUILT_IN_SERIALIZERS, serializer_for
 from mono_quant.speed import Speed
+from mono_quant.text import table
 
 
 @attrs.frozen

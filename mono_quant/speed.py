@@ -9,6 +9,7 @@ import attrs
 import torch
 
 from mono_quant.configurable import Config
+from mono_quant.text import format_ms
 
 NO_DIFFERENCE = 0.05
 """A difference of this share or less may be chance."""
@@ -17,20 +18,56 @@ _ROUNDS = range(5, 100)
 
 
 @attrs.frozen
-class Turns:
-    """What calls of two things took that were called by turns.
+class LayerSpeed:
+    """What a layer's calls take within one call of the model, float and quantized.
 
     Attributes:
-        float_seconds: median of the float one's calls.
-        seconds: median of the quantized one's.
-        ratio: median over the rounds of the float one's time by the other's.
-        rounds: how often each was called.
+        float_seconds: of the float layer.
+        seconds: of the quantized one.
     """
 
     float_seconds: float
     seconds: float
-    ratio: float
-    rounds: int
+
+    def __add__(self, other: "LayerSpeed") -> "LayerSpeed":
+        """Return what both take together."""
+        return LayerSpeed(self.float_seconds + other.float_seconds, self.seconds + other.seconds)
+
+    @property
+    def ratio(self) -> float:
+        """The float layer's time by the quantized one's: more than 1 is faster."""
+        return self.float_seconds / self.seconds
+
+    def to_dict(self) -> Config:
+        """Return everything as JSON data."""
+        return {**attrs.asdict(self), "ratio": self.ratio}
+
+
+@attrs.frozen
+class Turns:
+    """What calls of two things took that were called by turns, in seconds, round by round.
+
+    Attributes:
+        floats: of the float one.
+        quantized: of the other.
+    """
+
+    floats: tuple[float, ...]
+    quantized: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Median over the rounds of the float one's time by the other's."""
+        pairs = zip(self.floats, self.quantized, strict=True)
+        return statistics.median(one / other for one, other in pairs)
+
+    @property
+    def quiet(self) -> LayerSpeed:
+        """Lower quartiles: what a call takes where little else of the machine is in its way.
+
+        A call of a layer is so short that another process touches it wholly or not at all.
+        """
+        return LayerSpeed(*(sorted(taken)[len(taken) // 4] for taken in attrs.astuple(self)))
 
 
 def take_turns(
@@ -61,13 +98,7 @@ def take_turns(
             if before is not None:
                 before[place]()
             taken[place].append(_timed(calls[place], device))
-    ratios = [one / other for one, other in zip(*taken, strict=True)]
-    return Turns(
-        statistics.median(taken[0]),
-        statistics.median(taken[1]),
-        statistics.median(ratios),
-        len(ratios),
-    )
+    return Turns(*map(tuple, taken))
 
 
 def _timed(call: Callable[[], object], device: torch.device) -> float:
@@ -81,32 +112,6 @@ def _timed(call: Callable[[], object], device: torch.device) -> float:
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@attrs.frozen
-class LayerSpeed:
-    """What a layer's calls take within one call of the model, float and quantized.
-
-    Attributes:
-        float_seconds: of the float layer.
-        seconds: of the quantized one.
-    """
-
-    float_seconds: float
-    seconds: float
-
-    def __add__(self, other: "LayerSpeed") -> "LayerSpeed":
-        """Return what both take together."""
-        return LayerSpeed(self.float_seconds + other.float_seconds, self.seconds + other.seconds)
-
-    @property
-    def ratio(self) -> float:
-        """The float layer's time by the quantized one's: more than 1 is faster."""
-        return self.float_seconds / self.seconds
-
-    def to_dict(self) -> Config:
-        """Return everything as JSON data."""
-        return {**attrs.asdict(self), "ratio": self.ratio}
 
 
 @attrs.frozen
@@ -156,8 +161,3 @@ class Speed:
         if counted:
             lines.append("kernels: " + ", ".join(f"{name} {count}" for name, count in counted))
         return "\n".join(lines)
-
-
-def format_ms(seconds: float) -> str:
-    """Return a time in milliseconds, with four digits."""
-    return f"{1e3 * seconds:.4g} ms"

@@ -17,7 +17,7 @@ RANKS = {
     name: rank
     for rank, names in enumerate(
         [
-            "version errors",
+            "version errors text",
             "configurable",
             "numerics",
             "base speed",

@@ -13,7 +13,7 @@ from mono_quant import InputError, LayerReport, Quantizer, Report, Speed, kernel
 from mono_quant.benchmark import measure_speed
 from mono_quant.calibration import CalibrationData
 from mono_quant.configurable import Config
-from mono_quant.speed import LayerSpeed
+from mono_quant.speed import LayerSpeed, Turns
 from tests.helpers import noise
 
 
@@ -80,6 +80,12 @@ def test_it_goes_on_for_the_time_that_is_given(monkeypatch: pytest.MonkeyPatch) 
     assert found.rounds == 11
     assert "as fast as float" in str(found)
     assert not found.faster
+
+
+def test_a_layer_is_judged_by_what_a_quiet_moment_shows() -> None:
+    turns = Turns((9.0, 1.0, 2.0, 9.0, 9.0), (1.0, 9.0, 3.0, 5.0, 9.0))
+    assert turns.quiet == LayerSpeed(2.0, 3.0)
+    assert Turns((3.0,), (2.0,)).quiet.ratio == 1.5
 
 
 def network() -> nn.Sequential:

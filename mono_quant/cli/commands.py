@@ -37,10 +37,10 @@ from mono_quant.demo.run import run_demo
 from mono_quant.errors import ConfigurationError
 from mono_quant.files import describe_file, float_state_dict, validate_file
 from mono_quant.quantizer import Quantizer
-from mono_quant.report import format_bytes
 from mono_quant.result import Validation
 from mono_quant.serializers import read_checkpoint, serializer_for, write_state_dict
 from mono_quant.speed import NO_DIFFERENCE
+from mono_quant.text import format_bytes
 
 OK = 0
 FAILED = 1

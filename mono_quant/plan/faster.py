@@ -30,7 +30,7 @@ UNREACHED = "the example does not reach it, so nothing shows a gain in speed"
 _SHAPES = 8
 """How many different calls of one layer are measured; a loop that lengthens its input has more."""
 
-_SECONDS = 0.2
+_SECONDS = 0.5
 """How long one call of a layer is measured, its twin by turns."""
 
 _CACHE = 1 << 27
@@ -270,7 +270,7 @@ class _Stopwatch:
             ),
         )
         kernels = {name: kernel for (module, name), kernel in ran.items() if module is twin}
-        return _Trial(LayerSpeed(turns.float_seconds, turns.seconds), kernels)
+        return _Trial(turns.quiet, kernels)
 
     def _unwatched(self, layer: nn.Module) -> nn.Module:
         """Return a copy of a layer whose calls are not seen."""
