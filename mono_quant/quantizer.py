@@ -97,8 +97,9 @@ class Quantizer(Builder):
 class GraphQuantizer(Builder):
     """Says how a model is to be quantized, and written as a graph whose layers pass codes on.
 
-    What `Quantizer.graph` returns; it has the same calls, but none that works in place. The
-    result's model is a `torch.fx.GraphModule`, no longer of the model's class.
+    What `Quantizer.graph` returns; it has the same calls, but none that works in place, and
+    `only_if_faster` is refused. The result's model is a `torch.fx.GraphModule`, no longer of the
+    model's class.
 
     Example:
         ``Quantizer().fit(data).graph().apply(model)``

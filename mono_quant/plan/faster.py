@@ -244,8 +244,9 @@ class _Stopwatch:
         args: tuple[object, ...],
         kwargs: dict[str, object],
     ) -> _Trial:
-        known = _inputs(weights, layer, args, kwargs)
-        twin = _twin(weights, self._unwatched(layer), known)
+        twin = self._unwatched(layer)
+        known = _inputs(weights, twin, args, kwargs)
+        twin = _twin(weights, twin, known)
         floats = self._reverted(self._unwatched(layer))
         own = {parameter.data_ptr() for parameter in layer.parameters()}
         others = [one for one in self._model.parameters() if one.data_ptr() not in own]

@@ -150,12 +150,14 @@ class Plan(Generic[ModelT]):
         faster, before = self._request.faster, self.outline
         todo = [weight for weight in self.weights if weight.recipe is not None]
         self._check_unspent(todo)
-        if faster is None or not todo:
-            return attrs.evolve(self, measured=True)
+        if faster is None:
+            return self
         sizes = (before.report.float_bytes, before.report.bytes)
         label = "measuring layers" if progress else None
         example = faster.called_as(self._request.data)
-        found = measure_layers(floats, todo, example, self._containers, sizes, label)
+        found = (
+            measure_layers(floats, todo, example, self._containers, sizes, label) if todo else {}
+        )
         weights = decided(self.weights, found, faster.margin)
         outline = outline_of(
             self._model,

@@ -407,6 +407,41 @@ def test_the_configuration_of_the_result_makes_the_same_model_without_a_clock(
     assert quantizer.to_config() == BASE.only("*").skip("2").to_config()
 
 
+def root() -> nn.Module:
+    return nn.Linear(64, 3)
+
+
+def computed() -> nn.Module:
+    """Return a layer whose weight is computed from two parameters."""
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(64, 3)), nn.Linear(3, 64))
+
+
+@pytest.mark.parametrize(("make", "left"), [(root, "weight"), (computed, "0")])
+def test_configurations_name_single_layers_and_computed_weights_too(
+    make: Callable[[], nn.Module], left: str, seen: Seen
+) -> None:
+    source = make()
+    result = Quantizer().only("*").only_if_faster(X).apply(source)
+    assert result.plan.config["skip"] == [left]
+    again = Quantizer.from_config(result.plan.config).apply(source)
+    assert same_tensors(again.model, result.model)
+
+
+def test_packed_sequences_are_inputs_as_any(seen: Seen) -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps = nn.LSTM(64, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_sequence([x, x[:1]])
+            found: Tensor = self.steps(packed)[1][0]
+            return found
+
+    plan = FASTER.plan(Packed()).measured()
+    assert [weight.speed for weight in plan.weights] == [LayerSpeed(1.0, 0.5)] * 2
+
+
 def test_the_model_is_left_as_it_was(seen: Seen) -> None:
     source = nn.Sequential(nn.Linear(64, 3), nn.BatchNorm1d(3), nn.Dropout()).train()
     before = {name: tensor.clone() for name, tensor in source.state_dict().items()}
