@@ -39,12 +39,12 @@ _CACHE = 1 << 27
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class Measured:
     """What was seen of one layer.
 
     Attributes:
-        speed: of its calls within one call of the model.
+        speed: of one of its calls, or of all that it has within one call of the model.
         kernels: what computed with each weight, by its name.
     """
 
@@ -165,14 +165,6 @@ def _groups(todo: Iterable[WeightPlan]) -> Mapping[str, frozenset[str]]:
     return groups
 
 
-@attrs.frozen(eq=False)
-class _Trial:
-    """What one kind of call of a layer took."""
-
-    speed: LayerSpeed
-    kernels: Mapping[str, str]
-
-
 class _Stopwatch:
     """Measures layers when a model calls them."""
 
@@ -185,7 +177,7 @@ class _Stopwatch:
     ) -> None:
         self._model, self._by_layer, self._containers = model, by_layer, containers
         self._sizes = sizes
-        self._trials: dict[Hashable, _Trial] = {}
+        self._trials: dict[Hashable, Measured] = {}
         self._calls: dict[str, Counter[Hashable]] = {}
         self._hooks: set[int] = set()
 
@@ -213,7 +205,7 @@ class _Stopwatch:
             for path, calls in self._calls.items()
         }
 
-    def _together(self, trials: Sequence[tuple[_Trial, int]]) -> Measured:
+    def _together(self, trials: Sequence[tuple[Measured, int]]) -> Measured:
         speed = LayerSpeed(
             sum(count * trial.speed.float_seconds for trial, count in trials),
             sum(count * trial.speed.seconds for trial, count in trials),
@@ -243,7 +235,7 @@ class _Stopwatch:
         layer: nn.Module,
         args: tuple[object, ...],
         kwargs: dict[str, object],
-    ) -> _Trial:
+    ) -> Measured:
         twin = self._unwatched(layer)
         known = _inputs(weights, twin, args, kwargs)
         twin = _twin(weights, twin, known)
@@ -271,7 +263,7 @@ class _Stopwatch:
             ),
         )
         kernels = {name: kernel for (module, name), kernel in ran.items() if module is twin}
-        return _Trial(turns.quiet, kernels)
+        return Measured(turns.quiet, kernels)
 
     def _unwatched(self, layer: nn.Module) -> nn.Module:
         """Return a copy of a layer whose calls are not seen."""
@@ -283,7 +275,7 @@ class _Stopwatch:
         return copied
 
     def _reverted(self, layer: nn.Module) -> nn.Module:
-        """Return a copy of a layer as it was before containers were told to call their layers."""
+        """Return the layer, containers in it as they are where nothing is quantized."""
         for module in layer.modules():
             container = next((one for one in self._containers if one.matches(module)), None)
             if container is not None:
