@@ -96,7 +96,7 @@ try:
     from mono_quant.schemes import Affine, FloatCast
     from mono_quant.serializers import SafetensorsSerializer, TorchSerializer, read_state_dict
     from mono_quant.settings import Activations
-    from mono_quant.speed import Speed
+    from mono_quant.speed import LayerSpeed, Speed
     from mono_quant.transforms import BiasCorrection, EqualizeLayers, FoldBatchNorm
     from mono_quant.version import __version__
 finally:
@@ -144,6 +144,7 @@ __all__ = [
     "KernelSpec",
     "LayerQuantizer",
     "LayerReport",
+    "LayerSpeed",
     "Layout",
     "LinearLikeQuantizer",
     "LinearQuantizer",

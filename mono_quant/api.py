@@ -214,7 +214,5 @@ def validate_quantization(model: nn.Module, example: object = None) -> Validatio
         example: a batch, as `Quantizer.fit` takes them; without one the answer is at best
             "reloaded, not run".
     """
-    if isinstance(example, tuple | list):
-        example = [example]
-    data = CalibrationData.bind(example, samples=1) if example is not None else None
+    data = CalibrationData.example(example) if example is not None else None
     return validate(model, data)

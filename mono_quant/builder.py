@@ -1,5 +1,6 @@
 """The calls that say how a model is to be quantized: they name things and compute nothing."""
 
+import math
 from typing import ClassVar, Self
 
 import attrs
@@ -20,10 +21,17 @@ from mono_quant.configurable import Config, Kinds
 from mono_quant.errors import ConfigurationError
 from mono_quant.numerics.granularity import Granularity, PerGroup
 from mono_quant.observers import create_observer
-from mono_quant.plan.request import ACTIONS, Request
+from mono_quant.plan.request import ACTIONS, OnlyIfFaster, Request
 from mono_quant.plan.written import GRAPH, calls_of, config_of, request_from
 from mono_quant.selection import Selector, check_selector
 from mono_quant.settings import Activations, Settings, granularity_of_inputs, granularity_of_weights
+from mono_quant.speed import NO_DIFFERENCE
+
+FASTER_GRAPH = (
+    "only_if_faster measures each layer by itself, on floats, and in a graph layers pass codes on: "
+    "leave one of the two out; result.benchmark(example) measures a graph as a whole"
+)
+"""Why the two do not go together."""
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -273,6 +281,38 @@ class Builder:
                 f"on_damage is {', '.join(map(repr, ACTIONS))}, not {action!r}"
             )
         return self._asking(attrs.evolve(self._request, on_damage=action))
+
+    def only_if_faster(
+        self, example: object, *, margin: float = NO_DIFFERENCE, forward: Forward | None = None
+    ) -> Self:
+        """Leave layers in float that are no faster quantized on this machine. **Replaces**.
+
+        `apply` first calls the float model with the example and measures each layer by itself, on
+        the inputs that it has there, float and quantized by turns. Layers that are alike, on inputs
+        that are alike, are measured once. What the example does not reach stays float, layers that
+        share a weight share the decision, and what you named is measured as everything else.
+
+        The answer is that of this machine, its load and its number of threads; the configuration
+        of the result names what was left in float, and makes the same model anywhere.
+
+        Args:
+            example: a batch such as the model will be called with, as `fit` takes them: how many
+                rows it has decides much.
+            margin: a layer stays float unless it is faster by more than this share.
+            forward: calls the model with the example; by default as `fit` was told.
+
+        Raises:
+            InputError: the example cannot be one.
+            ConfigurationError: the margin is below 0, or a graph is to be made.
+        """
+        if self._graph:
+            raise ConfigurationError(FASTER_GRAPH)
+        if not 0 <= margin < math.inf:
+            raise ConfigurationError(
+                f"margin is a share of 0 or more (0.05 for 5 %), not {margin!r}"
+            )
+        faster = OnlyIfFaster(CalibrationData.example(example, forward), margin)
+        return self._asking(attrs.evolve(self._request, faster=faster))
 
     def transform(self, *transforms: Transform | Correction) -> Self:
         """Change the working copy: first the float model, then the quantized one. **Adds**.

@@ -84,6 +84,16 @@ class CalibrationData:
             raise InputError("the data is empty; give one batch or more")
         return cls(data, samples, forward)
 
+    @classmethod
+    def example(cls, example: object, forward: Forward | None = None) -> "CalibrationData":
+        """Return one batch: a list is one of positional arguments, as a tuple is.
+
+        Raises:
+            InputError: as for `bind`.
+        """
+        one = [example] if isinstance(example, tuple | list) else example
+        return cls.bind(one, samples=1, forward=forward)
+
     def batches(self) -> Iterator[object]:
         """Yield batches until enough samples were seen; `forward` gets them as they came.
 

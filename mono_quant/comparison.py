@@ -15,8 +15,9 @@ from mono_quant.configurable import Config, Kinds
 from mono_quant.errors import InputError
 from mono_quant.files import fill
 from mono_quant.numerics.metrics import SquaredError, tensor_bytes
-from mono_quant.report import format_bytes, format_db, grade, table
+from mono_quant.report import grade
 from mono_quant.serializers import read_checkpoint
+from mono_quant.text import format_bytes, format_db, table
 
 
 @attrs.frozen

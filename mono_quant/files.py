@@ -12,9 +12,9 @@ from mono_quant.calibration import CalibrationData
 from mono_quant.checkpoint import ModelT, rebuild
 from mono_quant.configurable import Config, Json, Kinds
 from mono_quant.errors import CheckpointError, CorruptCheckpointError, UnknownKindError
-from mono_quant.report import format_bytes, table
 from mono_quant.result import Validation, validate
 from mono_quant.serializers import read_header, serializer_for, stored_bytes
+from mono_quant.text import format_bytes, table
 
 
 @attrs.frozen

@@ -6,9 +6,9 @@ from typing import ClassVar, overload
 import attrs
 from torch import Tensor, nn
 
-from mono_quant.builder import Builder
+from mono_quant.builder import FASTER_GRAPH, Builder
 from mono_quant.checkpoint import ModelT
-from mono_quant.errors import InputError
+from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.modules import BareModule, tree_of
 from mono_quant.plan import GraphPlan, GraphResult, Plan, resolve, resolve_graph
 from mono_quant.plan.written import config_of
@@ -32,7 +32,12 @@ class Quantizer(Builder):
 
         It knows the same calls, so this one may stand anywhere in the chain. See `integer_flow` for
         what the graph computes.
+
+        Raises:
+            ConfigurationError: `only_if_faster` was said, which measures layers of floats.
         """
+        if self._request.faster is not None:
+            raise ConfigurationError(FASTER_GRAPH)
         return GraphQuantizer(self._request)
 
     @overload
@@ -57,6 +62,11 @@ class Quantizer(Builder):
             )
         if self._request.data is not None:
             raise InputError("a state dict cannot be run, so fit(data) has no use; give the model")
+        if self._request.faster is not None:
+            raise InputError(
+                "a state dict cannot be run, so only_if_faster(example) can measure nothing; give "
+                "the model"
+            )
         tree = tree_of(model)
         return resolve(tree, self._request, config_of(self._request, Selection.of(tree)))
 
@@ -87,8 +97,9 @@ class Quantizer(Builder):
 class GraphQuantizer(Builder):
     """Says how a model is to be quantized, and written as a graph whose layers pass codes on.
 
-    What `Quantizer.graph` returns; it has the same calls, but none that works in place. The
-    result's model is a `torch.fx.GraphModule`, no longer of the model's class.
+    What `Quantizer.graph` returns; it has the same calls, but none that works in place, and
+    `only_if_faster` is refused. The result's model is a `torch.fx.GraphModule`, no longer of the
+    model's class.
 
     Example:
         ``Quantizer().fit(data).graph().apply(model)``

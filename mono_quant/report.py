@@ -3,12 +3,14 @@
 import html
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import attrs
 
 from mono_quant.base import Change
 from mono_quant.configurable import Config
+from mono_quant.speed import LayerSpeed, Speed
+from mono_quant.text import format_bytes, format_db, format_ms, table
 
 CRITICAL_DB = 10.0
 WARNING_DB = 20.0
@@ -78,6 +80,9 @@ class LayerReport:
         note: what else is worth knowing.
         aliases: names of further weights that share these values, counted here once.
         has_matrix: whether a module's float parameters hold one of two dimensions or more.
+        speed: of its layer, with all layers that share its values, as `only_if_faster` measured it;
+            the rows of one layer share one.
+        kernel: what computed with it when somebody looked; several where they differ.
     """
 
     name: str
@@ -101,6 +106,8 @@ class LayerReport:
     note: str | None = None
     aliases: tuple[str, ...] = ()
     has_matrix: bool = False
+    speed: LayerSpeed | None = None
+    kernel: str | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -137,7 +144,9 @@ class LayerReport:
     @property
     def fate(self) -> str:
         """The scheme, or why it stayed float; whose values these also are; ranges; the note."""
-        parts = [f"float: {self.reason}" if self.scheme is None else self.scheme]
+        parts = [self.scheme if self.scheme is not None else f"float: {self.reason}"]
+        if self.scheme is None and self.speed is not None:
+            parts[0] += f", quantized it is {self.speed.ratio:.2f} times as fast on the example"
         if self.activation is not None:
             parts.append(self.activation)
         if self.scheme is not None and self.reason:
@@ -166,6 +175,7 @@ class Report:
         original_bytes: bytes of the model before, where transforms changed its structure.
         flow: of a graph, what each layer takes and gives, and where floats are left and why.
         class_kept_sqnr_db: of a graph, `output_sqnr_db` of the model that keeps its class.
+        speed: of the model beside the float one; None until `benchmark` has measured it.
     """
 
     layers: tuple[LayerReport, ...]
@@ -179,6 +189,7 @@ class Report:
     original_bytes: int | None = None
     flow: tuple[str, ...] = ()
     class_kept_sqnr_db: float | None = None
+    speed: Speed | None = None
 
     @property
     def quantized(self) -> tuple[LayerReport, ...]:
@@ -231,6 +242,29 @@ class Report:
             layer.estimated_db is not None for layer in quantized
         )
 
+    @property
+    def layers_speed(self) -> LayerSpeed | None:
+        """What the layers that were measured take, those that stayed float alike on both sides."""
+        found = {id(row.speed): row for row in self.layers}.values()
+        speeds = [
+            row.speed
+            if row.scheme is not None
+            else LayerSpeed(row.speed.float_seconds, row.speed.float_seconds)
+            for row in found
+            if row.speed is not None
+        ]
+        return sum(speeds[1:], speeds[0]) if speeds else None
+
+    def with_speed(self, speed: Speed) -> "Report":
+        """Return the report with a measured speed, and in each row what computed its weight."""
+
+        def told(row: LayerReport) -> LayerReport:
+            names = (row.name, *row.aliases)
+            ran = dict.fromkeys(speed.kernels[name] for name in names if name in speed.kernels)
+            return attrs.evolve(row, kernel=", ".join(ran) or None)
+
+        return attrs.evolve(self, speed=speed, layers=tuple(map(told, self.layers)))
+
     def to_dict(self) -> Config:
         """Return everything as JSON data; an infinite SQNR is the string "inf"."""
         rows: list[Config] = [
@@ -257,13 +291,16 @@ class Report:
                 "note": layer.note,
                 "aliases": list(layer.aliases),
                 "has_matrix": layer.has_matrix,
+                "speed": layer.speed.to_dict() if layer.speed is not None else None,
+                "kernel": layer.kernel,
             }
             for layer in self.layers
         ]
-        return {**self.summary(), "layers": rows, "flow": list(self.flow)}
+        speed = self.speed.to_dict() if self.speed is not None else None
+        return {**self.summary(), "layers": rows, "flow": list(self.flow), "speed": speed}
 
     def summary(self) -> Config:
-        """Return the figures of the whole model as JSON data."""
+        """Return the figures of the whole model as JSON data, but for times: files hold this."""
         return {
             "float_bytes": self.float_bytes,
             "bytes": self.bytes,
@@ -318,6 +355,7 @@ class Report:
             f"{self.bits_per_weight:.3f} bits per weight",
             *self._warned(),
             f"peak memory: {format_bytes(peak_bytes)} for apply{in_place}",
+            *self._timed(),
             *self.notes,
         ]
         return "\n".join([*head, "", *self._lines()])
@@ -361,10 +399,22 @@ class Report:
             )
         else:
             lines.append("output SQNR not measured: no data; give some with fit(data)")
-        return [*lines, *self._changed(), *self.notes]
+        return [*lines, *self._timed(), *self._changed(), *self.notes]
 
     def _warned(self) -> list[str]:
         return [f"warning: {warning}" for warning in self.warnings]
+
+    def _timed(self) -> list[str]:
+        """Return what was measured of the speed: of the model, and of its layers one by one."""
+        lines = str(self.speed).split("\n") if self.speed is not None else []
+        layers = self.layers_speed
+        if layers is not None:
+            lines.append(
+                f"layers measured one by one: {format_ms(layers.float_seconds)} -> "
+                f"{format_ms(layers.seconds)} a call of the model, {layers.ratio:.2f} times as "
+                "fast as float"
+            )
+        return lines
 
     def _flowing(self) -> list[str]:
         """Return what the layers of a graph take and give, under a title; nothing of other models.
@@ -433,9 +483,11 @@ _COLUMNS: dict[str, Callable[[LayerReport], str]] = {
     "bits": lambda layer: f"{layer.bits_per_weight:.2f}",
     "SQNR": lambda layer: _decibels(layer.sqnr_db),
     _OUTPUT: lambda layer: _decibels(layer.output_sqnr_db),
+    "speed": lambda layer: f"{layer.speed.ratio:.2f}x" if layer.speed is not None else "",
+    "kernel": lambda layer: layer.kernel or "",
     "fate": lambda layer: layer.fate,
 }
-_NUMERIC = frozenset({"before", "after", "bits", "SQNR", _OUTPUT})
+_NUMERIC = frozenset({"before", "after", "bits", "SQNR", _OUTPUT, "speed"})
 
 
 def grade(decibels: float) -> str:
@@ -445,34 +497,6 @@ def grade(decibels: float) -> str:
     if decibels < WARNING_DB:
         return "warning"
     return "good" if decibels > GOOD_DB else "fair"
-
-
-def format_db(decibels: float) -> str:
-    """Return decibels with one decimal; "exact" for an infinite ratio."""
-    return "exact" if decibels == math.inf else f"{decibels:.1f} dB"
-
-
-def format_bytes(count: float) -> str:
-    """Return a size in decimal units: 1 kB is 1000 bytes."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
-            break
-        count /= 1000
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-
-
-def table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: frozenset[str] = frozenset()
-) -> list[str]:
-    """Return lines of text in aligned columns, those in `numeric` to the right."""
-    widths = [max(len(line[place]) for line in [columns, *rows]) for place in range(len(columns))]
-    return [
-        "  ".join(
-            cell.rjust(width) if column in numeric else cell.ljust(width)
-            for cell, width, column in zip(line, widths, columns, strict=True)
-        ).rstrip()
-        for line in [columns, *rows]
-    ]
 
 
 def _finite(value: float | None) -> float | str | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.base import Activation, Checkpoint, LayerQuantizer, PackedTensor, Serializer
+from mono_quant.benchmark import measure_speed
 from mono_quant.calibration import CalibrationData, evaluating, positional_arguments
 from mono_quant.checkpoint import (
     ModelT,
@@ -24,9 +25,10 @@ from mono_quant.checkpoint import (
 from mono_quant.configurable import Config
 from mono_quant.errors import CheckpointError, InputError
 from mono_quant.modules import BareModule
-from mono_quant.report import Report, table
+from mono_quant.report import Report
 from mono_quant.serializers import BUILT_IN_SERIALIZERS, serializer_for
-from mono_quant.speed import Speed, measure_speed
+from mono_quant.speed import Speed
+from mono_quant.text import table
 
 
 @attrs.frozen
@@ -71,18 +73,18 @@ class Validation:
         return "\n".join([self.status, *table(("check", "seen"), self.checks)])
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False, on_setattr=attrs.setters.frozen)
 class QuantizationResult(Generic[ModelT]):
     """A quantized model and what is known of it.
 
     Attributes:
         model: of the class of the float model.
-        report: per-layer evidence.
+        report: per-layer evidence, and the speed once `benchmark` has measured it.
         plan: what was decided, and why.
     """
 
     model: ModelT
-    report: Report
+    report: Report = attrs.field(on_setattr=attrs.setters.NO_OP)
     plan: Outline
     _data: CalibrationData | None = attrs.field(default=None, alias="data")
     _layers: tuple[LayerQuantizer, ...] = attrs.field(default=(), alias="layers")
@@ -166,6 +168,8 @@ class QuantizationResult(Generic[ModelT]):
         """Measure the model's speed beside the float one, by turns, on this machine.
 
         The float model is made for it, with weights on the grid, and takes its memory meanwhile.
+        From then on the report tells the speed too, and which kernel computed each weight; files
+        do not.
 
         Args:
             example: a batch as `fit` takes them; by default the first one of the data.
@@ -177,7 +181,9 @@ class QuantizationResult(Generic[ModelT]):
         data = self._example(example)
         if data is None or isinstance(self.model, BareModule):
             raise InputError("benchmark needs a model and an example: benchmark(example)")
-        return measure_speed(self.dequantize(), self.model, data, seconds)
+        found = measure_speed(self.dequantize(), self.model, data, seconds)
+        self.report = self.report.with_speed(found)
+        return found
 
     @property
     def _class_kept(self) -> nn.Module:
@@ -191,10 +197,8 @@ class QuantizationResult(Generic[ModelT]):
     def _example(self, example: object) -> CalibrationData | None:
         if example is None:
             return self._data
-        if isinstance(example, tuple | list):
-            example = [example]
         forward = self._data.forward if self._data is not None else None
-        return CalibrationData.bind(example, samples=1, forward=forward)
+        return CalibrationData.example(example, forward)
 
 
 def _itself(model: nn.Module) -> nn.Module:

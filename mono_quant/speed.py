@@ -1,20 +1,117 @@
-"""How fast a quantized model runs beside the float one, measured here and now."""
+"""How fast something quantized is beside its float twin: what is measured, and how it is told."""
 
 import statistics
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import attrs
 import torch
-from torch import nn
 
-from mono_quant.calibration import CalibrationData, device_of, evaluating
 from mono_quant.configurable import Config
-from mono_quant.modules import kernels_run
+from mono_quant.text import format_ms
+
+NO_DIFFERENCE = 0.05
+"""A difference of this share or less may be chance."""
 
 _ROUNDS = range(5, 100)
-_AS_FAST = 0.05  # what is no difference
+
+
+@attrs.frozen
+class LayerSpeed:
+    """What a layer's calls take within one call of the model, float and quantized.
+
+    Attributes:
+        float_seconds: of the float layer.
+        seconds: of the quantized one.
+    """
+
+    float_seconds: float
+    seconds: float
+
+    def __add__(self, other: "LayerSpeed") -> "LayerSpeed":
+        """Return what both take together."""
+        return LayerSpeed(self.float_seconds + other.float_seconds, self.seconds + other.seconds)
+
+    @property
+    def ratio(self) -> float:
+        """The float layer's time by the quantized one's: more than 1 is faster."""
+        return self.float_seconds / self.seconds
+
+    def to_dict(self) -> Config:
+        """Return everything as JSON data."""
+        return {**attrs.asdict(self), "ratio": self.ratio}
+
+
+@attrs.frozen
+class Turns:
+    """What calls of two things took that were called by turns, in seconds, round by round.
+
+    Attributes:
+        floats: of the float one.
+        quantized: of the other.
+    """
+
+    floats: tuple[float, ...]
+    quantized: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Median over the rounds of the float one's time by the other's."""
+        pairs = zip(self.floats, self.quantized, strict=True)
+        return statistics.median(one / other for one, other in pairs)
+
+    @property
+    def quiet(self) -> LayerSpeed:
+        """Lower quartiles: what a call takes where little else of the machine is in its way.
+
+        A call of a layer is so short that another process touches it wholly or not at all.
+        """
+        return LayerSpeed(*(sorted(taken)[len(taken) // 4] for taken in attrs.astuple(self)))
+
+
+def take_turns(
+    floats: Callable[[], object],
+    quantized: Callable[[], object],
+    seconds: float,
+    device: torch.device,
+    before: tuple[Callable[[], object], Callable[[], object]] | None = None,
+) -> Turns:
+    """Call both by turns, five times each at least, and return what that took.
+
+    What a first call alone does is the caller's to do before.
+
+    Args:
+        floats: the float one.
+        quantized: the other.
+        seconds: roughly how long to go on.
+        device: where they compute.
+        before: what is called right before each of them, and not timed.
+    """
+    calls = (floats, quantized)
+    taken: tuple[list[float], list[float]] = ([], [])
+    begun = time.perf_counter()
+    for turn in range(_ROUNDS.stop):
+        if turn >= _ROUNDS.start and time.perf_counter() - begun > seconds:
+            break
+        for place in (turn % 2, 1 - turn % 2):
+            if before is not None:
+                before[place]()
+            taken[place].append(_timed(calls[place], device))
+    return Turns(*map(tuple, taken))
+
+
+def _timed(call: Callable[[], object], device: torch.device) -> float:
+    _finish(device)
+    start = time.perf_counter()
+    call()
+    _finish(device)
+    return time.perf_counter() - start
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @attrs.frozen
@@ -41,7 +138,7 @@ class Speed:
     @property
     def faster(self) -> bool:
         """Whether the quantized model is faster by more than may be chance."""
-        return self.ratio > 1 + _AS_FAST
+        return self.ratio > 1 + NO_DIFFERENCE
 
     def to_dict(self) -> Config:
         """Return everything as JSON data."""
@@ -49,7 +146,7 @@ class Speed:
 
     def __str__(self) -> str:
         """Return the comparison and how many weights each kernel computed, as text."""
-        if abs(self.ratio - 1) <= _AS_FAST:
+        if abs(self.ratio - 1) <= NO_DIFFERENCE:
             told = "as fast as float"
         elif self.ratio > 1:
             told = f"{self.ratio:.2f} times as fast as float"
@@ -57,63 +154,10 @@ class Speed:
             told = f"slower than float, {1 / self.ratio:.2f} times its time"
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         lines = [
-            f"{told}: {1e3 * self.float_seconds:.4g} ms -> {1e3 * self.seconds:.4g} ms a call, "
+            f"{told}: {format_ms(self.float_seconds)} -> {format_ms(self.seconds)} a call, "
             f"median of {self.rounds} by turns, {threads}"
         ]
         counted = Counter(self.kernels.values()).most_common()
         if counted:
             lines.append("kernels: " + ", ".join(f"{name} {count}" for name, count in counted))
         return "\n".join(lines)
-
-
-@torch.no_grad()
-def measure_speed(
-    floats: nn.Module, quantized: nn.Module, data: CalibrationData, seconds: float
-) -> Speed:
-    """Return the speed of two models on the first batch of `data`, which take turns.
-
-    Args:
-        floats: what is compared with.
-        quantized: the model.
-        data: its first batch is what both are called with.
-        seconds: roughly how long to measure; each model is called five times at least.
-
-    Raises:
-        CalibrationError: a model cannot be called with it.
-    """
-    batch = data.first()
-    models = (floats, quantized)
-    taken: tuple[list[float], list[float]] = ([], [])
-    with evaluating(floats), evaluating(quantized):
-        one = CalibrationData([batch], 1, data.forward)
-        next(one.outputs(floats))  # what only a first call does is not counted
-        with kernels_run() as ran:
-            next(one.outputs(quantized))
-        begun = time.perf_counter()
-        for turn in range(_ROUNDS.stop):
-            if turn >= _ROUNDS.start and time.perf_counter() - begun > seconds:
-                break
-            for place in (turn % 2, 1 - turn % 2):
-                taken[place].append(_timed(models[place], data, batch))
-    ratios = [one / other for one, other in zip(*taken, strict=True)]
-    paths = {module: path for path, module in quantized.named_modules()}
-    return Speed(
-        float_seconds=statistics.median(taken[0]),
-        seconds=statistics.median(taken[1]),
-        ratio=statistics.median(ratios),
-        rounds=len(ratios),
-        threads=torch.get_num_threads(),
-        kernels={
-            f"{paths[layer]}.{name}".removeprefix("."): kernel
-            for (layer, name), kernel in ran.items()
-        },
-    )
-
-
-def _timed(model: nn.Module, data: CalibrationData, batch: object) -> float:
-    device = device_of(model)
-    start = time.perf_counter()
-    data.call(model, batch)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start

@@ -17,16 +17,16 @@ RANKS = {
     name: rank
     for rank, names in enumerate(
         [
-            "version errors",
+            "version errors text",
             "configurable",
             "numerics",
-            "base",
+            "base speed",
             "batches report operations recurrence schemes observers rounding selection transforms",
             "kernels settings",
             "modules",
             "layers serializers",
             "calibration checkpoint",
-            "speed",
+            "benchmark",
             "result flow",
             "plan files",
             "builder comparison",

@@ -51,6 +51,7 @@ CALLS: dict[str, Call] = {
     "layer": lambda q: q.layer(LinearLikeQuantizer("a.b")),
     "transform": lambda q: q.transform(Doubled()),
     "fit": lambda q: q.fit(torch.zeros(2, 128)),
+    "only_if_faster": lambda q: q.only_if_faster(torch.zeros(2, 128)),
 }
 
 

@@ -3,12 +3,13 @@
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
 from pathlib import Path
 
 import attrs
+from torch import nn
 
 from mono_quant.api import load_model
+from mono_quant.benchmark import measure_speed
 from mono_quant.cli.inputs import (
     data_of,
     factory_of,
@@ -35,10 +36,11 @@ from mono_quant.configurable import Config
 from mono_quant.demo.run import run_demo
 from mono_quant.errors import ConfigurationError
 from mono_quant.files import describe_file, float_state_dict, validate_file
-from mono_quant.report import format_bytes
+from mono_quant.quantizer import Quantizer
 from mono_quant.result import Validation
 from mono_quant.serializers import read_checkpoint, serializer_for, write_state_dict
-from mono_quant.speed import measure_speed
+from mono_quant.speed import NO_DIFFERENCE
+from mono_quant.text import format_bytes
 
 OK = 0
 FAILED = 1
@@ -76,24 +78,11 @@ def quantize(given: Namespace) -> Outcome:
     if not options.dry_run or options.output is not None:
         output = _checked_output(options.output, model_path(options))
     model = float_model(options)
-    if options.calibration is not None:
-        if isinstance(model, Mapping):
-            raise ConfigurationError(
-                "--calibration runs the model, and a bare checkpoint cannot be run: "
-                "add --factory package.module:name"
-            )
-        quantizer = quantizer.fit(
-            read_data(options.calibration),
-            samples=samples_of(options.samples),
-            forward=forward_of(options),
-        )
-    elif options.forward is not None:
-        raise ConfigurationError("--forward calls the model with --calibration; add that")
-    elif options.samples is not None:
-        raise ConfigurationError("--samples counts those of --calibration; add that")
+    quantizer = _with_data(quantizer, options, runs=isinstance(model, nn.Module))
     plan = quantizer.plan(model)
     del model  # so that --in-place can free the tensors of a bare checkpoint
     if output is None or options.dry_run:
+        plan = plan.measured(progress=not options.quiet)
         outline = plan.outline
         return Outcome(
             plan.explain(),
@@ -115,12 +104,50 @@ def quantize(given: Namespace) -> Outcome:
         "config": result.plan.config,
     }
     problem = None
-    if options.validate:
+    if options.only_if_faster and not result.report.quantized:
+        lines.append("nothing is faster quantized: the file holds the float model")
+    elif options.validate:
         validation = result.validate(path=saved)
         lines.append(f"validation: {validation}")
         answer["validation"] = _validation(validation)
         problem = _problem(saved, validation)
     return Outcome("" if options.quiet else "\n".join(lines), answer, problem)
+
+
+def _with_data(quantizer: Quantizer, options: QuantizeOptions, *, runs: bool) -> Quantizer:
+    """Return the quantizer with the data and the example that the options name."""
+    named = {"--calibration": options.calibration, "--example": options.example}
+    said = [name for name, path in named.items() if path is not None]
+    if said and not runs:
+        raise ConfigurationError(
+            f"{said[0]} runs the model, and a bare checkpoint cannot be run: "
+            "add --factory package.module:name"
+        )
+    if options.forward is not None and not said:
+        raise ConfigurationError("--forward calls the model with --calibration; add that")
+    if options.samples is not None and options.calibration is None:
+        raise ConfigurationError("--samples counts those of --calibration; add that")
+    if options.only_if_faster != (options.example is not None):
+        raise ConfigurationError(
+            "--only-if-faster measures layers on a batch: add --example FILE"
+            if options.only_if_faster
+            else "--example is what --only-if-faster measures on; add that"
+        )
+    if options.margin is not None and not options.only_if_faster:
+        raise ConfigurationError("--margin says how much faster; add --only-if-faster")
+    if options.calibration is not None:
+        quantizer = quantizer.fit(
+            read_data(options.calibration),
+            samples=samples_of(options.samples),
+            forward=forward_of(options),
+        )
+    if options.example is not None:
+        quantizer = quantizer.only_if_faster(
+            data_of(options.example, options, 1).first(),
+            margin=NO_DIFFERENCE if options.margin is None else options.margin,
+            forward=forward_of(options),
+        )
+    return quantizer
 
 
 def info(given: Namespace) -> Outcome:

@@ -44,6 +44,9 @@ class QuantizeOptions(ModelOptions):
     fold: bool | None
     transform: list[str]
     on_damage: str | None
+    only_if_faster: bool
+    example: Path | None
+    margin: float | None
     calibration: Path | None
     samples: int | None
     in_place: bool

@@ -17,6 +17,7 @@ from typing import NoReturn
 from mono_quant.calibration import DEFAULT_SAMPLES
 from mono_quant.cli import commands
 from mono_quant.errors import ConfigurationError
+from mono_quant.speed import NO_DIFFERENCE
 from mono_quant.version import __version__
 
 _PROGRAM = "monoquant"
@@ -109,7 +110,8 @@ def _add_quantize(known: _SubParsersAction[_Parser]) -> None:
     _add_calibration(model)
     _add_grid(command.add_argument_group("how weights are quantized"))
     _add_inputs(command.add_argument_group("how inputs of layers are quantized, and changes"))
-    _add_layers(command.add_argument_group("which layers"))
+    _add_layers(layers := command.add_argument_group("which layers"))
+    _add_speed(layers)
     output = command.add_argument_group("what comes out")
     output.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="where to: .safetensors, .pt or .pth"
@@ -232,6 +234,27 @@ def _add_layers(layers: _ArgumentGroup) -> None:
         default=[],
         metavar="PATTERN=BITS",
         help="quantize these otherwise, or PATTERN:bits=8,group_size=32; repeatable, the last wins",
+    )
+
+
+def _add_speed(layers: _ArgumentGroup) -> None:
+    layers.add_argument(
+        "--only-if-faster",
+        action="store_true",
+        help="measure every layer on --example, and leave in float what is no faster quantized",
+    )
+    layers.add_argument(
+        "--example",
+        type=Path,
+        metavar="FILE",
+        help="a batch such as the model will be called with, in a file as --calibration reads it; "
+        "the first one where there are several",
+    )
+    layers.add_argument(
+        "--margin",
+        type=float,
+        metavar="SHARE",
+        help=f"how much faster a layer has to be (default: {NO_DIFFERENCE})",
     )
 
 

@@ -23,9 +23,9 @@ from mono_quant.demo.lee import background_articles, lee_documents, pearson_with
 from mono_quant.demo.minilm import MiniLM, batches, encode, load_minilm
 from mono_quant.numerics.metrics import sqnr_db
 from mono_quant.quantizer import Quantizer
-from mono_quant.report import format_bytes, format_db, table
 from mono_quant.result import QuantizationResult
 from mono_quant.serializers import write_state_dict
+from mono_quant.text import format_bytes, format_db, table
 
 _VARIANTS: Mapping[str, Quantizer] = {
     "INT8": Quantizer().bits(8).activations("dynamic"),

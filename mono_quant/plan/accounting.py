@@ -84,6 +84,8 @@ def _weight_row(weight: WeightPlan) -> LayerReport:
         activation=_activation(weight),
         reason=weight.reason,
         aliases=weight.aliases,
+        speed=weight.speed,
+        kernel=weight.kernel,
     )
 
 

@@ -14,10 +14,11 @@ from mono_quant.checkpoint import copy_structure
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.observers import MinMax
 from mono_quant.plan.request import LOW_BITS, WeightPlan
-from mono_quant.report import CRITICAL_DB, WARNING_DB, LayerReport, format_db
+from mono_quant.report import CRITICAL_DB, WARNING_DB, LayerReport
 from mono_quant.rounding import RoundToNearest
 from mono_quant.schemes import FloatCast
 from mono_quant.settings import Activations, Recipe
+from mono_quant.text import format_db
 
 
 @attrs.frozen

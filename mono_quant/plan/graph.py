@@ -21,7 +21,7 @@ from mono_quant.result import Outline, QuantizationResult, seeded_outputs
 _SHOWN = 3
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False, on_setattr=attrs.setters.frozen)
 class GraphResult(QuantizationResult[fx.GraphModule], Generic[ModelT]):
     """A quantized model as a graph of codes, and what is known of it.
 

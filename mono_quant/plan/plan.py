@@ -15,6 +15,7 @@ from mono_quant.layers import BUILT_IN_CONTAINERS
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.plan.accounting import account
 from mono_quant.plan.damage import Damage, amended, diagnosed, estimated
+from mono_quant.plan.faster import decided, measure_layers, outcome, set_apart
 from mono_quant.plan.inputs import InputUses
 from mono_quant.plan.measure import (
     LayerErrors,
@@ -24,9 +25,11 @@ from mono_quant.plan.measure import (
     transform,
     with_outputs,
 )
+from mono_quant.plan.outline import outline_of
 from mono_quant.plan.request import Request, WeightPlan
 from mono_quant.plan.run import check_finite, check_fits, quantize_weights
 from mono_quant.plan.warnings import warnings_of
+from mono_quant.plan.written import skipping
 from mono_quant.report import LayerReport, Report
 from mono_quant.result import Outline, QuantizationResult
 from mono_quant.transforms import FoldBatchNorm
@@ -62,6 +65,7 @@ class Plan(Generic[ModelT]):
     _request: Request = attrs.field(alias="request")
     weights: tuple[WeightPlan, ...]
     outline: Outline
+    _measured: bool = attrs.field(default=False, alias="measured")
 
     def explain(self) -> str:
         """Return what will happen to each weight and why, predicted size and peak memory."""
@@ -70,6 +74,23 @@ class Plan(Generic[ModelT]):
     def __str__(self) -> str:
         """Return `explain()`."""
         return self.explain()
+
+    def measured(self, *, progress: bool = True) -> "Plan[ModelT]":
+        """Return the plan after `only_if_faster` was acted on: layers that gain nothing stay float.
+
+        Each layer is measured on the example. `run` does so first; by itself this shows what comes
+        of it, and its answer is kept. Without such a rule the plan itself comes back.
+
+        Args:
+            progress: show a progress bar where the output is a terminal.
+
+        Raises:
+            CalibrationError: the model failed on the example.
+            InputError: a weight is not finite; names it.
+        """
+        if self._request.faster is None or self._measured:
+            return self
+        return self._decided(copy_structure(self._model), progress)
 
     def run(self, *, in_place: bool = False, progress: bool = True) -> QuantizationResult[ModelT]:
         """Carry the plan out, layer by layer.
@@ -87,6 +108,13 @@ class Plan(Generic[ModelT]):
         """
         label = "quantizing" if progress else None
         request = self._request
+        if request.faster is not None and not self._measured:
+            if in_place:
+                self._check_in_place([])
+                plan = self._decided(self._model, progress)
+            else:
+                plan = self.measured(progress=progress)
+            return plan.run(in_place=in_place, progress=progress)
         data = request.data.held() if request.data is not None else None
         todo = [weight for weight in self.weights if weight.recipe is not None]
         kept = Outputs()
@@ -113,6 +141,32 @@ class Plan(Generic[ModelT]):
         report = self._report(work, found, data)
         example = CalibrationData([data.first()], 1, data.forward) if data is not None else None
         return QuantizationResult(work, report, self.outline, example, request.layers)
+
+    def _decided(self, floats: nn.Module, progress: bool) -> "Plan[ModelT]":
+        """Return the plan whose layers were measured in a float model, which shares the weights.
+
+        Its configuration names the weights that stay float, to make the same model without a clock.
+        """
+        faster, before = self._request.faster, self.outline
+        todo = [weight for weight in self.weights if weight.recipe is not None]
+        self._check_unspent(todo)
+        if faster is None:
+            return self
+        sizes = (before.report.float_bytes, before.report.bytes)
+        label = "measuring layers" if progress else None
+        example = faster.called_as(self._request.data)
+        found = (
+            measure_layers(floats, todo, example, self._containers, sizes, label) if todo else {}
+        )
+        weights = decided(self.weights, found, faster.margin)
+        outline = outline_of(
+            self._model,
+            weights,
+            skipping(before.config, self._model, set_apart(weights)),
+            [outcome(weights, faster.margin)],
+            before.report.warnings,
+        )
+        return attrs.evolve(self, weights=weights, outline=outline, measured=True)
 
     def _beside(
         self,
@@ -152,6 +206,7 @@ class Plan(Generic[ModelT]):
             self,
             weights=amended(self.weights, damages, self._model),
             request=attrs.evolve(self._request, on_damage="warn", data=data),
+            measured=False,
         )
 
     def _transforms(self) -> tuple[Transform, ...]:

@@ -7,12 +7,32 @@ from mono_quant.calibration import CalibrationData
 from mono_quant.numerics.values import Layout
 from mono_quant.selection import Selector
 from mono_quant.settings import Recipe, Settings
+from mono_quant.speed import LayerSpeed
 
 LOW_BITS = 8
 """Widths below this are low: small layers and embeddings stay float by default."""
 
 ACTIONS = ("warn", "keep", "error")
 """What may happen where quantizing destroys a layer."""
+
+
+@attrs.frozen(eq=False)
+class OnlyIfFaster:
+    """That layers stay float which are no faster quantized.
+
+    Attributes:
+        example: what the model is called with to see it.
+        margin: by which share more a layer must be faster.
+    """
+
+    example: CalibrationData
+    margin: float
+
+    def called_as(self, data: CalibrationData | None) -> CalibrationData:
+        """Return the example, run as the data is where it does not say how it is run."""
+        if self.example.forward is not None or data is None:
+            return self.example
+        return attrs.evolve(self.example, forward=data.forward)
 
 
 @attrs.frozen(eq=False)
@@ -32,6 +52,7 @@ class Request:
         on_damage: "warn" of destroyed layers, "keep" what does the damage at 16 bits or its inputs
             in float, or take it for an "error".
         data: batches to measure and calibrate on.
+        faster: what keeps layers float that gain no speed; None: all are quantized.
     """
 
     settings: Settings = attrs.field(factory=Settings)
@@ -45,6 +66,7 @@ class Request:
     fold: bool | None = None
     on_damage: str = "warn"
     data: CalibrationData | None = None
+    faster: OnlyIfFaster | None = None
 
 
 @attrs.frozen(eq=False)
@@ -69,6 +91,8 @@ class WeightPlan:
         float_inputs: why its inputs stay float although they were to be quantized, or None.
         tied_to: the weight that it shares its values with, if that comes first.
         aliases: names of the later weights that share its values.
+        speed: of its layer with those that share its values, if it was measured.
+        kernel: what computed with it then.
     """
 
     path: str
@@ -88,6 +112,8 @@ class WeightPlan:
     float_inputs: str | None = None
     tied_to: "WeightPlan | None" = None
     aliases: tuple[str, ...] = ()
+    speed: LayerSpeed | None = None
+    kernel: str | None = None
 
     @property
     def key(self) -> str:

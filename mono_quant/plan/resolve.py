@@ -13,17 +13,16 @@ from mono_quant.configurable import Config, dtype_name
 from mono_quant.errors import CalibrationError, ConfigurationError, Mend
 from mono_quant.layers import BUILT_IN_CONTAINERS, BUILT_IN_LAYERS
 from mono_quant.numerics.metrics import memory_of, tensor_bytes
-from mono_quant.plan.accounting import account, inside
+from mono_quant.plan.accounting import inside
+from mono_quant.plan.faster import rule
+from mono_quant.plan.outline import outline_of
 from mono_quant.plan.plan import Plan
 from mono_quant.plan.request import LOW_BITS, Request, WeightPlan
-from mono_quant.result import Outline
 from mono_quant.selection import Selection
 from mono_quant.settings import Activations, Settings
 
 SMALL = 512
 """Layers with fewer parameters stay float below 8 bits unless they are asked for."""
-WORK_BYTES = 12
-"""Bytes of working memory that each value of the layer at hand takes while it is quantized."""
 
 
 def resolve(model: ModelT, request: Request, config: Config) -> Plan[ModelT]:
@@ -39,16 +38,10 @@ def resolve(model: ModelT, request: Request, config: Config) -> Plan[ModelT]:
         check_tuple(model, request.data)
     weights = _join_ties(model, _weights(model, request))
     todo = [weight for weight in weights if weight.recipe is not None]
-    report = attrs.evolve(
-        account(model, weights),
-        notes=tuple(_notes(weights)),
-        warnings=tuple(_refused_inputs(todo)),
-    )
+    warnings = tuple(_refused_inputs(todo))
     _check_data(request, todo)
-    work = WORK_BYTES * max((weight.parameters for weight in todo), default=0)
-    outline = Outline(
-        report, report.float_bytes + report.bytes + work, report.float_bytes + work, config
-    )
+    rules = [rule(request.faster.margin)] if request.faster is not None else []
+    outline = outline_of(model, weights, config, rules, warnings)
     return Plan(model=model, request=request, weights=tuple(weights), outline=outline)
 
 
@@ -264,20 +257,6 @@ def _alike(weight: WeightPlan, first: WeightPlan) -> WeightPlan:
         own = weight.recipe.activations if weight.recipe is not None else Activations()
         recipe = attrs.evolve(recipe, activations=own)
     return attrs.evolve(weight, recipe=recipe, reason=None)
-
-
-def _notes(weights: Sequence[WeightPlan]) -> Iterable[str]:
-    if not any(weight.recipe is not None for weight in weights):
-        yield "no weight is quantized by this"
-    slowed: dict[str, list[str]] = {}
-    for weight in weights:
-        quantized = weight.recipe is not None and weight.recipe.activations.mode is not None
-        if quantized and weight.maker.slowed is not None:
-            paths = slowed.setdefault(weight.maker.slowed, [])
-            paths += [weight.path] if weight.path not in paths else []
-    for text, (first, *more) in slowed.items():
-        names = f"{first or 'the layer'} and {len(more)} more" if more else first or "the layer"
-        yield f"quantized inputs of {names}: {text}"
 
 
 def _sources(module: nn.Module, path: str, name: str) -> tuple[str, ...]:

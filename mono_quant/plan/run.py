@@ -46,7 +46,7 @@ def quantize_weights(
             layer = model.get_submodule(path)
             for weight in weights:
                 known = gathered.get((path, weight.name), Gathered())
-                activations[weight.key] = _activation(weight, known)
+                activations[weight.key] = activation_of(weight, known)
                 said, size = _inputs(weight, activations[weight.key])
                 why = _input_reason(weight, known)
                 if weight.tied_to is not None:
@@ -54,7 +54,7 @@ def quantize_weights(
                     packed[weight.key] = packed[first]
                     rows[first] = rows[first].with_inputs(said, size, weight.key, reason=why)
                     continue
-                packed[weight.key], row = _round(weight, layer, known.rows)
+                packed[weight.key], row = rounded(weight, layer, known.rows)
                 rows[weight.key] = row.with_inputs(said, size, reason=why)
             module = weights[0].maker.replace(
                 layer,
@@ -75,9 +75,15 @@ def quantize_weights(
     return model, rows
 
 
-def _round(
+def rounded(
     weight: WeightPlan, layer: nn.Module, statistics: Statistics
 ) -> tuple[PackedTensor, LayerReport]:
+    """Return a weight of `layer` on its grid, and what is known of it.
+
+    Raises:
+        InputError: it is not finite, or no grid can hold it; names it.
+        CalibrationError: its rounding needs statistics that were not gathered.
+    """
     recipe = cast("Recipe", weight.recipe)  # only weights with a recipe are rounded
     with evaluating(layer):  # in train mode, reading a spectral_norm weight changes it
         view = weight.maker.weights(layer)[weight.name]
@@ -126,11 +132,13 @@ def _round(
         ranges=(f"weight range by {why}",) if why else (),
         note="; ".join(part for part in notes if part) or None,
         aliases=weight.aliases,
+        speed=weight.speed,
+        kernel=weight.kernel,
     )
     return packed, row
 
 
-def _activation(weight: WeightPlan, gathered: Gathered) -> Activation | None:
+def activation_of(weight: WeightPlan, gathered: Gathered) -> Activation | None:
     """Return how the inputs of a weight are quantized; None for floats, or if no data came by."""
     recipe = cast("Recipe", weight.recipe)  # only weights with a recipe come here
     scheme = recipe.activations.scheme

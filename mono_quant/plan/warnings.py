@@ -13,9 +13,8 @@ from mono_quant.report import (
     InputReport,
     LayerReport,
     Report,
-    format_bytes,
-    format_db,
 )
+from mono_quant.text import format_bytes, format_db
 
 _NOTABLE_SHARE = 0.05
 _SHOWN = 3

@@ -1,15 +1,17 @@
 """What was asked for, as a configuration that comes back and as the chain of calls that says it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import attrs
+from torch import nn
 
 from mono_quant.base import Container, Correction, LayerQuantizer, Transform
 from mono_quant.configurable import Config, Json, Kinds
 from mono_quant.errors import ConfigurationError
-from mono_quant.plan.request import ACTIONS, Request
+from mono_quant.plan.request import ACTIONS, Request, WeightPlan
 from mono_quant.selection import Selection, Selector
 from mono_quant.settings import Activations, Settings
+from mono_quant.speed import NO_DIFFERENCE
 
 GRAPH = "graph"
 """The call that makes a graph, and its word in a configuration."""
@@ -54,6 +56,16 @@ def config_of(request: Request, selection: Selection | None) -> Config:
         "fold": request.fold,
         "on_damage": request.on_damage,
     }
+
+
+def skipping(config: Config, model: nn.Module, weights: Iterable[WeightPlan]) -> Config:
+    """Return a configuration that leaves these weights in float too.
+
+    They are named themselves, but for weights that are computed: there their layers are.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = [weight.key if weight.key in parameters else weight.path for weight in weights]
+    return {**config, "skip": list(dict.fromkeys([*_names(config["skip"]), *names]))}
 
 
 def request_from(config: Config, kinds: Kinds | None = None) -> Request:
@@ -117,8 +129,12 @@ def calls_of(request: Request) -> list[str]:
         calls.append(f"on_damage({request.on_damage!r})")
     changing = (*request.transforms, *request.corrections)
     calls += [f"transform({transform!r})" for transform in changing]
+    if request.faster is not None:
+        margin = request.faster.margin
+        more = f", margin={margin!r}" if margin != NO_DIFFERENCE else ""
+        calls.append(f"only_if_faster({_shown(request.faster.example.first())}{more})")
     if request.data is not None:
-        calls.append(f"fit(<{type(request.data.source).__name__}>)")
+        calls.append(f"fit({_shown(request.data.source)})")
     return calls
 
 
@@ -139,6 +155,10 @@ def _call(name: str, value: object) -> str:
     if name in _OBSERVERS:
         return f"observer({_OBSERVERS[name]}={value!r})"
     return f"{name}({value!r})"
+
+
+def _shown(data: object) -> str:
+    return f"<{type(data).__name__}>"
 
 
 def _show(selector: Selector) -> str:

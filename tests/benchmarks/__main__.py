@@ -20,6 +20,7 @@ NAMES = (
     "advice",
     "flow",
     "kernels",
+    "faster",
 )
 
 

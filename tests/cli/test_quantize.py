@@ -255,3 +255,45 @@ def test_a_plan_refuses_an_output_that_could_not_be_written(
     assert monoquant("quantize", "model.pt", "--plan", "-o", "s.xyz").code == 2
     assert monoquant("quantize", "model.pt", "--plan", "-o", "nosuch/s.pt").code == 3
     assert monoquant("quantize", "model.pt", "--plan", "-o", "s.pt").code == 0
+
+
+FASTER = ("--only-if-faster", "--example", "batches.pt")
+
+
+def test_layers_are_measured_on_an_example(folder: Path, monoquant: Monoquant) -> None:
+    words = ("quantize", "model.pt", "--factory", SMALL, *FASTER)
+    done = monoquant(*words, "--plan")
+    assert done.code == 0
+    assert "quantized only where that is more than 5% faster on the example" in done.out
+    done = monoquant(*words, "--margin", 1e9, "-o", "s.pt")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.count("float: no gain in speed, quantized it is") == 2
+    assert done.out.endswith("nothing is faster quantized: the file holds the float model\n")
+    assert same_tensors(load_model("s.pt", small()), small())
+
+
+def test_an_example_is_called_as_the_data_is(folder: Path, monoquant: Monoquant) -> None:
+    words = ("quantize", "--factory", SMALL, "--only-if-faster", "--example", "named.pt", "--plan")
+    assert monoquant(*words).code == 2
+    done = monoquant(*words, "--forward", "tests.cli.networks:doubled")
+    assert done.code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (FASTER, "--example runs the model, and a bare checkpoint cannot be run: add --factory"),
+        (("--factory", SMALL, "--only-if-faster"), "add --example FILE"),
+        (("--factory", SMALL, *FASTER[1:]), "--only-if-faster measures on; add that"),
+        (("--factory", SMALL, "--margin", 1), "add --only-if-faster"),
+        (("--factory", SMALL, *FASTER, "--margin", -1), "margin is a share of 0 or more"),
+        (("--factory", SMALL, *FASTER, "--samples", 9), "add that"),
+    ],
+    ids=["bare", "example", "faster", "margin", "negative", "samples"],
+)
+def test_half_of_a_measurement_is_refused(
+    words: tuple[object, ...], complaint: str, folder: Path, monoquant: Monoquant
+) -> None:
+    done = monoquant("quantize", "model.pt", *words, "--plan")
+    assert done.code == 2
+    assert complaint in done.complaint

@@ -49,6 +49,9 @@ def test_graph_may_stand_anywhere_in_the_chain() -> None:
     assert torch.equal(one, other)
 
 
+REFUSED = {"only_if_faster"}  # it measures layers of floats, as tests/plan/test_faster.py says
+
+
 def test_graph_leaves_the_quantizer_alone() -> None:
     base = Quantizer().bits(4)
     base.graph()
@@ -56,7 +59,7 @@ def test_graph_leaves_the_quantizer_alone() -> None:
     assert type(base) is Quantizer
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in REFUSED])
 def test_the_calls_of_a_graph_are_those_of_a_quantizer(name: str) -> None:
     call: Call = CALLS[name]
     before = Quantizer().graph()

@@ -1,0 +1,46 @@
+"""What can be shown of a plan: the predicted report, its notes, and the peak of memory."""
+
+from collections.abc import Iterable, Sequence
+
+import attrs
+from torch import nn
+
+from mono_quant.configurable import Config
+from mono_quant.plan.accounting import account
+from mono_quant.plan.request import WeightPlan
+from mono_quant.result import Outline
+
+WORK_BYTES = 12
+"""Bytes of working memory that each value of the layer at hand takes while it is quantized."""
+
+
+def outline_of(
+    model: nn.Module,
+    weights: Sequence[WeightPlan],
+    config: Config,
+    notes: Iterable[str],
+    warnings: Iterable[str],
+) -> Outline:
+    """Return the outline of a plan, with further notes after its own."""
+    todo = [weight for weight in weights if weight.recipe is not None]
+    report = attrs.evolve(
+        account(model, weights), notes=(*_notes(weights), *notes), warnings=tuple(warnings)
+    )
+    work = WORK_BYTES * max((weight.parameters for weight in todo), default=0)
+    return Outline(
+        report, report.float_bytes + report.bytes + work, report.float_bytes + work, config
+    )
+
+
+def _notes(weights: Sequence[WeightPlan]) -> Iterable[str]:
+    if not any(weight.recipe is not None for weight in weights):
+        yield "no weight is quantized by this"
+    slowed: dict[str, list[str]] = {}
+    for weight in weights:
+        quantized = weight.recipe is not None and weight.recipe.activations.mode is not None
+        if quantized and weight.maker.slowed is not None:
+            paths = slowed.setdefault(weight.maker.slowed, [])
+            paths += [weight.path] if weight.path not in paths else []
+    for text, (first, *more) in slowed.items():
+        names = f"{first or 'the layer'} and {len(more)} more" if more else first or "the layer"
+        yield f"quantized inputs of {names}: {text}"
