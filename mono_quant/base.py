@@ -827,6 +827,8 @@ class Checkpoint:
         ties: further names of a tensor or record, by alias.
         containers: configurations of the containers that had to be adapted.
         edits: configurations of the `Edit` that the float model's structure went through.
+        applied: which layer computes an activation of the float model: the layer's dotted name by
+            the activation's.
         config: the quantizer that made it, for the reader.
         summary: figures of the report, for the reader.
     """
@@ -837,6 +839,7 @@ class Checkpoint:
     ties: Mapping[str, str] = attrs.field(factory=dict)
     containers: tuple[Config, ...] = ()
     edits: tuple[Config, ...] = ()
+    applied: Mapping[str, str] = attrs.field(factory=dict)
     config: Config = attrs.field(factory=dict)
     summary: Config = attrs.field(factory=dict)
 
