@@ -195,8 +195,8 @@ def _add_inputs(inputs: _ArgumentGroup) -> None:
     inputs.add_argument(
         "--fold",
         action=BooleanOptionalAction,
-        help="fold batch normalizations first (default: where inputs are quantized); --no-fold also "
-        "leaves activations apart from their layers",
+        help="fold batch normalizations first (default: where inputs are quantized); --no-fold "
+        "also leaves activations apart from their layers",
     )
     inputs.add_argument(
         "--transform",
