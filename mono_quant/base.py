@@ -577,6 +577,9 @@ class LayerQuantizer(Configurable, ABC):
     slowed: ClassVar[str | None] = None
     """How quantized inputs make such a layer slower than the float one, for notes; None if not."""
 
+    looks_up: ClassVar[bool] = False
+    """Whether such a layer returns rows of its weight, and no product with it."""
+
     takes_children: ClassVar[bool] = True
     """Whether the modules inside a layer are its own affair, hidden from other quantizers."""
 

@@ -32,8 +32,11 @@ def quantize_weights(
     What comes back is another object where the model is one layer and its quantizer made a new one.
     """
     by_layer: dict[str, list[WeightPlan]] = {}
+    multiplied: set[str] = set()  # by one of those that share it
     for weight in todo:
         by_layer.setdefault(weight.path, []).append(weight)
+        if not weight.maker.looks_up:
+            multiplied.add((weight.tied_to or weight).key)
     rows: dict[str, LayerReport] = {}
     packed: dict[str, PackedTensor] = {}
     activations: dict[str, Activation | None] = {}
@@ -54,7 +57,8 @@ def quantize_weights(
                     packed[weight.key] = packed[first]
                     rows[first] = rows[first].with_inputs(said, size, weight.key, reason=why)
                     continue
-                packed[weight.key], row = _round(weight, layer, known.rows)
+                looked_up = weight.key not in multiplied
+                packed[weight.key], row = _round(weight, layer, known.rows, looked_up)
                 rows[weight.key] = row.with_inputs(said, size, reason=why)
             module = weights[0].maker.replace(
                 layer,
@@ -76,7 +80,7 @@ def quantize_weights(
 
 
 def _round(
-    weight: WeightPlan, layer: nn.Module, statistics: Statistics
+    weight: WeightPlan, layer: nn.Module, statistics: Statistics, looked_up: bool
 ) -> tuple[PackedTensor, LayerReport]:
     recipe = cast("Recipe", weight.recipe)  # only weights with a recipe are rounded
     with evaluating(layer):  # in train mode, reading a spectral_norm weight changes it
@@ -118,7 +122,7 @@ def _round(
         packed.nbytes,
         scheme=scheme.describe(),
         sqnr_db=error.total.sqnr_db,
-        estimated_db=error.estimated_db,
+        estimated_db=error.total.sqnr_db if looked_up else error.estimated_db,
         outliers=error.outliers,
         row_outliers=error.row_outliers,
         columns=stack.shape[2],
