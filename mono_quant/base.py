@@ -561,6 +561,11 @@ class QuantizedModule(nn.Module, ABC):
         """Return how inputs are quantized, by the name of the weight that they meet."""
         return {}
 
+    @property
+    def stand_in(self) -> nn.Module | None:
+        """What stands where the activation stood that this layer computes; None without one."""
+        return None
+
     def qtensors(self) -> Mapping[str, QTensor]:
         """Return the weights by name as unpacked codes on the stack ``[G, out, in]``."""
         return {name: packed.unpack() for name, packed in self.packed_weights().items()}

@@ -402,7 +402,7 @@ def _applied(model: nn.Module) -> Mapping[str, str]:
     names = {id(module): path for path, module in model.named_modules()}
     found: dict[str, str] = {}
     for path, layer in model.named_modules():
-        if isinstance(layer, QuantizedLayer) and layer.stand_in is not None:
+        if isinstance(layer, QuantizedModule) and layer.stand_in is not None:
             if id(layer.stand_in) not in names:
                 raise CheckpointError(
                     f"{path!r} computes an activation whose place is no longer in the model, so a "

@@ -121,7 +121,7 @@ class QuantizedLayer(QuantizedModule):
 
     @property
     def stand_in(self) -> nn.Module | None:
-        """What stands where the activation stood that this layer computes; None without one."""
+        """What stands where the activation stood that this layer computes since `take_over`."""
         place: tuple[nn.Module, bool] | None = self.__dict__.get(_PLACE)
         return place[0] if place is not None else None
 

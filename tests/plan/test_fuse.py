@@ -19,6 +19,7 @@ from mono_quant import (
     Quantizer,
     load_model,
 )
+from mono_quant.base import CorrectionContext
 from mono_quant.checkpoint import rebuild, to_checkpoint
 from mono_quant.flow import integer_flow
 from mono_quant.kernels import KERNELS, use
@@ -468,6 +469,18 @@ def test_reports_and_corrections_are_those_of_layers_without_activation(
     assert fused.report.layers == left.report.layers
     assert fused.report.warnings == left.report.warnings
     assert same_tensors(fused.model, left.model)
+
+
+def test_a_correction_of_a_finished_model_leaves_such_layers_alone() -> None:
+    model = net()
+    result = static(model, IMAGES)
+    twin = Quantizer().bits(16).fold().apply(model, progress=False).model
+    before = result.model(IMAGES)
+    changes = BiasCorrection().apply(result.model, CorrectionContext(twin, model))
+    left = {change.path: change.text for change in changes if not change.done}
+    for name in FUSED.values():
+        assert left[name].endswith("it computes the activation behind it, too")
+    assert torch.equal(result.model(IMAGES), before)
 
 
 def test_the_output_of_a_layer_is_measured_before_its_activation() -> None:
