@@ -561,6 +561,11 @@ class QuantizedModule(nn.Module, ABC):
         """Return how inputs are quantized, by the name of the weight that they meet."""
         return {}
 
+    @property
+    def stand_in(self) -> nn.Module | None:
+        """What stands where the activation stood that this layer computes; None without one."""
+        return None
+
     def qtensors(self) -> Mapping[str, QTensor]:
         """Return the weights by name as unpacked codes on the stack ``[G, out, in]``."""
         return {name: packed.unpack() for name, packed in self.packed_weights().items()}
@@ -576,6 +581,9 @@ class LayerQuantizer(Configurable, ABC):
     __slots__ = ()
     slowed: ClassVar[str | None] = None
     """How quantized inputs make such a layer slower than the float one, for notes; None if not."""
+
+    looks_up: ClassVar[bool] = False
+    """Whether such a layer returns rows of its weight, and no product with it."""
 
     takes_children: ClassVar[bool] = True
     """Whether the modules inside a layer are its own affair, hidden from other quantizers."""
@@ -835,6 +843,8 @@ class Checkpoint:
         ties: further names of a tensor or record, by alias.
         containers: configurations of the containers that had to be adapted.
         edits: configurations of the `Edit` that the float model's structure went through.
+        applied: which layer computes an activation of the float model: the layer's dotted name by
+            the activation's.
         config: the quantizer that made it, for the reader.
         summary: figures of the report, for the reader.
     """
@@ -845,6 +855,7 @@ class Checkpoint:
     ties: Mapping[str, str] = attrs.field(factory=dict)
     containers: tuple[Config, ...] = ()
     edits: tuple[Config, ...] = ()
+    applied: Mapping[str, str] = attrs.field(factory=dict)
     config: Config = attrs.field(factory=dict)
     summary: Config = attrs.field(factory=dict)
 

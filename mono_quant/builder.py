@@ -260,7 +260,9 @@ class Builder:
         """Fold batch normalizations into the layers before them, or leave them alone. **Replaces**.
 
         Without a word they are folded where any inputs are quantized. A folded one becomes an
-        `nn.Identity`, in the result and in what its file is loaded into.
+        `nn.Identity`, in the result and in what its file is loaded into. So does an activation that
+        its layer computes itself, where the layer's inputs are quantized; `fold(False)` refuses
+        both.
         """
         return self._asking(attrs.evolve(self._request, fold=fold))
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from mono_quant.base import AnyStatistic, LayerQuantizer, Statistic, Statistics
 from mono_quant.batches import NamedItems, as_tensors, each, is_array, read
+from mono_quant.configurable import dtype_name
 from mono_quant.errors import CalibrationError, InputError, Mend, MonoQuantError
 from mono_quant.modules import QuantizedInput, QuantizedWeight
 from mono_quant.numerics.extremes import all_finite
@@ -180,6 +181,10 @@ class CalibrationData:
         except MonoQuantError:
             raise
         except Exception as error:
+            unfit = _unfit(model, batch) if self.forward is None else None
+            if unfit is not None:
+                first = str(error).partition("\n")[0]
+                raise CalibrationError(f"batch {place} of the data {unfit} ({first})") from error
             raise CalibrationError(
                 f"{type(model).__name__} failed on batch {place} of the data: {error}", Mend.FORWARD
             ) from error
@@ -189,6 +194,31 @@ class CalibrationData:
                 f"{type(model).__name__} returned no floating tensor to measure", Mend.OUTPUT
             )
         return found
+
+
+def _unfit(model: nn.Module, batch: object) -> str | None:
+    """Return what makes a batch unfit for a model that failed on it, and what mends that, or None.
+
+    The dtype of floats, which arrays of numpy have twice as wide by default, and numbers that lie
+    in no tensor.
+    """
+    tensors, leaves = list(tensors_in(batch)), list[object]()
+    each(batch, leaves.append)
+    if not tensors and any(isinstance(one, int | float) for one in leaves):
+        return (
+            f"is a {type(batch).__name__} of numbers without a tensor; give tensors, as "
+            "torch.tensor(numbers) makes one"
+        )
+    own = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    given = {x.dtype for x in tensors if x.is_floating_point()}
+    if len(own) != 1 or given <= own:
+        return None
+    (dtype,) = map(dtype_name, own)
+    return (
+        f"is {' and '.join(sorted(map(dtype_name, given - own)))}, and {type(model).__name__} "
+        f"{dtype}; convert it, a tensor with x.to(torch.{dtype}) and an array of numpy with "
+        f"torch.from_numpy(x).to(torch.{dtype})"
+    )
 
 
 def positional_arguments(model: nn.Module) -> int | None:

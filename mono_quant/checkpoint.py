@@ -23,8 +23,11 @@ from mono_quant.base import (
 from mono_quant.configurable import Config, Configurable, Kinds, kinds_of
 from mono_quant.errors import CheckpointError, InputError, UnknownKindError, UnsupportedLayerError
 from mono_quant.layers import BUILT_IN_LAYERS
-from mono_quant.modules import QuantizedInput, QuantizedWeight, tie
+from mono_quant.modules import QuantizedInput, QuantizedLayer, QuantizedWeight, tie
+from mono_quant.transforms.activation import computes_in_place
 from mono_quant.transforms.edits import edits_of, put, repeat
+from mono_quant.transforms.rescaling import watched
+from mono_quant.transforms.tracing import hooked
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -125,6 +128,7 @@ def to_checkpoint(
         ties,
         tuple(container.to_config() for container in adapted),
         tuple(edit.to_config() for edit in edits_of(model)),
+        _applied(model),
         config or {},
         summary or {},
     )
@@ -162,6 +166,7 @@ def rebuild(
     repeat(skeleton, checkpoint.edits)
     makers = _makers(skeleton, checkpoint, (*layers, *BUILT_IN_LAYERS), kinds)
     _check_fit(skeleton, checkpoint)
+    _check_applied(skeleton, checkpoint)
     recorded = [Container.from_config(config, kinds) for config in checkpoint.containers]
     replaced: dict[str, nn.Module] = {}
     for path, found in makers.items():
@@ -184,6 +189,7 @@ def rebuild(
             one, other = checkpoint.records[first], checkpoint.records[alias]
             tie(replaced[one.module], one.name, replaced[other.module], other.name)
     _fill(skeleton, checkpoint)
+    _apply(skeleton, checkpoint, replaced)
     adapt_containers(skeleton, (*recorded, *containers))
     return skeleton
 
@@ -389,6 +395,57 @@ def _check_fit(skeleton: nn.Module, checkpoint: Checkpoint) -> None:
                 f"{key} is {tuple(tensor.shape)} in the file and "
                 f"{tuple(expected[key].shape)} in the model"
             )
+
+
+def _applied(model: nn.Module) -> Mapping[str, str]:
+    """Return which layer computes which activation, by the names that both have now."""
+    names = {id(module): path for path, module in model.named_modules()}
+    found: dict[str, str] = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, QuantizedModule) and layer.stand_in is not None:
+            if id(layer.stand_in) not in names:
+                raise CheckpointError(
+                    f"{path!r} computes an activation whose place is no longer in the model, so a "
+                    "file cannot say which; put the nn.Identity that stood there back, or call "
+                    "give_back() on the layer"
+                )
+            found[names[id(layer.stand_in)]] = path
+    return found
+
+
+def _check_applied(skeleton: nn.Module, checkpoint: Checkpoint) -> None:
+    modules = dict(skeleton.named_modules(remove_duplicate=False))
+    quantized = {record.module for record in checkpoint.records.values()}
+    several = len(checkpoint.applied)
+    places = {id(modules[path]) for path in checkpoint.applied if path in modules}
+    if several > min(len(places), len(set(checkpoint.applied.values()))):
+        raise CheckpointError(
+            "the file has layers compute activations that are not one for each in the model"
+        )
+    for path, layer in checkpoint.applied.items():
+        module = modules.get(path) if path else None
+        if module is None or not computes_in_place(module):
+            raise CheckpointError(
+                f"the file has a layer compute {path!r:.80}, an activation, and that is a "
+                f"{type(module).__name__} in the model"
+            )
+        if layer not in quantized:
+            raise CheckpointError(f"the file has {layer!r:.80} compute {path!r}, and not quantized")
+
+
+def _apply(skeleton: nn.Module, checkpoint: Checkpoint, replaced: Mapping[str, nn.Module]) -> None:
+    """Let layers compute the activations that they computed when they were saved.
+
+    Where a hook of the skeleton sees one of both, they stay apart: the values are the same.
+    """
+    for path, name in checkpoint.applied.items():
+        layer, activation = replaced[name], skeleton.get_submodule(path)
+        if watched(skeleton, name, path) is not None or hooked(activation):
+            continue
+        if not isinstance(layer, QuantizedLayer) or (why := layer.refuse_then()) is not None:
+            known = why if isinstance(layer, QuantizedLayer) else f"a {type(layer).__name__}"
+            raise CheckpointError(f"{name!r} cannot compute {path!r}: {known}")
+        put(skeleton, activation, layer.take_over(activation))
 
 
 def _fill(skeleton: nn.Module, checkpoint: Checkpoint) -> None:

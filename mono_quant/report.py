@@ -64,9 +64,9 @@ class LayerReport:
         reason: why it stayed float, or was not quantized now.
         sqnr_db: of the weight, in dB; None where nothing was quantized.
         estimated_db: SQNR of a product with the weight, in dB, for inputs drawn so that every
-            column counts alike, or all alike where its rows are too few to tell. An estimate
-            without data, and without the error of quantized inputs; None where nothing was
-            quantized.
+            column counts alike, or all alike where its rows are too few to tell; of a weight that
+            is only looked up, of its rows. An estimate without data, and without the error of
+            quantized inputs; None where nothing was quantized.
         outliers: root mean square of the largest column over that of the median one, or None.
         row_outliers: the same of the rows.
         columns: how many values a row of the weight's matrix has; 0 for a module's parameters.
@@ -462,7 +462,7 @@ class Report:
 _OUTPUT = "output"
 _ESTIMATED = (
     "~ estimated, not measured: of a product with the quantized weight alone, for inputs drawn so "
-    "that all of its columns count alike"
+    "that all of its columns count alike; of an embedding, of its rows"
 )
 
 

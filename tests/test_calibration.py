@@ -312,6 +312,58 @@ def test_an_array_that_no_tensor_can_hold_is_refused_with_the_call_that_makes_on
         measured(Net().eval(), [words])
 
 
+WIDE: dict[str, object] = {
+    "a tensor": [ROWS, ROWS.double()],
+    "an array": [ROWS, ROWS.double().numpy()],
+    "a tuple": [ROWS, (ROWS.double(),)],
+    "a mapping": [ROWS, {"x": ROWS.double()}],
+}
+
+
+@pytest.mark.parametrize("data", WIDE.values(), ids=WIDE)
+def test_data_of_another_dtype_is_refused_with_both_and_the_call_that_converts(
+    data: object,
+) -> None:
+    message = (
+        r"^batch 1 of the data is float64, and Net float32; convert it, a tensor with "
+        r"x\.to\(torch\.float32\) and an array of numpy with "
+        r"torch\.from_numpy\(x\)\.to\(torch\.float32\) \(.*dtype.*\)$"
+    )
+    with pytest.raises(CalibrationError, match=message):
+        measured(Net().eval(), data)
+
+
+def test_an_example_of_another_dtype_is_refused_alike() -> None:
+    result = measured(Net().eval(), ROWS)
+    with pytest.raises(CalibrationError, match="batch 0 of the data is float64, and Net float32"):
+        result.benchmark(ROWS.double(), seconds=0.01)
+
+
+def test_a_model_that_takes_another_dtype_is_given_it() -> None:
+    class Converting(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.float())
+
+    torch.manual_seed(0)
+    source = Converting().eval()
+    found, expected = (measured(source, x).report for x in (ROWS.double(), ROWS))
+    assert found.output_sqnr_db == expected.output_sqnr_db
+
+
+def test_failures_of_another_kind_are_not_put_down_to_the_dtype() -> None:
+    with pytest.raises(CalibrationError, match=r"Net failed on batch 0 of the data: .*shapes"):
+        measured(Net().eval(), ROWS[:, :3])
+
+
+@pytest.mark.parametrize("data", [ROWS.tolist(), [{"x": [1.0, 2.0]}], [0.5]], ids=str)
+def test_numbers_that_lie_in_no_tensor_are_refused_with_the_call_that_makes_one(
+    data: object,
+) -> None:
+    message = r"of numbers without a tensor; give tensors, as torch\.tensor\(numbers\) makes one"
+    with pytest.raises(CalibrationError, match=message):
+        measured(Net().eval(), data)
+
+
 def test_a_forward_of_the_users_gets_arrays_as_they_came() -> None:
     given: list[object] = []
 

@@ -418,7 +418,7 @@ ESTIMATED = attrs.evolve(
 )
 MEANING = (
     "~ estimated, not measured: of a product with the quantized weight alone, for inputs drawn so "
-    "that all of its columns count alike"
+    "that all of its columns count alike; of an embedding, of its rows"
 )
 
 

@@ -31,6 +31,7 @@ from mono_quant.cli.options import (
     ValidateOptions,
 )
 from mono_quant.cli.values import build_quantizer
+from mono_quant.cli.words import in_options, report_in_options
 from mono_quant.comparison import compare_files
 from mono_quant.configurable import Config
 from mono_quant.demo.run import run_demo
@@ -85,9 +86,9 @@ def quantize(given: Namespace) -> Outcome:
         plan = plan.measured(progress=not options.quiet)
         outline = plan.outline
         return Outcome(
-            plan.explain(),
+            in_options(plan.explain()),
             {
-                "plan": outline.report.to_dict(),
+                "plan": report_in_options(outline.report.to_dict()),
                 "peak_bytes": outline.peak_bytes,
                 "peak_bytes_in_place": outline.peak_bytes_in_place,
                 "config": outline.config,
@@ -96,11 +97,11 @@ def quantize(given: Namespace) -> Outcome:
     result = plan.run(in_place=options.in_place, progress=not options.quiet)
     saved = result.save(output)
     size = saved.stat().st_size
-    lines = [str(result.report), "", f"saved {saved} ({format_bytes(size)})"]
+    lines = [in_options(str(result.report)), "", f"saved {saved} ({format_bytes(size)})"]
     answer: dict[str, Config | str | int] = {
         "output": str(saved),
         "file_bytes": size,
-        "report": result.report.to_dict(),
+        "report": report_in_options(result.report.to_dict()),
         "config": result.plan.config,
     }
     problem = None

@@ -10,7 +10,7 @@ from typing import cast
 
 from mono_quant.cli.commands import Outcome
 from mono_quant.cli.parser import build_parser
-from mono_quant.cli.words import OPTIONS
+from mono_quant.cli.words import OPTIONS, in_options
 from mono_quant.demo import DemoUnavailable
 from mono_quant.errors import MonoQuantError
 
@@ -64,7 +64,7 @@ def _finish(given: Namespace) -> int:
 
 def _explain(error: Exception) -> int:
     if isinstance(error, MonoQuantError):
-        return _complain(error.told(OPTIONS), USAGE)
+        return _complain(in_options(error.told(OPTIONS)), USAGE)
     if isinstance(error, DemoUnavailable):
         return _complain(str(error), USAGE)
     if isinstance(error, OSError):

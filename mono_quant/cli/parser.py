@@ -197,7 +197,8 @@ def _add_inputs(inputs: _ArgumentGroup) -> None:
     inputs.add_argument(
         "--fold",
         action=BooleanOptionalAction,
-        help="fold batch normalizations first (default: where inputs are quantized)",
+        help="fold batch normalizations first (default: where inputs are quantized); --no-fold "
+        "also leaves activations apart from their layers",
     )
     inputs.add_argument(
         "--transform",

@@ -74,6 +74,9 @@ def integer_flow(model: nn.Module, *, reference: bool = False) -> Flow:
             with the module and line where; or it changes a tensor in place that it reads again.
     """
     model = copy_structure(model).eval()
+    for module in model.modules():
+        if isinstance(module, QuantizedLayer):
+            module.give_back()  # an activation is a step of its own
     refused: list[str] = []
     layers: dict[str, QuantizedLayer] = {}
     inputs: dict[str, Grid] = {}

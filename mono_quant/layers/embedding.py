@@ -18,6 +18,7 @@ class EmbeddingQuantizer(SingleWeightQuantizer):
     """`torch.nn.Embedding` and `torch.nn.EmbeddingBag`: a row of the matrix is one entry."""
 
     kind: ClassVar[str] = "embedding"
+    looks_up: ClassVar[bool] = True
     float_classes: ClassVar = {
         nn.Embedding: QuantizedEmbedding,
         nn.EmbeddingBag: QuantizedEmbeddingBag,

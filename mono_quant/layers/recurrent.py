@@ -39,7 +39,7 @@ class _SeveralWeightsQuantizer(ConvertingQuantizer):
     slowed: ClassVar[str | None] = (
         "each step is many small operations, which makes layers of a few hundred units several "
         "times slower than in float and only wide ones faster; "
-        'activations(None), or "float" in override, leaves its inputs in float'
+        'activations(None), or override(..., activations="float"), leaves its inputs in float'
     )
 
     def refuse(self, layer: nn.Module, scheme: Scheme) -> str | None:

@@ -1,5 +1,6 @@
 """What all quantized layers share: conversion in place, kernels, and the way back."""
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,15 @@ _NOT_COPIED = ("_compiled_call_impl",)  # as nn.Module leaves it out of its own 
 
 _PARAMETERS = "_float_parameters"
 """Where a layer keeps the names of its float parameters in their order, and which were trained."""
+
+_THEN = "then"
+"""Where a layer keeps the activation that it computes on its results, a child of it."""
+
+_PLACE = "_place_of_then"
+"""Where it keeps the module that stands where that activation stood, and whether that was in place.
+"""
+
+_OWN_CODE = ("forward", "_conv_forward")
 
 HOLDERS = ("quantized_weights", "quantized_inputs")
 """Attributes of every quantized layer, which a float layer must not have."""
@@ -62,6 +72,7 @@ class QuantizedLayer(QuantizedModule):
     def dequantize(self) -> nn.Module:
         """Turn this object back into the float layer, its weights on the grid."""
         weights = {name: packed.dequantize() for name, packed in self.packed_weights().items()}
+        self.give_back()
         for holder in HOLDERS:
             del self._modules[holder]
         self.__dict__.pop("made_by", None)
@@ -73,10 +84,56 @@ class QuantizedLayer(QuantizedModule):
                 self._parameters[name] = self._parameters.pop(name)
         return self
 
+    def refuse_then(self) -> str | None:
+        """Return why this layer cannot compute an activation on its results, or None."""
+        into = quantized_base(type(self))
+        if hasattr(self, _THEN):
+            return f"it has an attribute called {_THEN!r} already"
+        own = (
+            name in vars(self) or getattr(type(self), name, None) is not getattr(into, name, None)
+            for name in _OWN_CODE
+        )
+        return "it has a forward of its own" if any(own) else None
+
+    def take_over(self, activation: nn.Module) -> nn.Identity:
+        """Compute an activation on each result from now on, in the result's own memory.
+
+        Args:
+            activation: with an attribute ``inplace``; stays as it is.
+
+        Returns:
+            what is to stand where it stood, until `give_back`.
+        """
+        then, stand_in = copy.deepcopy(activation), nn.Identity().train(activation.training)
+        self._modules[_THEN] = then
+        self.__dict__[_PLACE] = (stand_in, then.inplace)
+        then.__dict__["inplace"] = True
+        return stand_in
+
+    def give_back(self) -> None:
+        """Turn what stands where an activation stood into that activation, if there is one."""
+        then = self._modules.pop(_THEN, None)
+        if then is not None:
+            stand_in, in_place = self.__dict__.pop(_PLACE)
+            stand_in.__class__ = type(then)
+            own = {**vars(then), "inplace": in_place}
+            vars(stand_in).update({**own, **vars(stand_in)})  # hooks given to it since stay
+
+    @property
+    def stand_in(self) -> nn.Module | None:
+        """What stands where the activation stood that this layer computes since `take_over`."""
+        place: tuple[nn.Module, bool] | None = self.__dict__.get(_PLACE)
+        return place[0] if place is not None else None
+
     def run(
         self, operation: Operation, x: Tensor, bias: Tensor | None, name: str = "weight"
     ) -> Tensor:
         """Return `operation` on `x` and the weight of that name, by the kernel chosen for it."""
+        result = self._result(operation, x, bias, name)
+        then = self._modules.get(_THEN)
+        return result if then is None else cast("Tensor", then(result))  # as every activation's
+
+    def _result(self, operation: Operation, x: Tensor, bias: Tensor | None, name: str) -> Tensor:
         held = self._holder(name)
         spec = KernelSpec(operation, held.scheme, held.layout, self._activation(name))
         rows = operation.count(x)

@@ -72,10 +72,9 @@ class Damage:
         if self.output_db is None:
             ((one),) = self.culprits
             return (
-                f"{one.key} would leave {format_db(one.weight_db)} of a product with it "
-                "(an estimate: no layer was measured); "
-                'fit(data) and apply measure it, on_damage("keep") and apply mend it, and so does '
-                f"override({one.key!r}, bits=16)"
+                f"{one.key} would leave {format_db(one.weight_db)} of what its layer returns "
+                "(an estimate: no layer was measured); fit(data) has it measured, "
+                f'on_damage("keep") mends it, and so does override({one.key!r}, bits=16)'
             )
         causes, calls = [], []
         for one in self.guilty:

@@ -7,7 +7,14 @@ from typing import Generic
 import attrs
 from torch import nn
 
-from mono_quant.base import Change, Container, CorrectionContext, QuantizedModule, Transform
+from mono_quant.base import (
+    Change,
+    Container,
+    CorrectionContext,
+    QuantizedModule,
+    Transform,
+    TransformContext,
+)
 from mono_quant.calibration import CalibrationData, Outputs, compare, count_samples
 from mono_quant.checkpoint import ModelT, adapt_containers, calling, copy_structure
 from mono_quant.errors import DamageError, InputError, Mend
@@ -16,6 +23,7 @@ from mono_quant.numerics.metrics import SquaredError
 from mono_quant.plan.accounting import account
 from mono_quant.plan.damage import Damage, amended, diagnosed, estimated
 from mono_quant.plan.faster import decided, measure_layers, outcome, set_apart
+from mono_quant.plan.fuse import fuse_activations
 from mono_quant.plan.inputs import InputUses
 from mono_quant.plan.measure import (
     LayerErrors,
@@ -138,6 +146,9 @@ class Plan(Generic[ModelT]):
             found = attrs.evolve(found, output=error)
         if found.damages and request.on_damage != "warn":
             return self._amended(found.damages, data).run(progress=progress)
+        if request.fold is not False:
+            fused = fuse_activations(work, TransformContext(data.outputs if data else None))
+            found = attrs.evolve(found, changes=(*found.changes, *fused))
         report = self._report(work, found, data)
         example = CalibrationData([data.first()], 1, data.forward) if data is not None else None
         return QuantizationResult(work, report, self.outline, example, request.layers)

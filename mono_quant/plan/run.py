@@ -32,8 +32,11 @@ def quantize_weights(
     What comes back is another object where the model is one layer and its quantizer made a new one.
     """
     by_layer: dict[str, list[WeightPlan]] = {}
+    multiplied: set[str] = set()  # by one of those that share it
     for weight in todo:
         by_layer.setdefault(weight.path, []).append(weight)
+        if not weight.maker.looks_up:
+            multiplied.add((weight.tied_to or weight).key)
     rows: dict[str, LayerReport] = {}
     packed: dict[str, PackedTensor] = {}
     activations: dict[str, Activation | None] = {}
@@ -54,7 +57,8 @@ def quantize_weights(
                     packed[weight.key] = packed[first]
                     rows[first] = rows[first].with_inputs(said, size, weight.key, reason=why)
                     continue
-                packed[weight.key], row = rounded(weight, layer, known.rows)
+                looked_up = weight.key not in multiplied
+                packed[weight.key], row = rounded(weight, layer, known.rows, looked_up)
                 rows[weight.key] = row.with_inputs(said, size, reason=why)
             module = weights[0].maker.replace(
                 layer,
@@ -76,9 +80,15 @@ def quantize_weights(
 
 
 def rounded(
-    weight: WeightPlan, layer: nn.Module, statistics: Statistics
+    weight: WeightPlan, layer: nn.Module, statistics: Statistics, looked_up: bool = False
 ) -> tuple[PackedTensor, LayerReport]:
     """Return a weight of `layer` on its grid, and what is known of it.
+
+    Args:
+        weight: which, with a recipe.
+        layer: the float one.
+        statistics: of its inputs.
+        looked_up: its rows are the layer's output, and meet no inputs.
 
     Raises:
         InputError: it is not finite, or no grid can hold it; names it.
@@ -124,7 +134,7 @@ def rounded(
         packed.nbytes,
         scheme=scheme.describe(),
         sqnr_db=error.total.sqnr_db,
-        estimated_db=error.estimated_db,
+        estimated_db=error.total.sqnr_db if looked_up else error.estimated_db,
         outliers=error.outliers,
         row_outliers=error.row_outliers,
         columns=stack.shape[2],

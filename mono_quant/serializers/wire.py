@@ -80,6 +80,7 @@ def encode(checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, Tensor]]:
             "ties": checkpoint.ties,
             "containers": checkpoint.containers,
             "edits": checkpoint.edits,
+            "applied": checkpoint.applied,
             "config": checkpoint.config,
             "summary": checkpoint.summary,
             "checksums": {key: checksum(tensor) for key, tensor in tensors.items()},
@@ -205,6 +206,7 @@ def _checkpoint(header: Config, source: TensorSource, kinds: Kinds | None) -> Ch
         ties,
         tuple(_mapping(config) for config in _items(header["containers"])),
         tuple(_mapping(config) for config in _items(header["edits"])),
+        {path: _text(layer) for path, layer in _mapping(header["applied"]).items()},
         _mapping(header["config"]),
         _mapping(header["summary"]),
     )

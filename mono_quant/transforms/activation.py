@@ -50,6 +50,18 @@ def of_module(module: nn.Module) -> Nonlinearity | None:
     return Nonlinearity(kind) if kind is not None else None
 
 
+def computes_in_place(module: nn.Module) -> bool:
+    """Return whether a module is an activation that torch also computes in its input's memory.
+
+    With the same result and gradient: it has none for a leaky ReLU of a negative slope.
+    """
+    found = of_module(module)
+    if found is None or not isinstance(getattr(module, "inplace", None), bool):
+        return False
+    slopes = [one for one in found.arguments if found.kind == "leaky_relu"]
+    return "forward" not in vars(module) and all(isinstance(s, float) and s >= 0 for s in slopes)
+
+
 def of_call(
     target: object, args: Sequence[object], kwargs: Mapping[str, object]
 ) -> Nonlinearity | None:

@@ -85,6 +85,8 @@ def _unfit(layer: nn.Module, shared: Mapping[int, int]) -> str | None:
     """Return why the bias of a layer cannot be moved, however it runs, or None."""
     if kind_of(layer) is None:
         return "it is neither a Linear nor a convolution"
+    if isinstance(layer, QuantizedModule) and layer.stand_in is not None:
+        return "it computes the activation behind it, too"
     bias = layer._parameters.get("bias")
     return "it shares its bias" if bias is not None and shared[id(bias)] > 1 else None
 

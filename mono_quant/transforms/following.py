@@ -48,6 +48,6 @@ def activations(model: nn.Module, graph: Graph | None = None) -> tuple[Following
         path = chain.activation_path
         if chain.activation is None or watched(model, layer, path or "") is not None:
             continue
-        shared = path is not None and graph.calls(path) > 1
+        shared = path is not None and (graph.calls(path) > 1 or not graph.together(layer, path))
         found.append(FollowingActivation(layer, chain.activation, path, shared))
     return tuple(found)

@@ -48,12 +48,15 @@ class Chain:
         activation_path: dotted name of the module that does it; None for a function.
         then: dotted name of the module that alone takes the result, and takes nothing else.
         reason: why nothing more is known, where `then` is None.
+        dropout: whether a dropout comes before the activation, which is more than nothing in train
+            mode.
     """
 
     activation: Nonlinearity | None = None
     activation_path: str | None = None
     then: str | None = None
     reason: str | None = None
+    dropout: bool = False
 
 
 @attrs.frozen
@@ -113,7 +116,7 @@ class Graph:
         found = self._agreed(path, lambda view: view.chains[path])
         if found is None:
             return Chain(reason="what follows it depends on how the model is called")
-        if found.then is not None and self._where(found.then) != self._where(path):
+        if found.then is not None and not self.together(path, found.then):
             why = f"{found.then!r} is also called without it"
             return attrs.evolve(found, then=None, reason=why)
         return found
@@ -128,6 +131,10 @@ class Graph:
     def calls(self, path: str) -> int:
         """Return how often a module is called at most, as far as it is known."""
         return max((view.calls.get(path, 0) for view in self.views), default=0)
+
+    def together(self, one: str, other: str) -> bool:
+        """Return whether two modules are called in the same ways of calling the model."""
+        return self._where(one) == self._where(other)
 
     def takes_matrices(self, path: str) -> bool:
         """Return whether a module's input is known to be a matrix ``[N, C]``."""

@@ -117,20 +117,31 @@ class _Reader:
 
     def _chain(self, node: fx.Node, calls: Mapping[str, int]) -> Chain:
         after, reason = self._next(node)
-        found, path = None, None
+        found, path, dropout = None, None, False
         if after is not None and (found := self._activation(after)) is not None:
             path = str(after.target) if after.op == "call_module" else None
+            dropout = self._drops(node, after)
             after, reason = self._next(after)
         if after is None:
-            return Chain(found, path, None, reason)
+            return Chain(found, path, None, reason, dropout)
         target = str(after.target)
         if after.op != "call_module":
-            return Chain(found, path, None, f"{_name(after)} follows it")
+            return Chain(found, path, None, f"{_name(after)} follows it", dropout)
         if calls[target] > 1:
-            return Chain(found, path, None, f"{target!r} is called {calls[target]} times")
+            why = f"{target!r} is called {calls[target]} times"
+            return Chain(found, path, None, why, dropout)
         if len(after.all_input_nodes) > 1:
-            return Chain(found, path, None, f"{target!r} takes more than its output")
-        return Chain(found, path, target)
+            why = f"{target!r} takes more than its output"
+            return Chain(found, path, None, why, dropout)
+        return Chain(found, path, target, dropout=dropout)
+
+    def _drops(self, node: fx.Node, end: fx.Node) -> bool:
+        """Return whether more than an `nn.Identity` lies between a node and what follows it."""
+        while end.all_input_nodes[0] is not node:
+            end = end.all_input_nodes[0]
+            if type(self.modules.get(str(end.target))) is not nn.Identity:
+                return True
+        return False
 
     def _next(self, node: fx.Node) -> tuple[fx.Node | None, str | None]:
         """Return the only user of a node's output, idle modules passed over, or why none."""

@@ -19,6 +19,7 @@ NAMES = (
     "activations_speech",
     "advice",
     "flow",
+    "fused",
     "kernels",
     "faster",
 )

@@ -155,7 +155,7 @@ def test_the_estimate_in_place_does_not_ask_for_data_that_is_there() -> None:
     found = Quantizer().fit([x]).apply_(model).report.warnings
     (line,) = [one for one in found if "estimate" in one]
     assert "no layer was measured" in line
-    assert "fit(data) and apply measure it" in line
+    assert "fit(data) has it measured" in line
 
 
 def test_without_data_the_estimate_is_marked_as_one() -> None:
@@ -191,6 +191,49 @@ def test_the_estimate_is_the_expected_sqnr_for_inputs_that_make_columns_count_al
     exact = inputs @ weight[0].double().t()
     rounded = inputs @ scheme.dequantize(q)[0].double().t()
     assert found == pytest.approx(sqnr64([exact], [rounded]), abs=0.05)
+
+
+class Reader(nn.Module):
+    """Looks words up, sums some, and perhaps multiplies by the same weight."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.words, self.bag = nn.Embedding(512, 64), nn.EmbeddingBag(512, 64)
+        self.head = nn.Linear(64, 512, bias=False)
+        with torch.no_grad():
+            for table in (self.words, self.bag, self.head):
+                table.weight.mul_(torch.logspace(-2, 1, 64))
+        if tied:
+            self.head.weight = self.words.weight
+
+
+def test_the_estimate_of_a_lookup_is_the_sqnr_of_the_rows_that_it_returns() -> None:
+    torch.manual_seed(0)
+    model = Reader()
+    result = Quantizer().apply(model)
+    rows = {row.name: row for row in result.report.quantized}
+    words = torch.arange(512)
+    for name in ("words", "bag"):
+        float_rows, found = (
+            one.get_submodule(name)(words[:, None] if name == "bag" else words)
+            for one in (model, result.model)
+        )
+        expected = sqnr64([float_rows.detach()], [found.detach()])
+        assert rows[f"{name}.weight"].estimated_db == pytest.approx(expected, abs=1e-3)
+    # inputs that make columns count alike show what is lost in the small ones
+    head, looked_up = rows["head.weight"].estimated_db, rows["words.weight"].estimated_db
+    assert head is not None
+    assert looked_up is not None
+    assert head < looked_up - 10
+
+
+def test_a_lookup_that_shares_the_weight_of_a_product_is_judged_as_that() -> None:
+    torch.manual_seed(0)
+    rows = Quantizer().apply(Reader(tied=True)).report.quantized
+    (shared,) = [row for row in rows if row.aliases]
+    assert shared.sqnr_db is not None
+    assert shared.estimated_db is not None
+    assert shared.estimated_db < shared.sqnr_db - 10
 
 
 @pytest.mark.parametrize("shape", [(2, 64, 8), (1, 4, 8), (1, 64, 0)])

@@ -124,6 +124,9 @@ FORGERIES: dict[str, Edit] = {
     "a tie to itself": whole(ties={"0.weight": "0.weight", "ghost": "ghost"}),
     "ties in a circle": whole(ties={"0.weight": "2.weight", "2.weight": "0.weight"}),
     "transient of numbers": whole(transient=[3]),
+    "no activations": _without("applied"),
+    "activations in a list": whole(applied=["1"]),
+    "activations of numbers": whole(applied={"1": 0}),
     "containers of texts": whole(containers=["transformer_encoder"]),
     "a config of text": whole(config="all"),
 }
