@@ -18,7 +18,8 @@ NAMES = (
     "activations_text",
     "activations_speech",
     "advice",
-    "flow",
+    "convolutions",
+    "decoder",
     "kernels",
 )
 
