@@ -5,7 +5,9 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -172,7 +174,10 @@ def compare(
         for worker in workers:
             for title in worker.ways:
                 if title not in worker.found:
+                    begun = time.perf_counter()
                     worker.make(title)
+                    took = f"{time.perf_counter() - begun:.0f} s"
+                    print(f"{network}, {worker.package.title}: {title}: {took}", file=sys.stderr)
         for workload in workloads:
             (times,) = [count for end, count in rounds.items() if workload.endswith(end)]
             for _ in range(times):
