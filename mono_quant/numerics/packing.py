@@ -10,6 +10,8 @@ import sys
 import torch
 from torch import Tensor
 
+from mono_quant.numerics.blocks import AT_ONCE, row_parts
+
 _WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers of so many bytes."""
 
@@ -21,6 +23,17 @@ def packed_length(count: int, bits: int) -> int:
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Return unsigned `codes` ``[..., n]``, each below ``2 ** bits``, as bytes ``[..., m]``."""
+    count = codes.shape[-1]
+    if codes.numel() <= AT_ONCE or bits == 8:
+        return _pack(codes, bits)
+    rows = codes.reshape(1, -1, count)
+    packed = rows.new_empty(rows.shape[1], packed_length(count, bits), dtype=torch.uint8)
+    for part in row_parts(tuple(rows.shape)):  # temporaries are several times the codes
+        packed[part] = _pack(rows[0, part], bits)
+    return packed.reshape(*codes.shape[:-1], packed.shape[-1])
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
     count = codes.shape[-1]
     per_word, word_bytes, word_dtype = _word(bits)
     if per_word == 1:
