@@ -44,23 +44,31 @@ def _prototype(name: str) -> Callable[[Any], object]:
     return config
 
 
+class _InHalf(nn.Module):
+    """A Linear layer in bfloat16 between floats: some kernels know nothing else."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer.to(torch.bfloat16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.layer(x.to(torch.bfloat16))
+        return result.to(x.dtype)
+
+
 def _decoder(
-    config: Callable[[Any], object], *, compile_it: bool, dtype: torch.dtype = torch.float32
+    config: Callable[[Any], object], *, compile_it: bool, in_half: bool
 ) -> Callable[[Task], Made]:
     def make(task: Task) -> Made:
         quantization: Any = importlib.import_module("torchao.quantization")
-        model = deepcopy(task.model).to(dtype)
-        for layer in model.modules():
-            if isinstance(layer, nn.Linear):  # one that is tied is quantized by itself
-                layer.weight = nn.Parameter(layer.weight.detach())
+        model = deepcopy(task.model)
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, nn.Linear):
+                layer.weight = nn.Parameter(layer.weight.detach())  # where tied, by itself
+                if in_half:
+                    model.set_submodule(name, _InHalf(layer))
         quantization.quantize_(model, config(quantization))
-        run = compiled(model) if compile_it else model
-
-        def called(ids: torch.Tensor, *past: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = run(ids, *(one.to(dtype) for one in past))
-            return logits
-
-        return Made(called, saved_bytes(model))
+        return Made(compiled(model) if compile_it else model, saved_bytes(model))
 
     return make
 
@@ -88,20 +96,22 @@ PACKAGE = Package(
     "torchao",
     ("torchao==0.18.0",),
     decoders={
-        f"{title}{', compiled' * compile_it}": _decoder(config, compile_it=compile_it, dtype=dtype)
-        for title, config, dtype in (
-            ("INT8, dynamic", _dynamic, torch.float32),
-            ("INT8, weights alone", _int8, torch.float32),
-            ("INT4 g64, weights alone", _int4, torch.float32),
+        f"{title}{', compiled' * compile_it}": _decoder(
+            config, compile_it=compile_it, in_half=in_half
+        )
+        for title, config, in_half in (
+            ("INT8, dynamic", _dynamic, False),
+            ("INT8, weights alone", _int8, False),
+            ("INT4 g64, weights alone", _int4, False),
             (
                 "INT4 g64, weights alone, prototype, bf16",
                 _prototype("PrototypeInt4WeightOnlyConfig"),
-                torch.bfloat16,
+                True,
             ),
             (
                 "INT4 g64, INT8 dynamic inputs, prototype",
                 _prototype("Int8DynamicActivationInt4WeightConfig"),
-                torch.float32,
+                False,
             ),
         )
         for compile_it in (False, True)
