@@ -78,7 +78,7 @@ class Llama(nn.Module):
         before = 0 if past is None else past.shape[-2]
         places = torch.arange(before, before + ids.shape[1], device=ids.device)
         seen = torch.arange(before + ids.shape[1], device=ids.device) <= places[:, None]
-        angles = torch.outer(places, _BASE ** (-torch.arange(0, _HEAD, 2) / _HEAD))
+        angles = places.float()[:, None] * _BASE ** (-torch.arange(0, _HEAD, 2) / _HEAD)
         turn = torch.stack((angles.cos(), angles.sin()))
         x = self.embedding(ids)
         for index, block in enumerate(self.blocks):

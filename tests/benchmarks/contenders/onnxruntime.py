@@ -87,7 +87,7 @@ def _with(change: Change | None) -> Callable[[Task], Made]:
 
 PACKAGE = Package(
     "onnxruntime",
-    ("onnxruntime==1.31.1", "onnx==1.23.2"),
+    ("onnxruntime==1.31.1", "onnx==1.23.2", "onnx_ir==1.1.0"),
     decoders={
         "fp32": _with(None),
         "INT8, dynamic": _with(partial(_dynamic, per_channel=False)),
