@@ -35,10 +35,21 @@ def _made(model: nn.Module, *, compile_it: bool = False) -> Made:
 
 def _decoder(quantizer: Quantizer, *, compile_it: bool) -> Way:
     def make(task: Task) -> Made:
-        model = quantizer.only(nn.Linear).apply(task.model, progress=False).model
+        chosen = quantizer.only(nn.Linear, *_tied(task.model))
+        model = chosen.apply(task.model, progress=False).model
         return _made(model, compile_it=compile_it)
 
     return make
+
+
+def _tied(model: nn.Module) -> list[nn.Module]:
+    """Return embeddings whose weight is an output layer's, which stays float without them."""
+    heads = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear)}
+    return [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, nn.Embedding) and id(layer.weight) in heads
+    ]
 
 
 def _floats(task: Task) -> Made:
