@@ -297,7 +297,7 @@ class Activation:
 def _pack_codes(codes: Tensor, scheme: Scheme) -> Tensor:
     if scheme.code_bits is None:
         return codes.contiguous()
-    stored = codes - scheme.code_offset
+    stored = codes - scheme.code_offset if scheme.code_offset else codes
     if scheme.code_bits == _BYTE:
         return stored.to(torch.int8).contiguous()
     return pack_bits(stored.to(torch.uint8).contiguous(), scheme.code_bits)

@@ -23,5 +23,8 @@ def finite_ends(low: Tensor, high: Tensor) -> tuple[float, float]:
 
 def all_finite(x: Tensor) -> bool:
     """Return whether there is neither NaN nor infinity in `x`."""
-    # The extremes alone: NaN is contagious, and `torch.isfinite` makes copies and is far slower.
-    return not x.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(x.detach()))).all())
+    # NaN and infinity are contagious, and `torch.isfinite` makes copies. A sum is read at the speed
+    # of memory; that of finite values may overflow, so then the extremes tell.
+    if not x.numel() or bool(torch.isfinite(x.detach().sum())):
+        return True
+    return bool(torch.isfinite(torch.stack(torch.aminmax(x.detach()))).all())

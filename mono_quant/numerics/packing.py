@@ -5,8 +5,15 @@ bit of byte 0. So two 4-bit values share a byte, the first in the low nibble; th
 straddle bytes. A row starts on a byte of its own.
 """
 
+import sys
+
 import torch
 from torch import Tensor
+
+from mono_quant.numerics.blocks import AT_ONCE, row_parts
+
+_WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers of so many bytes."""
 
 
 def packed_length(count: int, bits: int) -> int:
@@ -17,10 +24,23 @@ def packed_length(count: int, bits: int) -> int:
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Return unsigned `codes` ``[..., n]``, each below ``2 ** bits``, as bytes ``[..., m]``."""
     count = codes.shape[-1]
+    if codes.numel() <= AT_ONCE or bits == 8:
+        return _pack(codes, bits)
+    rows = codes.reshape(1, -1, count)
+    packed = rows.new_empty(rows.shape[1], packed_length(count, bits), dtype=torch.uint8)
+    for part in row_parts(tuple(rows.shape)):  # temporaries are several times the codes
+        packed[part] = _pack(rows[0, part], bits)
+    return packed.reshape(*codes.shape[:-1], packed.shape[-1])
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    count = codes.shape[-1]
     per_word, word_bytes, word_dtype = _word(bits)
     if per_word == 1:
         return codes.to(torch.uint8)
     padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, -count % per_word))
+    if word_bytes == 1 and sys.byteorder == "little" and padded.numel():
+        return _bytes_of_wide(padded, bits)
     values = _split_last(padded, per_word)  # [..., words, per_word]
     words = values[..., 0].to(word_dtype)
     for place in range(1, per_word):
@@ -45,6 +65,21 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     mask = (1 << bits) - 1
     values = torch.stack([(words >> place * bits & mask) for place in range(per_word)], -1)
     return values.flatten(-2)[..., :count].to(torch.uint8)
+
+
+def _bytes_of_wide(codes: Tensor, bits: int) -> Tensor:
+    """Return codes of 1, 2 or 4 bits packed: those of a byte lie in one integer, to be shifted.
+
+    Where a machine keeps the low byte of an integer first, several times faster than code by code.
+    """
+    codes = codes.contiguous()
+    if codes.storage_offset() % (8 // bits):
+        codes = codes.clone()  # integers begin at whole places of their memory
+    wide = codes.view(_WIDE[8 // bits])  # code i in bits 8i to 8i + bits
+    packed = wide
+    for place in range(1, 8 // bits):
+        packed = packed | wide >> place * (8 - bits)
+    return packed.to(torch.uint8)  # the low byte alone
 
 
 def _split_last(x: Tensor, size: int) -> Tensor:

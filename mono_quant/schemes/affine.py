@@ -186,12 +186,24 @@ class Affine(Scheme):
                 f"its scales are {dtype_name(scale.dtype)}, since {dtype_name(self.scale_dtype)} "
                 "cannot hold them closely enough"
             )
-        parts = torch.split(q.codes.flatten(), AT_ONCE)
-        ends = [((c == self.quant_min) | (c == self.quant_max)).count_nonzero() for c in parts]
-        share = int(torch.stack(ends).sum()) / max(1, q.codes.numel())
-        if self.bits > 3 and _size(q.qparams.block_size) > 15 and share > _SATURATED:
-            remarks.append(f"{share:.0%} of its codes lie on the ends of the grid")
+        if self.bits > 3 and _size(q.qparams.block_size) > 15:
+            share = self._at_ends(q.codes) / max(1, q.codes.numel())
+            if share > _SATURATED:
+                remarks.append(f"{share:.0%} of its codes lie on the ends of the grid")
         return "; ".join(remarks) or None
+
+    def _at_ends(self, codes: Tensor) -> int:
+        """Return how many codes are the smallest or the largest.
+
+        By what clamping one step further in changes: comparing bytes takes ten times as long.
+        """
+        counts = [
+            codes_at_once.clamp(self.quant_min + 1, self.quant_max - 1)
+            .bitwise_xor_(codes_at_once)
+            .count_nonzero()
+            for codes_at_once in torch.split(codes.flatten(), AT_ONCE)
+        ]
+        return int(torch.stack(counts).sum())
 
     def _parts(self, qparams: QParams) -> tuple[Tensor, ...]:
         """Return scale and, where there is one, zero point, in float32."""

@@ -5,6 +5,7 @@ import json
 import math
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Protocol, cast
 
 import attrs
@@ -73,6 +74,8 @@ def encode(checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, Tensor]]:
         if key not in checkpoint.ties:
             tensors[key] = tensor
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    with ThreadPoolExecutor() as pool:
+        checksums = dict(zip(tensors, pool.map(checksum, tensors.values()), strict=True))
     header = json.dumps(
         {
             "records": records,
@@ -83,7 +86,7 @@ def encode(checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, Tensor]]:
             "applied": checkpoint.applied,
             "config": checkpoint.config,
             "summary": checkpoint.summary,
-            "checksums": {key: checksum(tensor) for key, tensor in tensors.items()},
+            "checksums": checksums,
             "producer": {"mono_quant": __version__, "torch": torch.__version__},
         },
         allow_nan=False,
@@ -107,7 +110,8 @@ def decode(texts: Mapping[str, str], source: TensorSource, kinds: Kinds | None) 
     """
     header = _header(texts)
     try:
-        return _checkpoint(header, source, kinds)
+        with ThreadPoolExecutor() as pool:
+            return _checkpoint(header, _Checked(source, _mapping(header["checksums"]), pool), kinds)
     except CheckpointError:
         raise
     except (
@@ -165,18 +169,50 @@ def _header(texts: Mapping[str, str]) -> Config:
     return _mapping(parsed)
 
 
-def _checkpoint(header: Config, source: TensorSource, kinds: Kinds | None) -> Checkpoint:
-    checksums = _mapping(header["checksums"])
-    ties = {alias: _text(first) for alias, first in _mapping(header["ties"]).items()}
+@attrs.frozen(eq=False)
+class _Checked:
+    """Reads tensors, whose checksums are computed meanwhile on other cores.
 
-    def tensor(key: str) -> Tensor:
-        found = source(key).detach()
-        if found.layout != torch.strided or found.device.type != "cpu" or not found.is_contiguous():
+    Attributes:
+        source: of the tensors.
+        checksums: of every tensor of the file.
+        pool: that computes them anew.
+        found: what it computes, by key.
+    """
+
+    source: TensorSource
+    checksums: Config
+    pool: Executor
+    found: dict[str, Future[int]] = attrs.field(factory=dict)
+
+    def __call__(self, key: str) -> Tensor:
+        """Return a tensor that is not trusted yet."""
+        tensor = self.source(key).detach()
+        if not _is_plain(tensor):
             raise CorruptCheckpointError(f"tensor {key!r} is not stored as plain memory")
-        if checksum(found) != checksums[key]:
-            raise CorruptCheckpointError(f"tensor {key!r} was changed: the checksum differs")
-        return found
+        self.found[key] = self.pool.submit(checksum, tensor)
+        return tensor
 
+    def check(self) -> None:
+        """Refuse the file if a tensor that was read is not what was written."""
+        for key, found in self.found.items():
+            if found.result() != self.checksums[key]:
+                raise CorruptCheckpointError(f"tensor {key!r} was changed: the checksum differs")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+def _checkpoint(header: Config, tensor: _Checked, kinds: Kinds | None) -> Checkpoint:
+    try:
+        return _unchecked(header, tensor, kinds)
+    finally:
+        tensor.check()  # first of all that may be wrong
+
+
+def _unchecked(header: Config, tensor: _Checked, kinds: Kinds | None) -> Checkpoint:
+    ties = {alias: _text(first) for alias, first in _mapping(header["ties"]).items()}
     entries = _mapping(header["records"])
     records: dict[str, WeightRecord] = {}
     packed_keys: set[str] = set()
@@ -197,7 +233,7 @@ def _checkpoint(header: Config, source: TensorSource, kinds: Kinds | None) -> Ch
             packed_keys.update(f"{key}.{_INPUT}{name}" for name in found)
             activation = _activation(key, described, calibrated, kinds)
         records[key] = attrs.evolve(_record(key, entry, tensors, kinds), activation=activation)
-    rest = {key: tensor(key) for key in checksums if key not in packed_keys}
+    rest = {key: tensor(key) for key in tensor.checksums if key not in packed_keys}
     rest.update({alias: rest[first] for alias, first in ties.items() if alias not in records})
     return Checkpoint(
         records,

@@ -126,7 +126,8 @@ class SmolLM2(nn.Module):
         """Returns the logits [B, T, 49152] of the token after each of ids [B, T]."""
         pairs = torch.arange(0, _HEAD_WIDTH, 2, device=ids.device)
         speeds = _ROTATION_BASE ** (-pairs / _HEAD_WIDTH)
-        angles = torch.outer(torch.arange(ids.shape[1], device=ids.device), speeds)
+        places = torch.arange(ids.shape[1], device=ids.device, dtype=torch.float32)
+        angles = torch.outer(places, speeds)
         rotation = torch.stack((angles.cos(), angles.sin()))
         tokens = self.embedding(ids)
         for block in self.blocks:

@@ -100,3 +100,22 @@ def test_strided_codes_pack_like_contiguous_ones(bits: int) -> None:
 @given(count=st.integers(0, 10_000), bits=st.sampled_from(WIDTHS))
 def test_a_packed_length_is_the_bits_rounded_up_to_bytes(count: int, bits: int) -> None:
     assert packed_length(count, bits) == math.ceil(count * bits / 8)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_codes_from_the_middle_of_memory_pack_as_any_others(bits: int) -> None:
+    codes = torch.arange(65).remainder(2**bits).to(torch.uint8)
+    for start in range(8):
+        part = codes[start : start + 48]
+        assert pack_bits(part, bits).tolist() == stream(part.tolist(), bits)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_many_codes_pack_row_by_row_as_few_do(bits: int) -> None:
+    codes = torch.randint(2**bits, (3, 2, 45_001), dtype=torch.uint8)
+    packed = pack_bits(codes, bits)
+    assert packed.shape == (3, 2, packed_length(45_001, bits))
+    assert packed.is_contiguous()
+    for matrix, found in zip(codes, packed, strict=True):
+        for row, expected in zip(matrix, found, strict=True):
+            assert torch.equal(pack_bits(row, bits), expected)
