@@ -21,12 +21,13 @@ from mono_quant.kernels.convolution import INTEGER_CONVOLUTION, IntegerConvoluti
 from mono_quant.kernels.fp16 import FP16, Fp16
 from mono_quant.kernels.int4 import INT4, PANEL_BLOCKS, Int4, PanelBlocks
 from mono_quant.kernels.integer import INTEGER, Integer
-from mono_quant.kernels.ops import followed
+from mono_quant.kernels.ops import followed, gradient_asked, untraced
 from mono_quant.kernels.packed_convolution import PACKED_CONVOLUTION, PackedConvolution
 from mono_quant.kernels.reference import Reference
 from mono_quant.kernels.sequences import INTEGER_STEPS, IntegerSteps
 from mono_quant.kernels.store import STORE
 from mono_quant.kernels.timing import LARGEST_BATCH, bucket, fastest
+from mono_quant.kernels.traced import INTEGER_TRACED, ROW_TRACED
 from mono_quant.numerics.values import Layout
 from mono_quant.operations import Convolution, MatrixProduct
 from mono_quant.recurrence import Recurrence
@@ -149,7 +150,7 @@ def select(
             change it once.
     """
     if torch.compiler.is_compiling():
-        return REFERENCE
+        return _traceable(spec, device, dtype, rows, others)
     choice = _choice(spec, device, dtype, followed(*others))
     able = choice.able
     arranged = any(isinstance(kernel, ArrangingKernel) for kernel in able)
@@ -163,6 +164,28 @@ def select(
     if kernel is None:
         kernel = choice.fastest[key] = _fastest(able, spec, dtype, rows)
     return kernel
+
+
+def _traceable(
+    spec: KernelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    others: tuple[Tensor | None, ...],
+) -> Kernel:
+    """Return the kernel for a trace that is compiled; the reference for one that is exported."""
+    exporting = getattr(torch.compiler, "is_exporting", None)  # torch 2.6 has none
+    if exporting is None or exporting() or gradient_asked(*others) or not _fastest_wanted():
+        return REFERENCE
+    kernels: tuple[Kernel, ...] = (INTEGER_TRACED, ROW_TRACED) if rows == 1 else (INTEGER_TRACED,)
+    able = (kernel for kernel in kernels if kernel.supports(spec, device, dtype) is None)
+    return next(able, REFERENCE)
+
+
+@untraced
+def _fastest_wanted() -> bool:
+    """Return whether nobody names a kernel."""
+    return use.named() is None
 
 
 def _choice(

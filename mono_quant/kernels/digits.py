@@ -1,8 +1,8 @@
 """Inputs as integers, and weights of signed bytes as the right factor of exact products."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-import attrs
 import torch
 from torch import Tensor
 
@@ -19,7 +19,7 @@ _MIDDLE = torch.full((1, 1), _SIGN, dtype=torch.int32, device="cpu")
 _PLACES = 3
 
 
-@attrs.frozen(eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Digits:
     """Some rows of inputs as integers.
 
@@ -36,7 +36,7 @@ class Digits:
     places: int = 1
 
 
-@attrs.frozen(eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Factor:
     """A weight as the right factor of products.
 
@@ -85,6 +85,16 @@ class Factor:
         step = _SUMS * torch.get_num_threads() // (x.places * width)
         for place in parts(count, max(1, step)):
             self._finish(x, sums if place is None else sums[:, place], place, rows_of(out, place))
+
+    def finished(self, x: Digits, sums: Tensor) -> Tensor:
+        """Return the product of sums of codes, ``int32 [M, out]``, of which nothing is written to.
+
+        What `product` does with them, for those who trace it.
+        """
+        if self.zero is not None:
+            sums = sums - x.digits.sum(1, keepdim=True, dtype=torch.int32) * self.zero
+        out = (sums - x.zero * self.sums).to(torch.float32) * self.scale * x.unit
+        return out if self.bias is None else out + self.bias
 
     def _finish(self, x: Digits, sums: Tensor, place: slice | None, out: Tensor) -> None:
         """Write some rows of the product.

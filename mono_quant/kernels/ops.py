@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -74,6 +75,19 @@ for rows, length in ((96, 512), (1, 513), (33, 1), (65, 1100)):
 """
 
 
+Asked = ParamSpec("Asked")
+Answer = TypeVar("Answer")
+
+
+def untraced(function: Callable[Asked, Answer]) -> Callable[Asked, Answer]:
+    """Let a function run while `torch.compile` makes a trace, which holds what it returned.
+
+    What `torch.compiler.assume_constant_result` does, without seconds of imports.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch reads it
+    return function
+
+
 def int_mm(left: Tensor, right: Tensor, out: Tensor) -> None:
     """Write ``left @ right.T``, exact, to `out`.
 
@@ -86,6 +100,7 @@ def int_mm(left: Tensor, right: Tensor, out: Tensor) -> None:
     torch._int_mm(left, right.t(), out=out)
 
 
+@untraced
 def int_mm_refusal() -> str | None:
     """Return why `int_mm` cannot be used by this torch on this machine, or None."""
     return refusal("the integer product", _TRIAL)
@@ -182,9 +197,15 @@ def followed(*tensors: Tensor | None) -> bool:
     if forward_ad._current_level >= 0:  # tangents leave no trace on the tensor's flags
         return True
     given = [tensor for tensor in tensors if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+    if gradient_asked(*given):
         return True
     return any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in given)
+
+
+def gradient_asked(*tensors: Tensor | None) -> bool:
+    """Return whether gradients go backward through what is computed from `tensors`."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
 
 
 def unfollowed(make: Callable[[], Tensor]) -> Tensor:

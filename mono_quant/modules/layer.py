@@ -139,9 +139,10 @@ class QuantizedLayer(QuantizedModule):
         rows = operation.count(x)
         kernel = select(spec, x.device, x.dtype, rows, x, bias, arrange=held.is_arrangeable)
         self.note(name, kernel)
+        if torch.compiler.is_compiling():
+            return kernel(spec, x, held.peek(), bias)
         if kernel is REFERENCE:
-            often = operation.reads_rows and not torch.compiler.is_compiling()
-            return kernel(spec, x, held.pin() if often else held.peek(), bias)
+            return kernel(spec, x, held.pin() if operation.reads_rows else held.peek(), bias)
         if isinstance(kernel, ArrangingKernel):
             return kernel.product(spec, x, held.arranged(kernel, spec), bias)
         return kernel(spec, x, held.packed, bias)

@@ -18,6 +18,7 @@ from mono_quant.base import (
     PackedTensor,
 )
 from mono_quant.kernels import remembered_bytes
+from mono_quant.kernels.ops import untraced
 
 
 class _Fixed(nn.Module):
@@ -228,6 +229,7 @@ class QuantizedWeight(_Fixed):
             self._held = None
         return codes
 
+    @untraced
     def _steady(self) -> bool:
         """Keep codes canonical from now on, where their order cannot be traced.
 
@@ -240,9 +242,6 @@ class QuantizedWeight(_Fixed):
             for weight in list(_OPAQUE):
                 weight._restored()
         return True
-
-    # what `torch.compiler.assume_constant_result` does, without seconds of imports
-    _steady._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch reads it
 
     def _settle(self) -> None:
         """Hold canonical codes and nothing else."""
