@@ -14,7 +14,7 @@ class TracedInteger:
     """What `Integer` does for quantized inputs, without a loop, a branch or a write in place.
 
     Compilers fuse what goes before the product with what follows it. Sums of the weight's codes
-    are one row more of the product, so that nothing has to be kept for a compiled layer.
+    are products with ones, so that nothing has to be kept for a compiled layer.
 
     A row with NaN is NaN.
     """
@@ -35,13 +35,20 @@ class TracedInteger:
         activation, codes = spec.activation, tensors["codes"][0]
         assert activation is not None  # `supports` saw to it
         digits = digits_of_codes(rows, activation.scheme, activation.qparams(rows), None)
-        ones = digits.digits.new_ones(1, rows.shape[1])
-        sums = torch._int_mm(torch.cat((digits.digits, ones)), codes.t())
+        products, sums = _products(digits.digits, codes)
         scale, zero = tensors["scale"], tensors.get("zero_point")
-        factor = Factor.of(codes, sums[-1:], scale, zero, bias)
-        out = factor.finished(digits, sums[:-1])
+        out = Factor.of(codes, sums, scale, zero, bias).finished(digits, products)
         lost = rows.isnan().any(1, keepdim=True)
         return shaped(out.masked_fill(lost, float("nan")), None, x)
+
+
+def _products(digits: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``digits @ codes.T``, ``int32 [M, out]``, and sums of rows of codes, ``[1, out]``."""
+    right, ones = codes.t(), digits.new_ones(1, digits.shape[1])
+    if digits.shape[0] == 1:  # one row at a time takes less than half of what two do at once
+        return torch._int_mm(digits, right), torch._int_mm(ones, right)
+    both = torch._int_mm(torch.cat((digits, ones)), right)
+    return both[:-1], both[-1:]
 
 
 class TracedRow:
