@@ -13,7 +13,7 @@ from mono_quant import QuantizedLayer, Quantizer, kernels
 from mono_quant.base import KernelSpec
 from mono_quant.kernels import store
 from mono_quant.operations import MatrixProduct
-from tests.benchmarks.measure import least_seconds, print_table
+from tests.benchmarks.measure import least_seconds, one_thread, print_table
 
 SIZE = 4096
 BATCHES = (1, 8, 64, 512)
@@ -50,11 +50,11 @@ def main() -> None:
     print("interleaved runs, weights from memory. 'chosen' is what a first call here picks.")
     print(f"Findings on this machine: {store.machine()}\n")
     columns = ("setting", "kernel", *(f"M={batch}" for batch in BATCHES))
-    with torch.no_grad():
+    with torch.no_grad(), one_thread():
         print_table(columns, _rows())
     print("Conv2d with static inputs, channels last, ratio over the float32 layer in that order:\n")
     columns = ("convolution", "kernel", *(f"N={count}" for count in IMAGES))
-    with torch.no_grad():
+    with torch.no_grad(), one_thread():
         print_table(columns, _convolutions())
 
 
@@ -65,11 +65,12 @@ def _convolutions() -> Iterator[tuple[str, ...]]:
         data = torch.randn(max(IMAGES), channels, side, side)
         data = data.contiguous(memory_format=torch.channels_last)
         layer = Quantizer().activations("static").fit(data).apply(source, progress=False).model
+        layers = {name: copy.deepcopy(layer) for name in ("onednn", "integer", "reference")}
         ratios: dict[str, list[str]] = {}
         for count in IMAGES:
             x = data[:count]
-            found = {name: _of_kernel(layer, name, x) for name in ("integer", "reference")}
-            calls = [partial(_run, name, repeat(layer), x) for name in found]
+            found = {name: _of_kernel(one, name, x) for name, one in layers.items()}
+            calls = [partial(_run, name, repeat(one), x) for name, one in layers.items()]
             calls.append(partial(_run, None, repeat(source), x))
             *taken, base = least_seconds(calls, TURNS)
             chosen = _of_kernel(layer, None, x)
