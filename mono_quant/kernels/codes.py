@@ -1,5 +1,6 @@
 """What fast kernels read off a weight: which ones they know, and exact sums of its codes."""
 
+import math
 from collections.abc import MutableMapping
 
 import torch
@@ -47,6 +48,11 @@ def flat(x: Tensor, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
             f"an input {list(x.shape)} does not meet a weight whose rows are {length}"
         )
     return x.reshape(-1, length).to(dtype).contiguous()
+
+
+def has_finite_sum(x: Tensor) -> bool:
+    """Return whether there are values, and their sum is finite: then each of them is."""
+    return bool(x.numel()) and math.isfinite(x.sum(dtype=torch.float32).item())
 
 
 def shaped(rows: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:

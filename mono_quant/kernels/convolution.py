@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mono_quant.base import Activation, Arranged, ArrangingKernel, KernelSpec, PackedTensor
-from mono_quant.kernels.codes import DTYPES
+from mono_quant.kernels.codes import DTYPES, has_finite_sum
 from mono_quant.kernels.digits import AT_ONCE, Digits, Factor, digits_of_codes
 from mono_quant.kernels.integer import INTEGER, refuse_inputs, refuse_weight
 from mono_quant.kernels.ops import int_mm_refusal
@@ -80,15 +80,10 @@ class IntegerConvolution(ArrangingKernel[Taps]):
         operation = spec.operation
         if type(operation) is not Convolution:
             return f"it is a {type(operation).__name__}, not a convolution"
-        if device.type != "cpu" or dtype not in DTYPES:
-            return f"inputs are {dtype} on {device.type}"
         if operation.groups != 1:
             return f"its channels are in {operation.groups} groups"
-        if spec.activation is None:
-            return "inputs are float"
-        if math.prod(spec.layout.stack) < _SMALLEST:
-            return f"{math.prod(spec.layout.stack)} values are too few to gain from it"
-        return refuse_weight(spec) or refuse_inputs(spec.activation) or int_mm_refusal()
+        reason = refuse_convolution(spec, device, dtype, _SMALLEST)
+        return reason or refuse_weight(spec) or int_mm_refusal()
 
     def arrange(self, spec: KernelSpec, weight: PackedTensor) -> Taps:
         """Return the weight with its taps in rows."""
@@ -104,7 +99,7 @@ class IntegerConvolution(ArrangingKernel[Taps]):
         operation, activation = spec.operation, spec.activation
         assert isinstance(operation, Convolution)  # `supports` saw to it
         assert activation is not None
-        if not x.numel() or not math.isfinite(x.sum(dtype=torch.float32).item()):
+        if not has_finite_sum(x):
             scales = (weight.scale, weight.zero_point)
             return in_reference(weight.canonical(), scales, spec, x, bias)
         batched = x.dim() == len(operation.stride) + 2
@@ -227,6 +222,19 @@ def _places(sizes: Shape, at_once: int) -> Iterator[tuple[slice, ...]]:
         return
     step = max(1, at_once // inner)
     yield from ((slice(start, start + step),) for start in range(0, first, step))
+
+
+def refuse_convolution(
+    spec: KernelSpec, device: torch.device, dtype: torch.dtype, smallest: int
+) -> str | None:
+    """Return why no convolution of codes is done, or None; of the weight only its size is asked."""
+    if device.type != "cpu" or dtype not in DTYPES:
+        return f"inputs are {dtype} on {device.type}"
+    if spec.activation is None:
+        return "inputs are float"
+    if math.prod(spec.layout.stack) < smallest:
+        return f"{math.prod(spec.layout.stack)} values are too few to gain from it"
+    return refuse_inputs(spec.activation)
 
 
 def of_samples(activation: Activation, batch: Tensor) -> QParams:

@@ -76,33 +76,30 @@ class Factor:
     def product(self, x: Digits, out: Tensor) -> None:
         """Write the product with some rows of inputs to ``out [M, out]``."""
         count, width = out.shape
-        sums = x.digits.new_empty(x.places * count, width, dtype=torch.int32)
-        int_mm(x.digits, self.codes, sums)
-        if self.zero is not None:
-            of_rows = x.digits.sum(1, keepdim=True, dtype=torch.int32)
-            sums.addcmul_(of_rows, self.zero, value=-1)
-        sums = sums.view(x.places, count, width)
+        sums = self.less_zeros(x, int_mm(x.digits, self.codes)).view(x.places, count, width)
         step = _SUMS * torch.get_num_threads() // (x.places * width)
         for place in parts(count, max(1, step)):
-            self._finish(x, sums if place is None else sums[:, place], place, rows_of(out, place))
+            self.finish(x, sums if place is None else sums[:, place], place, rows_of(out, place))
 
-    def finished(self, x: Digits, sums: Tensor) -> Tensor:
-        """Return the product of sums of codes, ``int32 [M, out]``, of which nothing is written to.
+    def less_zeros(self, x: Digits, sums: Tensor) -> Tensor:
+        """Return sums of codes, ``int32 [places * M, out]``, less what zero points add to them.
 
-        What `product` does with them, for those who trace it.
+        Args:
+            x: the inputs.
+            sums: ``x.digits @ codes.T``; overwritten.
         """
-        if self.zero is not None:
-            sums = sums - x.digits.sum(1, keepdim=True, dtype=torch.int32) * self.zero
-        out = (sums - x.zero * self.sums).to(torch.float32) * self.scale * x.unit
-        return out if self.bias is None else out + self.bias
+        if self.zero is None:
+            return sums
+        of_rows = x.digits.sum(1, keepdim=True, dtype=torch.int32)
+        return sums.addcmul_(of_rows, self.zero, value=-1)
 
-    def _finish(self, x: Digits, sums: Tensor, place: slice | None, out: Tensor) -> None:
+    def finish(self, x: Digits, sums: Tensor, place: slice | None, out: Tensor) -> None:
         """Write some rows of the product.
 
         Args:
             x: the inputs.
-            sums: of those rows, ``[places, M, out]``; overwritten.
-            place: of those rows.
+            sums: of those rows, from `less_zeros`, ``[places, M, out]``; overwritten.
+            place: of those rows; None for all.
             out: ``[M, out]``.
         """
         sums.addcmul_(rows_of(x.zero, place), self.sums, value=-1)

@@ -1,13 +1,11 @@
 """Exact integer products on the codes of a weight, as they are stored."""
 
-import math
-
 import torch
 from torch import Tensor
 
-from mono_quant.base import Activation, KernelSpec, PackedTensor
+from mono_quant.base import Activation, KernelSpec, PackedTensor, Scheme
 from mono_quant.kernels.blocks import BLOCKS
-from mono_quant.kernels.codes import flat, refuse, row_sums, shaped
+from mono_quant.kernels.codes import flat, has_finite_sum, refuse, row_sums, shaped
 from mono_quant.kernels.digits import (
     AT_ONCE,
     Factor,
@@ -51,7 +49,7 @@ class Integer:
     ) -> Tensor:
         """Return ``x @ weight.T + bias``, ``[..., out]`` in the dtype of `x`."""
         rows = flat(x, spec.layout.stack[2])
-        if not rows.numel() or not math.isfinite(rows.sum().item()):
+        if not has_finite_sum(rows):
             return BLOCKS(spec, x, weight, bias)
         factor = _factor(weight, bias)
         qparams = spec.activation.qparams(rows) if spec.activation is not None else None
@@ -72,15 +70,21 @@ def _factor(weight: PackedTensor, bias: Tensor | None) -> Factor:
 
 def refuse_weight(spec: KernelSpec) -> str | None:
     """Return why a weight cannot be the right factor, or None: 8 bits, per channel or tensor."""
-    scheme = spec.scheme
-    if type(scheme) is not Affine or scheme.bits != 8:
-        return f"the weight is {scheme.describe()}, not 8-bit"
-    if type(scheme.granularity) not in (PerTensor, PerChannel):
-        return f"the weight's scales are {scheme.granularity.describe()}"
+    if reason := refuse_grid(spec.scheme):
+        return reason
     if spec.layout.stack[2] < SHORTEST_ROW:
         return f"rows of {spec.layout.stack[2]} are too short to gain from it"
     if spec.layout.stack[2] > LONGEST_ROW:
         return f"rows of {spec.layout.stack[2]} could overflow 32 bits"
+    return None
+
+
+def refuse_grid(scheme: Scheme) -> str | None:
+    """Return why codes on a grid cannot be factors, or None: of 8 bits, per channel or tensor."""
+    if type(scheme) is not Affine or scheme.bits != 8:
+        return f"the weight is {scheme.describe()}, not 8-bit"
+    if type(scheme.granularity) not in (PerTensor, PerChannel):
+        return f"the weight's scales are {scheme.granularity.describe()}"
     return None
 
 

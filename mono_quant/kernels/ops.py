@@ -24,8 +24,7 @@ for rows in (1, 3, 17, 64):
         left = torch.randint(0, 256, (rows, length), dtype=torch.uint8)
         right = torch.randint(-128, 128, (96, length), dtype=torch.int8)
         left[0], right[0] = 255, -128
-        found = torch.empty(rows, 96, dtype=torch.int32)
-        torch._int_mm(left, right.t(), out=found)
+        found = torch._int_mm(left, right.t())
         assert torch.equal(found.double(), left.double() @ right.double().t())
 """
 _INT4_TRIAL = """
@@ -88,16 +87,15 @@ def untraced(function: Callable[Asked, Answer]) -> Callable[Asked, Answer]:
     return function
 
 
-def int_mm(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Write ``left @ right.T``, exact, to `out`.
+def int_mm(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left @ right.T``, exact, as ``int32 [m, n]``.
 
     Args:
         left: ``uint8 [m, k]``, contiguous, k from `SHORTEST_ROW` to `LONGEST_ROW`. Signed bytes
             would do, and take twice as long for few rows.
         right: ``int8 [n, k]``.
-        out: ``int32 [m, n]``.
     """
-    torch._int_mm(left, right.t(), out=out)
+    return torch._int_mm(left, right.t())
 
 
 @untraced

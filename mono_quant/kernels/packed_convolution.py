@@ -9,16 +9,15 @@ from torch import Tensor
 
 from mono_quant.base import Arranged, ArrangingKernel, KernelSpec, PackedTensor
 from mono_quant.kernels import onednn
-from mono_quant.kernels.codes import DTYPES
-from mono_quant.kernels.convolution import Frame, in_reference, of_samples
+from mono_quant.kernels.codes import has_finite_sum
+from mono_quant.kernels.convolution import Frame, in_reference, of_samples, refuse_convolution
 from mono_quant.kernels.digits import Digits, digits_of_codes
-from mono_quant.kernels.integer import refuse_inputs
+from mono_quant.kernels.integer import refuse_grid
 from mono_quant.kernels.onednn import Place
 from mono_quant.kernels.ops import unfollowed
 from mono_quant.kernels.packed import PackedWeight
-from mono_quant.numerics.granularity import PerChannel, PerTensor, Shape
+from mono_quant.numerics.granularity import Shape
 from mono_quant.operations import Convolution, IntTuple
-from mono_quant.schemes import Affine
 
 _SMALLEST = 1 << 8  # weights of fewer values gain nothing
 _TOP = 255
@@ -78,22 +77,15 @@ class PackedConvolution(ArrangingKernel[PackedTaps]):
 
     def supports(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return why it cannot: 8-bit weights, quantized inputs, one or two dimensions, a CPU."""
-        operation, scheme = spec.operation, spec.scheme
+        operation = spec.operation
         if type(operation) is not Convolution or len(operation.stride) > 2:
             return "it is no convolution of one or two dimensions"
-        if device.type != "cpu" or dtype not in DTYPES:
-            return f"inputs are {dtype} on {device.type}"
-        if type(scheme) is not Affine or scheme.bits != 8:
-            return f"the weight is {scheme.describe()}, not 8-bit"
-        if type(scheme.granularity) not in (PerTensor, PerChannel):
-            return f"the weight's scales are {scheme.granularity.describe()}"
-        if spec.activation is None:
-            return "inputs are float"
-        if math.prod(spec.layout.stack) < _SMALLEST:
-            return f"{math.prod(spec.layout.stack)} values are too few to gain from it"
+        reason = refuse_convolution(spec, device, dtype, _SMALLEST) or refuse_grid(spec.scheme)
+        if reason is not None:
+            return reason
         if _place(operation, spec.layout.native) is None:
             return "it pads one end more than the other"
-        return refuse_inputs(spec.activation) or onednn.refuse_conv()
+        return onednn.refuse_conv()
 
     def arrange(self, spec: KernelSpec, weight: PackedTensor) -> PackedTaps:
         """Return the weight, packed for the convolution of `spec`."""
@@ -136,7 +128,7 @@ def _inputs(spec: KernelSpec, batch: Tensor, weight: PackedTaps) -> Digits | Non
     assert activation is not None  # `supports` saw to it
     if weight.pack.place != _place(_convolution(spec), spec.layout.native):
         return None
-    if not batch.numel() or not math.isfinite(batch.sum().item()):
+    if not has_finite_sum(batch):
         return None
     found = digits_of_codes(batch, activation.scheme, of_samples(activation, batch), None)
     return found if found.unit.amax().item() < _HUGE else None

@@ -7,11 +7,12 @@ from mono_quant.base import KernelSpec, PackedTensor
 from mono_quant.kernels.codes import flat, refuse, shaped
 from mono_quant.kernels.digits import Factor, digits_of_codes
 from mono_quant.kernels.integer import INTEGER, refuse_weight
+from mono_quant.kernels.ops import int_mm
 from mono_quant.schemes import FloatCast
 
 
 class TracedInteger:
-    """What `Integer` does for quantized inputs, without a loop, a branch or a write in place.
+    """What `Integer` does for quantized inputs, without a loop or a branch on values.
 
     Compilers fuse what goes before the product with what follows it. Sums of the weight's codes
     are products with ones, so that nothing has to be kept for a compiled layer.
@@ -37,17 +38,19 @@ class TracedInteger:
         digits = digits_of_codes(rows, activation.scheme, activation.qparams(rows), None)
         products, sums = _products(digits.digits, codes)
         scale, zero = tensors["scale"], tensors.get("zero_point")
-        out = Factor.of(codes, sums, scale, zero, bias).finished(digits, products)
+        factor = Factor.of(codes, sums, scale, zero, bias)
+        out = rows.new_empty(products.shape)
+        factor.finish(digits, factor.less_zeros(digits, products)[None], None, out)
         lost = rows.isnan().any(1, keepdim=True)
         return shaped(out.masked_fill(lost, float("nan")), None, x)
 
 
 def _products(digits: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``digits @ codes.T``, ``int32 [M, out]``, and sums of rows of codes, ``[1, out]``."""
-    right, ones = codes.t(), digits.new_ones(1, digits.shape[1])
+    ones = digits.new_ones(1, digits.shape[1])
     if digits.shape[0] == 1:  # one row at a time takes less than half of what two do at once
-        return torch._int_mm(digits, right), torch._int_mm(ones, right)
-    both = torch._int_mm(torch.cat((digits, ones)), right)
+        return int_mm(digits, codes), int_mm(ones, codes)
+    both = int_mm(torch.cat((digits, ones)), codes)
     return both[:-1], both[-1:]
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from mono_quant.base import QuantizedModule
 from mono_quant.modules import QuantizedInput, QuantizedWeight
 from mono_quant.numerics.metrics import memory_of, tensor_bytes
-from mono_quant.plan.request import WeightPlan
+from mono_quant.plan.request import WeightPlan, by_layer
 from mono_quant.report import LayerReport, Report
 
 
@@ -29,9 +29,7 @@ def inside(path: str, paths: set[str]) -> bool:
 
 def _rows(model: nn.Module, weights: Sequence[WeightPlan]) -> Iterable[LayerReport]:
     """Yield a row for each weight, one for each module's other parameters, one for all biases."""
-    by_path: dict[str, list[WeightPlan]] = {}
-    for weight in weights:
-        by_path.setdefault(weight.path, []).append(weight)
+    by_path = by_layer(weights)
     tied = [weight for weight in weights if weight.tied_to is not None]
     sources = (source for weight in weights for source in weight.sources)
     counted: set[object] = {memory_of(model.get_parameter(source)) for source in sources}

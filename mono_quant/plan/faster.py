@@ -18,7 +18,7 @@ from mono_quant.modules import kernels_run
 from mono_quant.numerics.extremes import all_finite
 from mono_quant.numerics.metrics import tensor_bytes
 from mono_quant.observers.minmax import MinMax, MinMaxState
-from mono_quant.plan.request import WeightPlan
+from mono_quant.plan.request import WeightPlan, by_layer
 from mono_quant.plan.run import activation_of, rounded
 from mono_quant.rounding import RoundToNearest
 from mono_quant.settings import Recipe
@@ -86,11 +86,9 @@ def measure_layers(
         InputError: a weight is not finite; names it.
     """
     known = tuple(containers)
-    by_layer: dict[str, list[WeightPlan]] = {}
-    for weight in todo:
-        by_layer.setdefault(weight.path, []).append(weight)
-    watch = _Stopwatch(model, by_layer, known, sizes)
-    with calling(model, known, by_layer), watch.running():
+    layers = by_layer(todo)
+    watch = _Stopwatch(model, layers, known, sizes)
+    with calling(model, known, layers), watch.running():
         for _ in example.outputs(model, label):
             pass
     return watch.measured()
@@ -171,11 +169,11 @@ class _Stopwatch:
     def __init__(
         self,
         model: nn.Module,
-        by_layer: Mapping[str, Sequence[WeightPlan]],
+        layers: Mapping[str, Sequence[WeightPlan]],
         containers: tuple[Container, ...],
         sizes: tuple[int, int],
     ) -> None:
-        self._model, self._by_layer, self._containers = model, by_layer, containers
+        self._model, self._layers, self._containers = model, layers, containers
         self._sizes = sizes
         self._trials: dict[Hashable, Measured] = {}
         self._calls: dict[str, Counter[Hashable]] = {}
@@ -191,7 +189,7 @@ class _Stopwatch:
             self._see(path, layer, args, kwargs)
 
         with ExitStack() as hooks:
-            for path in self._by_layer:
+            for path in self._layers:
                 module = self._model.get_submodule(path)
                 handle = module.register_forward_pre_hook(partial(see, path), with_kwargs=True)
                 hooks.callback(handle.remove)
@@ -220,7 +218,7 @@ class _Stopwatch:
     def _see(
         self, path: str, layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
-        weights = self._by_layer[path]
+        weights = self._layers[path]
         calls = self._calls.setdefault(path, Counter())
         key = (_looks(layer), _asked(weights), _form(args), _form(kwargs))
         if key not in calls and len(calls) >= _SHAPES:

@@ -30,7 +30,7 @@ from mono_quant.checkpoint import calling
 from mono_quant.errors import CalibrationError
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.plan.inputs import InputUses
-from mono_quant.plan.request import WeightPlan
+from mono_quant.plan.request import WeightPlan, by_layer
 from mono_quant.report import LayerReport
 from mono_quant.transforms.edits import mark
 
@@ -115,11 +115,8 @@ class LayerErrors:
         Raises:
             CalibrationError: NaN reaches a layer, whose output then says nothing of quantizing.
         """
-        by_layer: dict[str, list[WeightPlan]] = {}
-        for weight in todo:
-            by_layer.setdefault(weight.path, []).append(weight)
         with ExitStack() as hooks:
-            for path, weights in by_layer.items():
+            for path, weights in by_layer(todo).items():
                 module = self.floats.get_submodule(path)
                 handle = module.register_forward_hook(partial(self._add, weights), with_kwargs=True)
                 hooks.callback(handle.remove)

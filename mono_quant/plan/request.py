@@ -1,5 +1,7 @@
 """What was asked for, and what one weight's fate is."""
 
+from collections.abc import Iterable
+
 import attrs
 
 from mono_quant.base import Container, Correction, LayerQuantizer, Transform
@@ -135,3 +137,11 @@ class WeightPlan:
         if self.recipe is None or self.recipe.activations.mode != "static":
             return 0
         return 4 if self.recipe.activations.symmetric else 5  # a scale and a zero point
+
+
+def by_layer(weights: Iterable[WeightPlan]) -> dict[str, list[WeightPlan]]:
+    """Return weights by the names of their layers, in the order in which they come."""
+    found: dict[str, list[WeightPlan]] = {}
+    for weight in weights:
+        found.setdefault(weight.path, []).append(weight)
+    return found

@@ -1,6 +1,6 @@
 """Carrying out what was decided, one layer at a time."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -14,7 +14,7 @@ from mono_quant.errors import CalibrationError, InputError, Mend
 from mono_quant.modules import tie
 from mono_quant.numerics.extremes import all_finite
 from mono_quant.numerics.metrics import tensor_bytes
-from mono_quant.plan.request import WeightPlan
+from mono_quant.plan.request import WeightPlan, by_layer
 from mono_quant.plan.weight_error import WeightError
 from mono_quant.report import LayerReport
 from mono_quant.settings import Recipe
@@ -23,7 +23,7 @@ from mono_quant.transforms.edits import put
 
 def quantize_weights(
     model: ModelT,
-    todo: Iterable[WeightPlan],
+    todo: Sequence[WeightPlan],
     gathered: Mapping[tuple[str, str], Gathered],
     label: str | None,
 ) -> tuple[ModelT, Mapping[str, LayerReport]]:
@@ -31,18 +31,19 @@ def quantize_weights(
 
     What comes back is another object where the model is one layer and its quantizer made a new one.
     """
-    by_layer: dict[str, list[WeightPlan]] = {}
-    multiplied: set[str] = set()  # by one of those that share it
-    for weight in todo:
-        by_layer.setdefault(weight.path, []).append(weight)
-        if not weight.maker.looks_up:
-            multiplied.add((weight.tied_to or weight).key)
+    multiplied = {  # by one of those that share it
+        (weight.tied_to or weight).key for weight in todo if not weight.maker.looks_up
+    }
     rows: dict[str, LayerReport] = {}
     packed: dict[str, PackedTensor] = {}
     activations: dict[str, Activation | None] = {}
     done: dict[str, nn.Module] = {}
     bar = tqdm(
-        by_layer.items(), desc=label, unit="layer", disable=None if label else True, leave=False
+        by_layer(todo).items(),
+        desc=label,
+        unit="layer",
+        disable=None if label else True,
+        leave=False,
     )
     with torch.no_grad(), bar:
         for path, weights in bar:
