@@ -66,6 +66,11 @@ class Scheme(Configurable, ABC):
         """The smallest code."""
         return 0
 
+    @property
+    def step(self) -> float:
+        """The mean distance of neighbouring grid points, for a scale of one."""
+        return 1.0
+
     @final
     @property
     def code_offset(self) -> int:
@@ -118,6 +123,17 @@ class Scheme(Configurable, ABC):
         block_size = self.granularity.block_size(tuple(x.shape))
         low, high = block_range(x, block_size)
         return self.calculate_qparams(low, high, block_size=block_size)
+
+    def rescaled(self, qparams: QParams, scale: Tensor) -> QParams | None:
+        """Return `qparams` with other scales, as this grid stores them; None where it has none.
+
+        Only for grids whose values are their scale times a level that is the code's alone.
+
+        Args:
+            qparams: whose zero points and the rest stay.
+            scale: float32, positive, shaped like that of `qparams`.
+        """
+        return None
 
     def refuse(self, shape: Shape) -> str | None:
         """Return why a stack of `shape` cannot be quantized by this scheme, or None."""
@@ -428,6 +444,8 @@ class Rounding(Configurable, ABC):
     """Chooses a grid point for each weight."""
 
     __slots__ = ()
+    sequential: ClassVar[bool] = False
+    """Whether its statistics are to be of inputs that the layers before, quantized, have made."""
 
     @property
     def needs(self) -> tuple[AnyStatistic, ...]:
@@ -437,6 +455,81 @@ class Rounding(Configurable, ABC):
     @abstractmethod
     def round(self, weight: Tensor, grid: Grid, statistics: Statistics) -> QTensor:
         """Return `weight`, a float32 stack ``[G, out, in]``, on the grid, in memory of its own."""
+
+
+@attrs.frozen(eq=False)
+class BlockWeight:
+    """One weight of a block whose weights are rounded together.
+
+    Attributes:
+        stack: the weight, ``float32 [G, out, in]``.
+        layout: from the native weight to the stack and back.
+        grid: what it is rounded to.
+        statistics: of its inputs, as the rounding's `needs` asked for.
+    """
+
+    stack: Tensor
+    layout: Layout
+    grid: Grid
+    statistics: Statistics
+
+
+@attrs.frozen(eq=False)
+class BlockCall:
+    """One call of a block, and what it is to return.
+
+    Attributes:
+        args: positional arguments, as the blocks before make them that are quantized already.
+        kwargs: keyword arguments.
+        targets: the tensors that the float block returned in the float model.
+    """
+
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
+    targets: Sequence[Tensor]
+
+
+@attrs.frozen(eq=False)
+class FittedBlock:
+    """What became of a block.
+
+    Attributes:
+        weights: on their grids, by their dotted names in the block.
+        parameters: new values of parameters that stay float, by their dotted names in the block.
+    """
+
+    weights: Mapping[str, QTensor]
+    parameters: Mapping[str, Tensor] = attrs.field(factory=dict)
+
+
+class BlockRounding(Rounding):
+    """Chooses the grid points of all weights of a block together, by what the block returns.
+
+    A block is an entry of a list of modules, such as a layer of a transformer, or else one layer.
+    Where it cannot be called by itself, `round` serves each of its weights alone.
+    """
+
+    __slots__ = ()
+    sequential: ClassVar[bool] = True
+
+    @abstractmethod
+    def fit(
+        self,
+        block: nn.Module,
+        weights: Mapping[str, BlockWeight],
+        calls: Sequence[BlockCall],
+        free: Sequence[str],
+    ) -> FittedBlock:
+        """Return the weights of a block on their grids.
+
+        Args:
+            block: the float block, in eval mode; it must stay as it is, and can be run with other
+                parameters by `torch.func.functional_call`.
+            weights: those that this rounding is asked for, by their dotted names in the block.
+            calls: one for each batch; read from disk where they are many.
+            free: names of what stays float in the block and may change: biases, norms and the like
+                that nothing else shares.
+        """
 
 
 @attrs.frozen

@@ -1,6 +1,6 @@
 """Batches as they come: a failure to read one is named, and arrays of numpy become tensors."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import Protocol, cast
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mono_quant.errors import CalibrationError, InputError, MonoQuantError
+from mono_quant.numerics.nested import each
 
 
 class _Sized(Protocol):
@@ -77,18 +78,6 @@ def as_tensors(batch: object) -> object:
         InputError: one holds what no tensor can.
     """
     return each(batch, _as_tensor)
-
-
-def each(value: object, change: Callable[[object], object]) -> object:
-    """Return nested tuples, lists and mappings with each other value in them changed."""
-    if isinstance(value, Mapping):
-        return {key: each(item, change) for key, item in value.items()}
-    if isinstance(value, tuple):
-        made = getattr(value, "_make", tuple)  # a named tuple keeps its names
-        return cast("object", made(each(item, change) for item in value))
-    if isinstance(value, list):
-        return [each(item, change) for item in value]
-    return change(value)
 
 
 def _as_tensor(value: object) -> object:

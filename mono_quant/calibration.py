@@ -6,7 +6,6 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -18,19 +17,20 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 from mono_quant.base import AnyStatistic, LayerQuantizer, Statistic, Statistics
-from mono_quant.batches import NamedItems, as_tensors, each, is_array, read
+from mono_quant.batches import NamedItems, as_tensors, is_array, read
 from mono_quant.configurable import dtype_name
 from mono_quant.errors import CalibrationError, InputError, Mend, MonoQuantError
 from mono_quant.modules import QuantizedInput, QuantizedWeight
 from mono_quant.numerics.extremes import all_finite
-from mono_quant.numerics.metrics import SquaredError, tensor_bytes
+from mono_quant.numerics.metrics import SquaredError, tensor_bytes, times_written
+from mono_quant.numerics.nested import each, tensors_in
 
 Forward = Callable[[nn.Module, object], object]
 
 DEFAULT_SAMPLES = 150
 DATASET_BATCH = 32
-OUTPUTS_IN_MEMORY = 1 << 28
-"""Bytes of float outputs that are kept in memory; more goes to a temporary folder."""
+KEPT_IN_MEMORY = 1 << 28
+"""Bytes of what is kept of all batches in memory; more goes to a temporary folder."""
 
 
 @attrs.frozen(eq=False)
@@ -123,6 +123,12 @@ class CalibrationData:
         """Return the first batch."""
         return next(self.batches())
 
+    def first_and_last(self) -> "Iterator[CalibrationData]":
+        """Yield the first batch and, if there are several, the last, each by itself."""
+        batches = list(self.batches())
+        for batch in (batches[0], *batches[1:][-1:]):
+            yield attrs.evolve(self, source=[batch], samples=1)
+
     def call(self, model: nn.Module, batch: object) -> object:
         """Return the model's output for one batch, moved to the model's device.
 
@@ -139,11 +145,24 @@ class CalibrationData:
             return model(*batch[: positional_arguments(model)])
         return model(batch)
 
-    def inner_outputs(self, model: nn.Module, of: nn.Module) -> Iterator[list[Tensor]]:
-        """Yield `outputs` of a module inside the model; see `InnerOutputs`."""
+    def inner_outputs(
+        self, model: nn.Module, of: nn.Module, calls: int = 1
+    ) -> Iterator[list[Tensor]]:
+        """Yield `outputs` of a module inside the model; see `InnerOutputs`.
+
+        Args:
+            model: what is run.
+            of: the module.
+            calls: with which call in a batch to stop; 0 for none, and the model's own outputs.
+        """
+        seen = 0
 
         def stop(_: nn.Module, __: tuple[object, ...], output: object) -> None:
-            raise _Reached(output)
+            nonlocal seen
+            seen += 1
+            if seen == calls:
+                seen = 0
+                raise _Reached(output)
 
         # The last of its hooks, since others may change what comes out.
         handle = of.register_forward_hook(stop)
@@ -172,12 +191,10 @@ class CalibrationData:
         if any(bool(x.isnan().any()) for x in tensors_in(batch) if x.is_floating_point()):
             raise CalibrationError(f"batch {place} of the data holds NaN", Mend.BATCH)
         try:
-            output = self.call(model, batch)
+            with of_batch(place):
+                output = self.call(model, batch)
         except _Reached as reached:
             output = reached.output
-        except CalibrationError as error:
-            where = f"{error.what}, on batch {place} of the data"
-            raise CalibrationError(where, error.mend, layer=error.layer) from error
         except MonoQuantError:
             raise
         except Exception as error:
@@ -253,21 +270,6 @@ def check_tuple(model: nn.Module, data: CalibrationData) -> None:
         )
 
 
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """Yield the tensors in nested tuples, lists, mappings and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors_in(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            yield from tensors_in(getattr(value, field.name))
-
-
 def count_samples(batch: object) -> int:
     """Return the length of the first dimension of the first tensor of a batch."""
     first = next(tensors_in(batch), None)
@@ -313,6 +315,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(before)
 
 
+@contextmanager
+def of_batch(place: int) -> Iterator[None]:
+    """Have errors about the data name a batch."""
+    try:
+        yield
+    except CalibrationError as error:
+        where = f"{error.what}, on batch {place} of the data"
+        raise CalibrationError(where, error.mend, layer=error.layer) from error
+
+
 class _Reached(BaseException):
     """The module that was asked for has returned: nothing that a model handles by itself."""
 
@@ -321,40 +333,48 @@ class _Reached(BaseException):
         self.output = output
 
 
-class Outputs:
-    """The float outputs of a model that is about to be changed, to compare with later.
+class Kept:
+    """Tensors of each batch, to come back to after the model was changed.
 
     Kept in memory up to a bound, in a temporary folder past it.
     """
 
-    def __init__(self, limit: int = OUTPUTS_IN_MEMORY) -> None:
+    def __init__(self, limit: int = KEPT_IN_MEMORY) -> None:
         """Keep up to `limit` bytes in memory."""
         self._limit = limit
         self._kept: list[list[Tensor] | Path] = []
         self._folder: Path | None = None
 
-    def add(self, outputs: list[Tensor]) -> None:
-        """Keep the outputs of one more batch."""
-        self._limit -= sum(tensor_bytes(tensor) for tensor in outputs)
+    def add(self, tensors: list[Tensor]) -> None:
+        """Keep copies of the tensors of one more batch."""
+        self._limit -= sum(tensor_bytes(tensor) for tensor in tensors)
         if self._limit >= 0:
-            self._kept.append([tensor.clone() for tensor in outputs])
+            self._kept.append([tensor.detach().clone() for tensor in tensors])
             return
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="mono_quant_"))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         path = self._folder / f"{len(self._kept)}.pt"
-        torch.save(outputs, path)
+        torch.save(tensors, path)
         self._kept.append(path)
 
-    def add_all(self, outputs: Iterable[list[Tensor]]) -> None:
-        """Keep the outputs of every batch."""
-        for one in outputs:
-            self.add(one)
+    def add_all(self, batches: Iterable[list[Tensor]]) -> None:
+        """Keep those of every batch."""
+        for tensors in batches:
+            self.add(tensors)
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self._kept)
+
+    def __getitem__(self, place: int) -> list[Tensor]:
+        """Return the tensors of one batch."""
+        kept = self._kept[place]
+        return torch.load(kept, weights_only=True) if isinstance(kept, Path) else kept
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        """Yield what was kept, batch by batch."""
-        for item in self._kept:
-            yield torch.load(item, weights_only=True) if isinstance(item, Path) else item
+        """Yield them batch by batch."""
+        return (self[place] for place in range(len(self)))
 
 
 def compare(references: Iterable[list[Tensor]], others: Iterable[list[Tensor]]) -> SquaredError:
@@ -412,52 +432,93 @@ class Gathered:
     inputs: Statistics = attrs.field(factory=Statistics)
 
 
-def gather(
-    model: nn.Module, wanted: Mapping[str, Wanted], data: CalibrationData, progress: str | None
-) -> Mapping[tuple[str, str], Gathered]:
-    """Return what is asked for by layer and weight, from one pass.
+class Gathering:
+    """The statistics of layers' inputs, while a model is run."""
 
-    Weights that no data reached are absent.
+    def __init__(self, model: nn.Module, wanted: Mapping[str, Wanted]) -> None:
+        """Gather what is wanted of the layers of `model`, once attached."""
+        self._model, self._wanted = model, wanted
+        self._rows: dict[tuple[str, str], dict[AnyStatistic, object]] = {}
+        self._inputs: dict[tuple[str, str], dict[AnyStatistic, object]] = {}
+        self._last: dict[AnyStatistic, _Fold] = {}
 
-    Raises:
-        CalibrationError: an input holds NaN or infinity; names the layer and the batch.
-    """
-    rows: dict[tuple[str, str], dict[AnyStatistic, object]] = {}
-    inputs: dict[tuple[str, str], dict[AnyStatistic, object]] = {}
+    @contextmanager
+    def attached(self) -> Iterator["Gathering"]:
+        """Look at every call of the layers as long as the context lasts.
 
-    def observe(
-        path: str, layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+        Raises:
+            CalibrationError: an input holds NaN or infinity; names the layer.
+        """
+        with ExitStack() as hooks:
+            for name in self._wanted:
+                module = self._model.get_submodule(name)
+                observe = partial(self._observe, name)
+                hooks.callback(module.register_forward_pre_hook(observe, with_kwargs=True).remove)
+            yield self
+        self._last.clear()
+
+    def found(self) -> Mapping[tuple[str, str], Gathered]:
+        """Return what was gathered by layer and weight; weights that no data reached are absent."""
+        return {
+            key: Gathered(
+                Statistics(self._rows.get(key, {})), Statistics(self._inputs.get(key, {}))
+            )
+            for key in {**self._rows, **self._inputs}
+        }
+
+    def _observe(
+        self, path: str, layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
-        want = wanted[path]
+        want = self._wanted[path]
         for name, x in want.layer.inputs(layer, args, kwargs):
             if not x.numel():
                 continue
             if not all_finite(x):
                 raise CalibrationError(f"what reaches {path!r} holds NaN or infinity")
             for statistic in want.of_inputs.get(name, ()):
-                _fold(statistic, x, inputs.setdefault((path, name), {}))
-            found = want.layer.rows(layer, name, x) if want.of_rows.get(name) else None
-            if found is not None:
+                self._fold(statistic, x, x, self._inputs.setdefault((path, name), {}))
+            rows = want.layer.rows(layer, name, x) if want.of_rows.get(name) else None
+            if rows is not None:
                 for statistic in want.of_rows[name]:
-                    _fold(statistic, found, rows.setdefault((path, name), {}))
+                    self._fold(statistic, x, rows, self._rows.setdefault((path, name), {}))
 
-    with ExitStack() as hooks:
-        for name in wanted:
-            module = model.get_submodule(name)
-            handle = module.register_forward_pre_hook(partial(observe, name), with_kwargs=True)
-            hooks.callback(handle.remove)
-        for _ in data.outputs(model, progress):
-            pass
-    return {
-        key: Gathered(Statistics(rows.get(key, {})), Statistics(inputs.get(key, {})))
-        for key in {**rows, **inputs}
-    }
+    def _fold(
+        self, statistic: AnyStatistic, x: Tensor, rows: Tensor, seen: dict[AnyStatistic, object]
+    ) -> None:
+        """Add one input to what was seen; layers that take the same one share the work."""
+        fold = cast("Statistic[object]", statistic)  # the only kind of statistic there is
+        before, last = seen.get(statistic), self._last.pop(statistic, None)
+        if last is None or not last.repeated_by(x, rows, before):
+            state = fold.observe(rows)
+            after = fold.merge(before, state) if statistic in seen else state
+            last = _Fold(x, times_written(x), rows.shape, before, after)
+        seen[statistic] = last.after
+        if rows.data_ptr() == x.data_ptr():  # else other layers make other rows of it
+            self._last[statistic] = last
 
 
-def _fold(statistic: AnyStatistic, x: Tensor, seen: dict[AnyStatistic, object]) -> None:
-    fold = cast("Statistic[object]", statistic)  # the only kind of statistic there is
-    state = fold.observe(x)
-    seen[statistic] = fold.merge(seen[statistic], state) if statistic in seen else state
+@attrs.frozen(eq=False)
+class _Fold:
+    """The last step of a fold over rows that are a view of an input.
+
+    Attributes:
+        x: the input.
+        written: how often it had been written to.
+        shape: of the rows.
+        before: the state before it.
+        after: the state with it.
+    """
+
+    x: Tensor
+    written: int
+    shape: torch.Size
+    before: object
+    after: object
+
+    def repeated_by(self, x: Tensor, rows: Tensor, before: object) -> bool:
+        """Return whether another layer's step is this one: the same rows, and the same state."""
+        same = self.x is x and self.written == times_written(x) and self.before is before
+        return same and self.shape == rows.shape and rows.data_ptr() == x.data_ptr()
 
 
 def _to_device(batch: object, device: torch.device) -> object:

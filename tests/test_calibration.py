@@ -26,7 +26,8 @@ from mono_quant import (
     Statistics,
 )
 from mono_quant.base import AnyStatistic
-from mono_quant.calibration import CalibrationData, Outputs, tensors_in
+from mono_quant.calibration import CalibrationData, Kept
+from mono_quant.numerics.nested import tensors_in
 from tests.helpers import WEIGHTS_ONLY, noise, same_bits, same_tensors, sqnr64
 
 
@@ -470,7 +471,7 @@ def test_in_place_measures_the_same(
     data: object, in_memory: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not in_memory:
-        monkeypatch.setattr("mono_quant.plan.plan.Outputs", partial(Outputs, limit=0))
+        monkeypatch.setattr("mono_quant.plan.plan.Kept", partial(Kept, limit=0))
     quantizer = Quantizer().bits(4).only("*").fit(data)
     source = Net().eval()
     apart = quantizer.apply(source)
@@ -482,7 +483,7 @@ def test_in_place_measures_the_same(
 
 @pytest.mark.parametrize("limit", [0, 100, 1000, 10**9])
 def test_outputs_come_back_as_they_were_whatever_is_spilled(limit: int) -> None:
-    kept = Outputs(limit=limit)
+    kept = Kept(limit=limit)
     batches = [[noise(4, 8, seed=place), noise(2, seed=place).bfloat16()] for place in range(5)]
     for outputs in batches:
         kept.add(outputs)
@@ -495,7 +496,7 @@ def test_spilled_outputs_are_deleted_when_they_are_done_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    kept = Outputs(limit=0)
+    kept = Kept(limit=0)
     kept.add([noise(4)])
     assert len(list(tmp_path.glob("*/*"))) == 1
     del kept
@@ -503,7 +504,7 @@ def test_spilled_outputs_are_deleted_when_they_are_done_with(
 
 
 def test_outputs_in_memory_are_copies() -> None:
-    kept, buffer = Outputs(), torch.zeros(3)
+    kept, buffer = Kept(), torch.zeros(3)
     kept.add([buffer])
     buffer.fill_(7)
     assert not next(iter(kept))[0].any()

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.base import Checkpoint
-from mono_quant.calibration import DEFAULT_SAMPLES, CalibrationData, Forward, tensors_in
+from mono_quant.calibration import DEFAULT_SAMPLES, CalibrationData, Forward
 from mono_quant.cli.options import ModelOptions, QuantizeOptions
 from mono_quant.errors import ConfigurationError, CorruptCheckpointError, InputError
 from mono_quant.files import fill
+from mono_quant.numerics.nested import tensors_in
 from mono_quant.serializers import read_plain, read_safetensors, read_state_dict, state_dict_in
 
 _MODULE_NAMES = ("model", "module", "net", "network", "ema")

@@ -93,3 +93,8 @@ def memory_of(tensor: Tensor) -> tuple[object, ...]:
 def tensor_bytes(tensor: Tensor) -> int:
     """Return the bytes of the elements of `tensor`, whatever its storage holds beside."""
     return tensor.numel() * tensor.element_size()
+
+
+def times_written(tensor: Tensor) -> int:
+    """Return how often a tensor was written to; 0 where torch does not count it."""
+    return 0 if tensor.is_inference() else tensor._version

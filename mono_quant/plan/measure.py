@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from mono_quant.base import (
     Change,
-    Container,
     Correction,
     CorrectionContext,
     Transform,
@@ -17,18 +16,15 @@ from mono_quant.base import (
 )
 from mono_quant.calibration import (
     CalibrationData,
-    Gathered,
     Wanted,
     evaluating,
-    gather,
     left_over,
     output_error,
     positional_arguments,
-    tensors_in,
 )
-from mono_quant.checkpoint import calling
 from mono_quant.errors import CalibrationError
 from mono_quant.numerics.metrics import SquaredError
+from mono_quant.numerics.nested import tensors_in
 from mono_quant.plan.inputs import InputUses
 from mono_quant.plan.request import WeightPlan, by_layer
 from mono_quant.report import LayerReport
@@ -62,18 +58,12 @@ def _noted(model: nn.Module, done: Iterable[Sequence[Change]]) -> tuple[Change, 
     return tuple(changes)
 
 
-def gather_for(
-    work: nn.Module,
-    todo: Iterable[WeightPlan],
-    containers: Iterable[Container],
-    data: CalibrationData | None,
-    label: str | None,
-) -> Mapping[tuple[str, str], Gathered]:
-    """Return what roundings and ranges of activations need, from one pass over the data."""
+def wanted_of(todo: Iterable[WeightPlan]) -> Mapping[str, Wanted]:
+    """Return what roundings and ranges of activations ask of the data, by layer."""
     wanted: dict[str, Wanted] = {}
     for weight in todo:
         recipe = weight.recipe
-        if recipe is None or data is None:  # the plan has refused what needs data without any
+        if recipe is None:
             continue
         static = recipe.activations.mode == "static"
         if recipe.rounding.needs or static:
@@ -84,10 +74,7 @@ def gather_for(
                 {**known.of_rows, weight.name: recipe.rounding.needs},
                 {**known.of_inputs, weight.name: observers},
             )
-    if not wanted or data is None:
-        return {}
-    with calling(work, containers, wanted):
-        return gather(work, wanted, data, label and "calibrating")
+    return wanted
 
 
 @attrs.frozen(eq=False)

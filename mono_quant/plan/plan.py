@@ -15,7 +15,7 @@ from mono_quant.base import (
     Transform,
     TransformContext,
 )
-from mono_quant.calibration import CalibrationData, Outputs, compare, count_samples
+from mono_quant.calibration import CalibrationData, Kept, compare, count_samples
 from mono_quant.checkpoint import ModelT, adapt_containers, calling, copy_structure
 from mono_quant.errors import DamageError, InputError, Mend
 from mono_quant.layers import BUILT_IN_CONTAINERS
@@ -28,14 +28,13 @@ from mono_quant.plan.inputs import InputUses
 from mono_quant.plan.measure import (
     LayerErrors,
     correct,
-    gather_for,
     left_out,
     transform,
     with_outputs,
 )
 from mono_quant.plan.outline import outline_of
 from mono_quant.plan.request import Request, WeightPlan
-from mono_quant.plan.run import check_finite, check_fits, quantize_weights
+from mono_quant.plan.run import LayerRun, check_finite, check_fits, quantize_weights
 from mono_quant.plan.warnings import warnings_of
 from mono_quant.plan.written import skipping
 from mono_quant.report import LayerReport, Report
@@ -100,11 +99,16 @@ class Plan(Generic[ModelT]):
             return self
         return self._decided(copy_structure(self._model), progress)
 
-    def run(self, *, in_place: bool = False, progress: bool = True) -> QuantizationResult[ModelT]:
+    def run(
+        self, *, in_place: bool = False, sequential: bool | None = None, progress: bool = True
+    ) -> QuantizationResult[ModelT]:
         """Carry the plan out, layer by layer.
 
         Args:
             in_place: change the model itself, and free its float weights on the way.
+            sequential: calibrate each block of layers on what the blocks before it make of the data
+                once they are quantized, and not on what the float model makes of it. None: where a
+                rounding wants it, as `GPTQ` does.
             progress: show progress bars where the output is a terminal.
 
         Returns:
@@ -122,10 +126,10 @@ class Plan(Generic[ModelT]):
                 plan = self._decided(self._model, progress)
             else:
                 plan = self.measured(progress=progress)
-            return plan.run(in_place=in_place, progress=progress)
+            return plan.run(in_place=in_place, sequential=sequential, progress=progress)
         data = request.data.held() if request.data is not None else None
         todo = [weight for weight in self.weights if weight.recipe is not None]
-        kept = Outputs()
+        kept = Kept()
         self._check_unspent(todo)
         if in_place:
             self._check_in_place(todo)
@@ -135,8 +139,13 @@ class Plan(Generic[ModelT]):
         changes = transform(work, self._transforms(), data)
         compared = data is not None or bool(request.corrections)
         floats = copy_structure(work) if compared and not in_place else None
-        gathered = gather_for(work, todo, self._containers, data, label)
-        work, rows = quantize_weights(work, todo, gathered, label)
+        if sequential is None:
+            recipes = [weight.recipe for weight in todo if weight.recipe is not None]
+            sequential = any(recipe.rounding.sequential for recipe in recipes)
+        layers = LayerRun(work, todo)
+        quantize_weights(layers, todo, data, self._containers, sequential=sequential, label=label)
+        work, rows = layers.model, layers.rows
+        changes = (*changes, *layers.changes)
         adapt_containers(work, self._containers)
         found = _Evidence(rows, changes, tuple(estimated(rows.values())))
         if floats is not None:
@@ -145,7 +154,8 @@ class Plan(Generic[ModelT]):
             error = compare(kept, data.outputs(work, label and "measuring"))
             found = attrs.evolve(found, output=error)
         if found.damages and request.on_damage != "warn":
-            return self._amended(found.damages, data).run(progress=progress)
+            amended = self._amended(found.damages, data)
+            return amended.run(sequential=sequential, progress=progress)
         if request.fold is not False:
             fused = fuse_activations(work, TransformContext(data.outputs if data else None))
             found = attrs.evolve(found, changes=(*found.changes, *fused))

@@ -1,87 +1,170 @@
 """Carrying out what was decided, one layer at a time."""
 
-from collections.abc import Mapping, Sequence
-from typing import cast
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
+from typing import Generic, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mono_quant.base import Activation, PackedTensor, Scheme, Statistics
-from mono_quant.calibration import Gathered, evaluating
-from mono_quant.checkpoint import ModelT
+from mono_quant import kernels
+from mono_quant.base import Activation, Change, Container, PackedTensor, Scheme, Statistics
+from mono_quant.calibration import CalibrationData, Gathered, Gathering, Wanted, evaluating
+from mono_quant.checkpoint import ModelT, calling
 from mono_quant.errors import CalibrationError, InputError, Mend
 from mono_quant.modules import tie
 from mono_quant.numerics.extremes import all_finite
 from mono_quant.numerics.metrics import tensor_bytes
+from mono_quant.numerics.values import QTensor
+from mono_quant.plan.blocks import NOTHING, BlockRun
+from mono_quant.plan.measure import wanted_of
+from mono_quant.plan.relay import Relay
 from mono_quant.plan.request import WeightPlan, by_layer
+from mono_quant.plan.stages import stages_of
 from mono_quant.plan.weight_error import WeightError
 from mono_quant.report import LayerReport
 from mono_quant.settings import Recipe
 from mono_quant.transforms.edits import put
 
 
-def quantize_weights(
-    model: ModelT,
-    todo: Sequence[WeightPlan],
-    gathered: Mapping[tuple[str, str], Gathered],
-    label: str | None,
-) -> tuple[ModelT, Mapping[str, LayerReport]]:
-    """Quantize the weights of `model` in place; return it and what is known of each by its name.
+class LayerRun(Generic[ModelT]):
+    """A working copy whose layers are quantized, some at a time.
 
-    What comes back is another object where the model is one layer and its quantizer made a new one.
+    Attributes:
+        model: the copy; another object than before where it is one layer, and its quantizer made a
+            new one.
+        rows: what is known of each weight that was quantized, by its name.
+        changes: what else was changed on the way.
     """
-    multiplied = {  # by one of those that share it
-        (weight.tied_to or weight).key for weight in todo if not weight.maker.looks_up
-    }
-    rows: dict[str, LayerReport] = {}
-    packed: dict[str, PackedTensor] = {}
-    activations: dict[str, Activation | None] = {}
-    done: dict[str, nn.Module] = {}
+
+    def __init__(self, model: ModelT, todo: Sequence[WeightPlan]) -> None:
+        """Quantize weights `todo` of `model`, in place."""
+        self.model = model
+        self.changes: list[Change] = []
+        self.rows: dict[str, LayerReport] = {}
+        self._multiplied = {  # by one of those that share it
+            (weight.tied_to or weight).key for weight in todo if not weight.maker.looks_up
+        }
+        self._packed: dict[str, PackedTensor] = {}
+        self._layers: dict[str, nn.Module] = {}
+
+    @torch.no_grad()
+    def quantize(
+        self,
+        weights: Sequence[WeightPlan],
+        gathered: Mapping[tuple[str, str], Gathered],
+        given: Mapping[str, QTensor] = NOTHING,
+    ) -> None:
+        """Quantize all weights of one layer that are quantized at all.
+
+        Args:
+            weights: those.
+            gathered: what is known of inputs, by layer and weight.
+            given: weights that are on their grids already, by name.
+        """
+        path, maker = weights[0].path, weights[0].maker
+        layer = self.model.get_submodule(path)
+        activations: dict[str, Activation] = {}
+        for weight in weights:
+            known = gathered.get((path, weight.name), Gathered())
+            activation = activation_of(weight, known)
+            if activation is not None:
+                activations[weight.name] = activation
+            said, size = _inputs(weight, activation)
+            why = _input_reason(weight, known)
+            if weight.tied_to is not None:
+                first = weight.tied_to.key
+                self._packed[weight.key] = self._packed[first]
+                self.rows[first] = self.rows[first].with_inputs(said, size, weight.key, reason=why)
+                continue
+            looked_up = weight.key not in self._multiplied
+            q = given.get(weight.key)
+            packed, row = rounded(weight, layer, known.rows, looked_up, q)
+            self._packed[weight.key] = packed
+            self.rows[weight.key] = row.with_inputs(said, size, reason=why)
+        mine = {weight.name: self._packed[weight.key] for weight in weights}
+        module = maker.replace(layer, mine, activations)
+        module.made_by = maker
+        self.model = put(self.model, layer, module)
+        self._layers[path] = module
+        for weight in weights:
+            if weight.tied_to is not None:
+                lead = weight.tied_to
+                tie(self._layers[lead.path], lead.name, module, weight.name)
+
+
+def quantize_weights(
+    run: LayerRun[ModelT],
+    todo: Sequence[WeightPlan],
+    data: CalibrationData | None,
+    containers: Iterable[Container],
+    *,
+    sequential: bool,
+    label: str | None,
+) -> None:
+    """Quantize weights of a working copy, after gathering what that needs from the data.
+
+    Args:
+        run: the copy.
+        todo: which.
+        data: None where there is none; the plan has refused what needs some.
+        containers: what must be adapted for layers to be called.
+        sequential: layers that come later see what those before make of the data once they are
+            quantized; the reference computes them, so that the result does not depend on what is
+            fastest here. Else one pass over the float model serves all layers.
+        label: of progress bars; None for none.
+    """
+    wanted = wanted_of(todo) if data is not None else {}
+    layers = by_layer(todo)
     bar = tqdm(
-        by_layer(todo).items(),
-        desc=label,
-        unit="layer",
-        disable=None if label else True,
-        leave=False,
+        total=len(layers), desc=label, unit="layer", disable=None if label else True, leave=False
     )
-    with torch.no_grad(), bar:
-        for path, weights in bar:
-            layer = model.get_submodule(path)
-            for weight in weights:
-                known = gathered.get((path, weight.name), Gathered())
-                activations[weight.key] = activation_of(weight, known)
-                said, size = _inputs(weight, activations[weight.key])
-                why = _input_reason(weight, known)
-                if weight.tied_to is not None:
-                    first = weight.tied_to.key
-                    packed[weight.key] = packed[first]
-                    rows[first] = rows[first].with_inputs(said, size, weight.key, reason=why)
-                    continue
-                looked_up = weight.key not in multiplied
-                packed[weight.key], row = rounded(weight, layer, known.rows, looked_up)
-                rows[weight.key] = row.with_inputs(said, size, reason=why)
-            module = weights[0].maker.replace(
-                layer,
-                {weight.name: packed[weight.key] for weight in weights},
-                {
-                    weight.name: activation
-                    for weight in weights
-                    if (activation := activations[weight.key]) is not None
-                },
-            )
-            module.made_by = weights[0].maker
-            model = put(model, layer, module)
-            done[path] = module
-            for weight in weights:
-                if weight.tied_to is not None:
-                    lead = weight.tied_to
-                    tie(done[lead.path], lead.name, module, weight.name)
-    return model, rows
+    with bar, calling(run.model, containers, layers):
+        if not sequential or data is None or not wanted:
+            found = _gathered(run.model, wanted, data, label)
+            for weights in layers.values():
+                run.quantize(weights, found)
+                bar.update()
+            return
+        stages = stages_of(run.model, todo, data)
+        with kernels.use("reference"):
+            relay, blocks = Relay(run.model, data), BlockRun(run.model, todo, data)
+            for stage, then in zip_longest(stages, stages[1:]):
+                here = by_layer(stage.weights)
+                mine = {path: wanted[path] for path in here if path in wanted}
+                with Gathering(run.model, mine).attached() as gathering:
+                    relay.visit(stage)
+                found = gathering.found()
+                given = blocks.fit(stage, found, relay.calls, then)
+                for weights in here.values():
+                    run.quantize(weights, found, given)
+                    bar.update()
+                relay.leave(stage, then)
+        run.changes += blocks.changes
+
+
+def _gathered(
+    model: nn.Module,
+    wanted: Mapping[str, Wanted],
+    data: CalibrationData | None,
+    label: str | None,
+) -> Mapping[tuple[str, str], Gathered]:
+    """Return what is wanted from one pass over the data."""
+    if data is None or not wanted:
+        return {}
+    with Gathering(model, wanted).attached() as gathering:
+        for _ in data.outputs(model, label and "calibrating"):
+            pass
+    return gathering.found()
 
 
 def rounded(
-    weight: WeightPlan, layer: nn.Module, statistics: Statistics, looked_up: bool = False
+    weight: WeightPlan,
+    layer: nn.Module,
+    statistics: Statistics,
+    looked_up: bool = False,
+    given: QTensor | None = None,
 ) -> tuple[PackedTensor, LayerReport]:
     """Return a weight of `layer` on its grid, and what is known of it.
 
@@ -90,6 +173,7 @@ def rounded(
         layer: the float one.
         statistics: of its inputs.
         looked_up: its rows are the layer's output, and meet no inputs.
+        given: the weight, where it was rounded already.
 
     Raises:
         InputError: it is not finite, or no grid can hold it; names it.
@@ -109,7 +193,7 @@ def rounded(
             layer=weight.path,
         )
     try:
-        q = recipe.rounding.round(stack, recipe.grid, statistics)
+        q = given or recipe.rounding.round(stack, recipe.grid, statistics)
     except InputError as reason:
         raise InputError(f"{weight.key} cannot be quantized: {reason}") from reason
     scheme = recipe.grid.scheme

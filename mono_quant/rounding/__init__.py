@@ -1,5 +1,8 @@
 """Ways to choose a grid point for each weight."""
 
+from mono_quant.rounding.gptq import GPTQ
+from mono_quant.rounding.hessian import Hessian, HessianState
+from mono_quant.rounding.learned import LearnedRounding
 from mono_quant.rounding.nearest import RoundToNearest
 
-__all__ = ["RoundToNearest"]
+__all__ = ["GPTQ", "Hessian", "HessianState", "LearnedRounding", "RoundToNearest"]

@@ -1,5 +1,6 @@
 """Evenly spaced grids: integers times a scale, from a zero point on."""
 
+from dataclasses import replace
 from typing import ClassVar
 
 import attrs
@@ -136,6 +137,10 @@ class Affine(Scheme):
         zero_point = low.div_(scale).round_().neg_().add_(self.quant_min)
         zero_point = zero_point.clamp_(self.quant_min, self.quant_max).to(torch.uint8)
         return QParams(scale, zero_point, block_size)
+
+    def rescaled(self, qparams: QParams, scale: Tensor) -> QParams:
+        """Return the parameters with other scales, as this grid stores them."""
+        return replace(qparams, scale=self._store(scale))
 
     def quantize(self, x: Tensor, qparams: QParams) -> QTensor:
         """Return the nearest code of each value: ``clamp(round(x / scale + zero_point))``.

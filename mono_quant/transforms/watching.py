@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.base import TransformContext
+from mono_quant.numerics.metrics import times_written
 from mono_quant.transforms.graph import Chain, Graph, Source, View
 from mono_quant.transforms.tracing import is_leaf
 
@@ -133,17 +134,12 @@ class _Watch:
 
     def _returned(self, path: str, module: nn.Module, args: object, output: object) -> None:
         if isinstance(output, Tensor):
-            self._made[id(output)] = (weakref.ref(output), _version(output), path)
+            self._made[id(output)] = (weakref.ref(output), times_written(output), path)
 
     def _giver(self, tensor: Tensor) -> str | None:
         made, version, path = self._made.get(id(tensor), (None, 0, None))
-        same = made is not None and made() is tensor and _version(tensor) == version
+        same = made is not None and made() is tensor and times_written(tensor) == version
         return path if same else None
-
-
-def _version(tensor: Tensor) -> int:
-    """Return how often a tensor was written to; 0 where torch does not count it."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _close(x: Tensor, y: Tensor) -> bool:

@@ -1,0 +1,146 @@
+"""Roundings that take a whole block of layers at once."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import overload
+
+import attrs
+from torch import nn
+
+from mono_quant.base import BlockCall, BlockRounding, BlockWeight, Change, Rounding
+from mono_quant.calibration import CalibrationData, Gathered, Kept, evaluating
+from mono_quant.checkpoint import copy_structure
+from mono_quant.numerics.values import QTensor
+from mono_quant.plan.relay import Calls, Relay
+from mono_quant.plan.request import WeightPlan
+from mono_quant.plan.stages import Stage
+
+NOTHING: Mapping[str, QTensor] = MappingProxyType({})
+_PARAMETRIZED = "parametrizations"
+
+
+@attrs.frozen(eq=False)
+class _BlockCalls(Sequence[BlockCall]):
+    """Calls of a block beside what its float original returned."""
+
+    calls: Calls
+    targets: Kept
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @overload
+    def __getitem__(self, place: int) -> BlockCall: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[BlockCall]: ...
+
+    def __getitem__(self, place: int | slice) -> BlockCall | list[BlockCall]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(*place.indices(len(self)))]
+        args, kwargs = self.calls.arguments(range(len(self))[place])
+        return BlockCall(args, kwargs, self.targets[place])
+
+
+class BlockRun:
+    """Fits the blocks of a model one after the other, beside a float twin of it.
+
+    Attributes:
+        changes: what was changed beside weights, and which blocks could not be fitted.
+    """
+
+    def __init__(self, model: nn.Module, todo: Sequence[WeightPlan], data: CalibrationData) -> None:
+        """Fit blocks of `model`, which is float still, where roundings of `todo` ask for it."""
+        self.changes: list[Change] = []
+        self._model = model
+        self._twin = Relay(copy_structure(model), data) if _asked(todo) else None
+
+    def fit(
+        self,
+        stage: Stage,
+        gathered: Mapping[tuple[str, str], Gathered],
+        calls: Calls | None,
+        then: Stage | None,
+    ) -> Mapping[str, QTensor]:
+        """Return weights of a stage on their grids, by name: those whose rounding takes blocks.
+
+        What stays float in it may be changed.
+
+        Args:
+            stage: whose layers are float still.
+            gathered: what is known of inputs, by layer and weight.
+            calls: what it is called with; None where it cannot be called again.
+            then: the stage after it.
+        """
+        if self._twin is None or stage.path is None:
+            return NOTHING
+        self._twin.reach(stage)
+        found: dict[str, QTensor] = {}
+        targets: Kept | None = None
+        for rounding, weights in _asked(stage.weights).items():
+            if calls is None or self._twin.calls is None:
+                text = f"{stage.path!r} is not fitted as a block, since a batch calls it more than "
+                text += "once or with what cannot be kept; its weights are rounded one by one"
+                self.changes.append(Change(stage.path, text, done=False))
+                continue
+            if targets is None:
+                targets = Kept()
+                targets.add_all(self._twin.outputs(stage))
+            found |= self._fit(stage.path, rounding, weights, gathered, _BlockCalls(calls, targets))
+        self._twin.leave(stage, then, targets)
+        return found
+
+    def _fit(
+        self,
+        path: str,
+        rounding: BlockRounding,
+        weights: Sequence[WeightPlan],
+        gathered: Mapping[tuple[str, str], Gathered],
+        calls: Sequence[BlockCall],
+    ) -> Mapping[str, QTensor]:
+        block = self._model.get_submodule(path)
+        names = {
+            weight.key.removeprefix(f"{path}.") if path else weight.key: weight
+            for weight in weights
+        }
+        asked = {}
+        for name, weight in names.items():
+            view = weight.maker.weights(self._model.get_submodule(weight.path))[weight.name]
+            assert weight.recipe is not None  # it is asked for by its rounding
+            statistics = gathered.get((weight.path, weight.name), Gathered()).rows
+            asked[name] = BlockWeight(view.stack(), view.layout, weight.recipe.grid, statistics)
+        with evaluating(block):
+            fitted = rounding.fit(block, asked, calls, self._free(block))
+        for name, value in fitted.parameters.items():
+            owner, _, own = name.rpartition(".")
+            old = block.get_parameter(name)
+            fresh = nn.Parameter(value, requires_grad=old.requires_grad)
+            block.get_submodule(owner).register_parameter(own, fresh)
+        if fitted.parameters:
+            many = f"{len(fitted.parameters)} biases and norms of {path!r} are learned with it"
+            self.changes.append(Change(path, many))
+        return {names[name].key: q for name, q in fitted.weights.items()}
+
+    def _free(self, block: nn.Module) -> list[str]:
+        """Return names of the vectors of a block that nothing else in the model shares."""
+        used = Counter(id(one) for _, one in self._model.named_parameters(remove_duplicate=False))
+        return [
+            name
+            for name, one in block.named_parameters()
+            if one.dim() == 1
+            and one.is_floating_point()
+            and used[id(one)] == 1
+            and _PARAMETRIZED not in name.split(".")
+        ]
+
+
+def _asked(todo: Sequence[WeightPlan]) -> Mapping[BlockRounding, list[WeightPlan]]:
+    """Return the weights that are fitted in blocks, by their rounding; not those made of others."""
+    found: dict[BlockRounding, list[WeightPlan]] = {}
+    for weight in todo:
+        rounding: Rounding | None = weight.recipe.rounding if weight.recipe is not None else None
+        plain = weight.sources == (weight.key,) and weight.tied_to is None
+        if isinstance(rounding, BlockRounding) and plain:
+            found.setdefault(rounding, []).append(weight)
+    return found

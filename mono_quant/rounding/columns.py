@@ -1,0 +1,34 @@
+"""Parameters of single columns of a stack of matrices."""
+
+import torch
+from torch import Tensor
+
+from mono_quant.numerics.values import QParams
+
+
+def columns_of(qparams: QParams, order: Tensor) -> list[QParams]:
+    """Return the parameters of each column ``[G, out, 1]`` of a stack, in an order.
+
+    Args:
+        qparams: of a stack ``[G, out, in]``.
+        order: the columns of each matrix, ``int64 [G, in]``.
+    """
+    matrices, rows, length = qparams.block_size
+    count = order.shape[1]
+
+    def taken(parts: Tensor | None) -> list[Tensor | None]:
+        if parts is None:
+            return [None] * count
+        if parts.shape[2] == 1:
+            return [parts] * count
+        each = parts.repeat_interleave(matrices, dim=0)
+        places = torch.div(order, length, rounding_mode="floor").unsqueeze(1)
+        found = each.gather(2, places.expand(-1, each.shape[1], -1))
+        return list(found.permute(2, 0, 1).contiguous().unsqueeze(3).unbind())
+
+    scale = qparams.scale
+    if scale is not None and scale.shape[2] > 1:
+        matrices = 1
+    block = (matrices, rows, 1)
+    pairs = zip(taken(qparams.scale), taken(qparams.zero_point), strict=True)
+    return [QParams(scale, zero_point, block, qparams.extra) for scale, zero_point in pairs]

@@ -1,0 +1,124 @@
+"""Second moments of a weight's inputs: what an error in each of its columns costs together."""
+
+from typing import ClassVar
+
+import attrs
+import torch
+from torch import Tensor
+
+from mono_quant.base import Statistic
+from mono_quant.configurable import register
+
+_TRIES = 3
+"""How often damping is multiplied by ten where rounding made a matrix indefinite."""
+
+
+@attrs.frozen(eq=False)
+class HessianState:
+    """Sums over the rows of inputs that were seen.
+
+    Attributes:
+        gram: ``sum x x^T`` over rows x, ``float32 [G, in, in]``.
+        count: how many rows.
+    """
+
+    gram: Tensor
+    count: int
+    _factors: dict[tuple[float, bool], "Factor"] = attrs.field(factory=dict, init=False)
+
+    @property
+    def mean(self) -> Tensor:
+        """The second moments, ``gram / count``, ``float32 [G, in, in]``."""
+        return self.gram / max(1, self.count)
+
+    def damped(self, damping: float) -> Tensor:
+        """The second moments with that share of the mean of their diagonal added to each of it."""
+        moments = self.mean
+        diagonal = moments.diagonal(dim1=1, dim2=2)  # a view
+        diagonal.add_(diagonal.mean(1, keepdim=True) * damping)
+        return moments
+
+    def factor(self, damping: float, ordered: bool) -> "Factor":
+        """Return the factor of the inverse; weights that meet the same inputs share it.
+
+        Args:
+            damping: share of the mean of the diagonal that is added to each of its elements.
+            ordered: take columns in the order of falling diagonal elements.
+
+        Raises:
+            ValueError: the matrix is not finite.
+        """
+        key = (damping, ordered)
+        if key not in self._factors:
+            self._factors[key] = Factor.of(self.mean, damping, ordered)
+        return self._factors[key]
+
+
+@attrs.frozen(eq=False)
+class Factor:
+    """``U`` with ``(H + damping)^-1 = U^T U``, its rows and columns in some order.
+
+    Attributes:
+        upper: ``float32 [G, in, in]``, upper triangular.
+        order: the column of the weight that each row belongs to, ``int64 [G, in]``.
+    """
+
+    upper: Tensor
+    order: Tensor
+
+    @classmethod
+    def of(cls, moments: Tensor, damping: float, ordered: bool) -> "Factor":
+        """Return the factor of `moments`, ``float32 [G, in, in]``.
+
+        An input that was always zero costs nothing: its place on the diagonal becomes one, so that
+        its column is rounded to nearest and moves no other. With the order of rows reversed, the
+        Cholesky factor of the matrix is an upper triangular one, whose inverse is `upper`.
+        """
+        if not bool(torch.isfinite(moments).all()):
+            raise ValueError("the second moments of its inputs are not finite")
+        exact = moments.to(torch.float64)
+        diagonal = exact.diagonal(dim1=1, dim2=2)
+        count = exact.shape[1]
+        order = (
+            diagonal.argsort(dim=1, descending=True, stable=True)
+            if ordered
+            else torch.arange(count, device=exact.device).expand(exact.shape[0], count)
+        )
+        back = order.flip(1)
+        exact = exact.gather(1, back.unsqueeze(2).expand_as(exact))
+        exact = exact.gather(2, back.unsqueeze(1).expand_as(exact))
+        diagonal = exact.diagonal(dim1=1, dim2=2)  # a view
+        level = diagonal.mean(1, keepdim=True)
+        diagonal.masked_fill_(diagonal == 0, 1.0)
+        for _ in range(_TRIES):
+            diagonal.add_(level * damping)
+            lower, failed = torch.linalg.cholesky_ex(exact)
+            if not bool(failed.any()):
+                eye = torch.eye(count, dtype=torch.float64, device=exact.device)
+                inverse = torch.linalg.solve_triangular(
+                    lower.flip(1, 2), eye.expand_as(exact), upper=True
+                )
+                return cls(inverse.to(torch.float32), order)
+            damping *= 10
+        raise ValueError(f"the second moments of its inputs are singular, damped by {damping:.2g}")
+
+
+@register
+@attrs.frozen
+class Hessian(Statistic[HessianState]):
+    """``sum x x^T`` of the rows that a weight meets: half of the Hessian of its squared error.
+
+    For a weight w and its rounded form v, the squared error of ``w x`` summed over inputs is
+    ``(v - w) H (v - w)^T``.
+    """
+
+    kind: ClassVar[str] = "hessian"
+
+    def observe(self, x: Tensor) -> HessianState:
+        """Return the sums over rows ``[n, in]``, or over ``[G, n, in]`` for a stack of matrices."""
+        rows = (x if x.dim() == 3 else x.unsqueeze(0)).to(torch.float32)
+        return HessianState(rows.mT @ rows, rows.shape[1])
+
+    def merge(self, left: HessianState, right: HessianState) -> HessianState:
+        """Return the sums over both."""
+        return HessianState(left.gram + right.gram, left.count + right.count)
