@@ -20,12 +20,17 @@ try:
     )
     from mono_quant.base import (
         Activation,
+        AnyStatistic,
+        BlockCall,
+        BlockRounding,
+        BlockWeight,
         Change,
         Checkpoint,
         Container,
         Correction,
         CorrectionContext,
         Edit,
+        FittedBlock,
         Grid,
         Kernel,
         KernelSpec,
@@ -92,7 +97,7 @@ try:
     from mono_quant.quantizer import GraphQuantizer, Quantizer
     from mono_quant.report import InputReport, LayerReport, Report
     from mono_quant.result import Outline, QuantizationResult, Validation
-    from mono_quant.rounding import RoundToNearest
+    from mono_quant.rounding import GPTQ, Hessian, HessianState, LearnedRounding, RoundToNearest
     from mono_quant.schemes import Affine, FloatCast
     from mono_quant.serializers import SafetensorsSerializer, TorchSerializer, read_state_dict
     from mono_quant.settings import Activations
@@ -104,13 +109,18 @@ finally:
         gc.enable()
 
 __all__ = [
+    "GPTQ",
     "MSE",
     "Activation",
     "Activations",
     "Affine",
+    "AnyStatistic",
     "Auto",
     "BareWeightQuantizer",
     "BiasCorrection",
+    "BlockCall",
+    "BlockRounding",
+    "BlockWeight",
     "CalibrationError",
     "Change",
     "Checkpoint",
@@ -128,6 +138,7 @@ __all__ = [
     "EmbeddingQuantizer",
     "Entropy",
     "EqualizeLayers",
+    "FittedBlock",
     "FloatCast",
     "Flow",
     "FoldBatchNorm",
@@ -137,6 +148,8 @@ __all__ = [
     "GraphQuantizer",
     "GraphResult",
     "Grid",
+    "Hessian",
+    "HessianState",
     "Histogram",
     "InputError",
     "InputReport",
@@ -146,6 +159,7 @@ __all__ = [
     "LayerReport",
     "LayerSpeed",
     "Layout",
+    "LearnedRounding",
     "LinearLikeQuantizer",
     "LinearQuantizer",
     "MinMax",

@@ -121,7 +121,7 @@ def quantize_weights(
         total=len(layers), desc=label, unit="layer", disable=None if label else True, leave=False
     )
     with bar, calling(run.model, containers, layers):
-        if not sequential or data is None or not wanted:
+        if not sequential or data is None:
             found = _gathered(run.model, wanted, data, label)
             for weights in layers.values():
                 run.quantize(weights, found)

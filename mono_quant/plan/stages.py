@@ -15,7 +15,6 @@ from mono_quant.numerics.nested import each, tensors_in
 from mono_quant.plan.request import WeightPlan
 
 _LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
-_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 Place = tuple[bool, int]
 """Which of the tensors that a module returned (or else was given)."""
@@ -26,6 +25,10 @@ class Slot:
     """Where a tensor stands among arguments, by its number."""
 
     number: int
+
+
+_PLAIN = {type(None), bool, int, float, str, torch.dtype, torch.device, Slot}
+"""Exactly these: a subclass may hold anything."""
 
 
 def taken_apart(args: object, kwargs: object) -> tuple[object, list[Tensor]]:
@@ -132,7 +135,7 @@ class _Call:
         opaque: list[object] = []
 
         def look(value: object) -> None:
-            if not isinstance(value, (*_PLAIN, Slot)):
+            if type(value) not in _PLAIN:
                 opaque.append(value)
 
         each(self.form, look)

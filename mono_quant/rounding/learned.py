@@ -29,7 +29,10 @@ from mono_quant.rounding.gptq import GPTQ
 
 _BETAS = (0.9, 0.95)
 _NEAR = 0.45
-"""How far from its grid point a weight begins, in steps: beyond a half it would be another one."""
+"""How far from its grid point a weight begins at most, in steps: at a half it is another one.
+
+A weight that was put on a grid point further away begins right there.
+"""
 
 
 @register
@@ -40,27 +43,30 @@ class LearnedRounding(BlockRounding):
     The block is run on what the quantized blocks before it make of the data, and its outputs are
     held against those of the float model, so that it also makes up for their error. Learned are
 
-    - the grid point of each weight: its value moves by the sign of its gradient, and is rounded on
-      the way forward as if it were not (a straight-through estimator),
+    - the grid point of each weight: its value moves, by one step of the grid at most, and is
+      rounded on the way forward as if it were not (a straight-through estimator),
     - its scales, by what they were times ``1 + v``,
     - with `tune_floats`, the parameters of the block that stay float: biases and norms.
 
-    It begins with what another rounding returns, and ends with the parameters that left the least
-    error over all batches of those at the ends of passes, the beginning among them: so the block's
-    output is never worse on the data than it was.
+    It begins with what another rounding returns, and ends with what left the least error over all
+    batches: that, what there was halfway, or the end. So a block is never worse on the data than it
+    was.
 
-    Source: Cheng et al. 2023, "Optimize Weight Rounding via Signed Gradient Descent for the
-    Quantization of LLMs", https://arxiv.org/abs/2309.05516 (signs of gradients); Nagel et al. 2020,
-    "Up or Down? Adaptive Rounding", https://arxiv.org/abs/2004.10568 (rounding against a block's
-    output); Esser et al. 2020, "Learned Step Size Quantization", https://arxiv.org/abs/1902.08153.
+    All by Adam, at rates that fall to zero. Grid points stay as they are for the first half of the
+    steps, so that values move away from them only for what nothing else can mend.
+
+    Source: Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization",
+    https://arxiv.org/abs/2004.10568 (rounding against what is returned); Cheng et al. 2023,
+    "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of LLMs",
+    https://arxiv.org/abs/2309.05516 (by block and straight through); Esser et al. 2020, "Learned
+    Step Size Quantization", https://arxiv.org/abs/1902.08153 (scales).
 
     Attributes:
         steps: of one batch each, for each block.
         minutes: stop a block after this long, for a budget of time; results then depend on the
             machine's speed. None for no limit.
         start: the rounding to begin with.
-        rounding_rate: how far a weight moves in the first step, in steps of its grid; 0 keeps grid
-            points as they are.
+        rounding_rate: rate of the values of weights, in steps of their grid; 0 keeps grid points.
         scale_rate: rate of scales, as a share of them.
         float_rate: rate of what stays float.
         tune_floats: whether biases and norms are learned, too.
@@ -71,7 +77,7 @@ class LearnedRounding(BlockRounding):
     steps: int = 200
     minutes: float | None = None
     start: Rounding = attrs.field(factory=GPTQ)
-    rounding_rate: float = 0.01
+    rounding_rate: float = 0.005
     scale_rate: float = 3e-3
     float_rate: float = 1e-3
     tune_floats: bool = True
@@ -115,83 +121,146 @@ class LearnedRounding(BlockRounding):
             self._learn(trial, calls)
         return FittedBlock(
             {name: one.rounded() for name, one in learned.items()},
-            {name: value.to(block.get_parameter(name).dtype) for name, value in floats.items()},
+            {
+                name: value.to(old.dtype)
+                for name, value in floats.items()
+                if not torch.equal(value, (old := block.get_parameter(name)).to(torch.float32))
+            },
         )
 
     def _learn(self, trial: "_Trial", calls: Sequence[BlockCall]) -> None:
-        """Change what is learned in place, and undo all of it if that left no less error."""
-        scales = [one.stretch for one in trial.weights.values() if one.scales]
-        rates = [(self.scale_rate, scales), (self.float_rate, list(trial.floats.values()))]
-        moved = [one.moved for one in trial.weights.values()] if self.rounding_rate else []
-        groups = [(rate, tensors) for rate, tensors in rates if rate and tensors]
-        learned = [*moved, *(tensor for _, tensors in groups for tensor in tensors)]
-        if not learned:
+        """Change what is learned in place: what scales and floats can do first, then all of it."""
+        weights = trial.weights.values()
+        groups = [
+            (self.scale_rate, [one.stretch for one in weights if one.scales]),
+            (self.float_rate, list(trial.floats.values())),
+        ]
+        best = _Best(trial, calls)
+        first = 0.5 if self.rounding_rate else 1.0
+        clock, order = _Clock(self.steps, self.minutes), self._order(len(calls))
+        self._descend(trial, calls, groups, order, clock, first)
+        best.offer()
+        if self.rounding_rate:
+            for one in weights:
+                one.release()
+            groups.append((self.rounding_rate, [one.moved for one in weights]))
+            self._descend(trial, calls, groups, order, clock, 1.0)
+            best.offer()
+        best.restore()
+
+    def _descend(
+        self,
+        trial: "_Trial",
+        calls: Sequence[BlockCall],
+        groups: Sequence[tuple[float, Sequence[Tensor]]],
+        order: Iterator[int],
+        clock: "_Clock",
+        until: float,
+    ) -> None:
+        """Follow the gradient of some tensors, each group at its rate, which falls to zero.
+
+        Args:
+            trial: what is run.
+            calls: the batches.
+            groups: a rate and its tensors.
+            order: of the batches.
+            clock: what share of the budget is spent.
+            until: which share to stop at.
+        """
+        groups = [(rate, tensors) for rate, tensors in groups if rate and tensors]
+        begun = clock.spent
+        if not groups or begun >= until:
             return
-        before = [tensor.clone() for tensor in learned]
-        error = trial.error(calls)
-        for tensor in learned:
+        optimizers = [torch.optim.Adam(tensors, betas=_BETAS) for _, tensors in groups]
+        tensors = [tensor for _, found in groups for tensor in found]
+        for tensor in tensors:
             tensor.requires_grad_(True)
-        adaptive = [torch.optim.Adam(tensors, betas=_BETAS) for _, tensors in groups]
-        end = math.inf if self.minutes is None else time.monotonic() + 60 * self.minutes
-        for step, place in enumerate(self._order(len(calls))):
-            left = 1 - step / self.steps
-            trial.learn_from(calls[place])
-            for optimizer, (rate, _) in zip(adaptive, groups, strict=True):
-                optimizer.param_groups[0]["lr"] = rate * left
+        while (spent := clock.spent) < until:
+            trial.learn_from(calls[next(order)])
+            for optimizer, (rate, _) in zip(optimizers, groups, strict=True):
+                optimizer.param_groups[0]["lr"] = rate * (until - spent) / (until - begun)
                 optimizer.step()
-            for tensor in moved:
-                _step(tensor, self.rounding_rate * left)
-            for tensor in learned:
-                tensor.grad = None
-            if time.monotonic() > end:
-                break
-        for tensor in learned:
+                optimizer.zero_grad()
+            clock.tick()
+        for tensor in tensors:
             tensor.requires_grad_(False)
-        if not trial.error(calls) < error:
-            for tensor, old in zip(learned, before, strict=True):
-                tensor.copy_(old)
 
     def _order(self, count: int) -> Iterator[int]:
         """Yield which batch each step takes: all once before any again, shuffled each time."""
         generator = torch.Generator().manual_seed(self.seed)
-        places: list[int] = []
-        for _ in range(self.steps):
-            places = places or torch.randperm(count, generator=generator).tolist()
-            yield places.pop()
+        while True:
+            yield from torch.randperm(count, generator=generator).tolist()
 
 
-def _step(moved: Tensor, rate: float) -> None:
-    """Move each element against the sign of its gradient, by one step of the grid at most."""
-    if moved.grad is not None:
-        with torch.no_grad():
-            moved.sub_(moved.grad.sign(), alpha=rate).clamp_(-1, 1)
+class _Clock:
+    """What share of the steps, or of the minutes if there is a limit, is spent."""
+
+    def __init__(self, steps: int, minutes: float | None) -> None:
+        """Begin."""
+        self._steps, self._seconds = steps, 60 * minutes if minutes is not None else math.inf
+        self._done, self._begun = 0, time.monotonic()
+
+    def tick(self) -> None:
+        """Count a step."""
+        self._done += 1
+
+    @property
+    def spent(self) -> float:
+        """The share, from 0 to 1."""
+        return max(self._done / self._steps, (time.monotonic() - self._begun) / self._seconds)
+
+
+class _Best:
+    """What left the least error of all that was offered, the beginning included."""
+
+    def __init__(self, trial: "_Trial", calls: Sequence[BlockCall]) -> None:
+        """Begin with what there is."""
+        self._trial, self._calls = trial, calls
+        self._error, self._kept = trial.error(calls), trial.state()
+
+    def offer(self) -> None:
+        """Keep what there is now, if it is better."""
+        error = self._trial.error(self._calls)
+        if error < self._error:
+            self._error, self._kept = error, self._trial.state()
+
+    def restore(self) -> None:
+        """Go back to what was best."""
+        self._trial.load(self._kept)
 
 
 class _LearnedWeight:
-    """A weight of which grid points and scales are learned.
+    """A weight of which scales and, once it is released, grid points are learned.
 
     Attributes:
-        moved: how far each value is from where it began, in steps of the grid, ``[G, out, in]``.
+        moved: how far each value is from where it was released, in steps of the grid, at most one,
+            ``[G, out, in]``.
         stretch: by which share each scale grew, shaped like the scales.
         scales: whether scales can be learned: values are then levels times scales.
     """
 
     def __init__(self, weight: BlockWeight, start: Rounding) -> None:
-        """Begin with what another rounding returns, each value on the side of the float weight."""
-        self._scheme, self._layout = weight.grid.scheme, weight.layout
-        self._first = start.round(weight.stack, weight.grid, weight.statistics)
-        qparams = self._first.qparams
-        values = self._scheme.dequantize(self._first)
+        """Begin with what another rounding returns."""
+        self._scheme, self._layout, self._wanted = weight.grid.scheme, weight.layout, weight.stack
+        self._q = start.round(weight.stack, weight.grid, weight.statistics)
+        qparams = self._q.qparams
         self._scale = qparams.scale.to(torch.float32) if qparams.scale is not None else None
         self._unit = None
         if self._scale is not None:
             self._unit = self._scheme.rescaled(qparams, torch.ones_like(self._scale))
         self.scales = self._unit is not None
-        self._size = self._step_size(values)
-        near = (weight.stack - values).div_(self._size)
-        self.moved = near.nan_to_num_(0, 0, 0).clamp_(-_NEAR, _NEAR)
         self.stretch = torch.zeros(()) if self._scale is None else torch.zeros_like(self._scale)
-        self._values = values
+        self.moved = torch.zeros(())
+        self._values: Tensor | None = None
+        self._size = self.moved
+
+    def release(self) -> None:
+        """Let values leave their grid points, each from where the float weight is near it."""
+        self._q = self.rounded()
+        self._values = self._scheme.dequantize(self._q)
+        self._size = self._step_size(self._values)
+        near = (self._wanted - self._values).div_(self._size)
+        self.moved = near.masked_fill_(~(near.abs() < 0.5), 0).clamp_(-_NEAR, _NEAR)
 
     def native(self) -> Tensor:
         """Return the weight on its grid, as its layer holds it, with gradients."""
@@ -209,17 +278,28 @@ class _LearnedWeight:
     @torch.no_grad()
     def rounded(self) -> QTensor:
         """Return the weight on its grid."""
-        qparams = self._first.qparams
+        qparams = self._q.qparams
         if self._unit is not None and self._scale is not None:
             found = self._scheme.rescaled(qparams, self._scale * (1 + self.stretch))
             qparams = found if found is not None else qparams
-        return self._scheme.quantize(self._values + self.moved * self._size, qparams)
+        if self._values is None:
+            return QTensor(self._q.codes, qparams, self._q.dtype)
+        moved = self.moved.clamp_(-1, 1)
+        return self._scheme.quantize(self._values + moved * self._size, qparams)
+
+    def fix(self, q: QTensor) -> None:
+        """Be this weight from now on."""
+        self._q, self._values, self.moved = q, None, torch.zeros(())
+        if self._scale is not None and q.qparams.scale is not None:
+            self.stretch = torch.zeros_like(self._scale)
+            self._scale = q.qparams.scale.to(torch.float32)
 
     def _step_size(self, values: Tensor) -> Tensor:
         """Return the distance of neighbouring grid points, to meet ``[G, out, in]``."""
         if self._scale is None:
             return values.abs().mean().clamp_min(torch.finfo(torch.float32).tiny)
-        blocks, scale = meet(values, self._first.qparams.block_size, self._scale.abs())
+        scale = (self._scale * (1 + self.stretch)).abs()
+        blocks, scale = meet(values, self._q.qparams.block_size, scale)
         return (scale * self._scheme.step).expand_as(blocks).reshape(values.shape)
 
 
@@ -236,6 +316,20 @@ class _Trial:
     block: nn.Module
     weights: Mapping[str, _LearnedWeight]
     floats: Mapping[str, Tensor]
+
+    def state(self) -> tuple[Mapping[str, QTensor], Mapping[str, Tensor]]:
+        """Return weights and floats as they are."""
+        weights = {name: one.rounded() for name, one in self.weights.items()}
+        return weights, {name: value.detach().clone() for name, value in self.floats.items()}
+
+    @torch.no_grad()
+    def load(self, state: tuple[Mapping[str, QTensor], Mapping[str, Tensor]]) -> None:
+        """Take weights and floats as `state` gave them."""
+        weights, floats = state
+        for name, q in weights.items():
+            self.weights[name].fix(q)
+        for name, value in floats.items():
+            self.floats[name].copy_(value)
 
     def learn_from(self, call: BlockCall) -> None:
         """Find the gradients of the error on one batch, as a share of what it should return."""

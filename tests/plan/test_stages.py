@@ -1,0 +1,261 @@
+"""Which parts of a model are quantized one after the other, and what reaches each of them."""
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import attrs
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mono_quant import (
+    GPTQ,
+    AnyStatistic,
+    Grid,
+    QTensor,
+    Quantizer,
+    Rounding,
+    RoundToNearest,
+    Statistic,
+    Statistics,
+)
+from mono_quant.calibration import CalibrationData
+from mono_quant.plan.stages import Stage, stages_of
+from tests.helpers import TiedModel, noise, same_tensors
+
+DATA = [noise(4, 64, seed=place) for place in range(3)]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.inner = nn.LayerNorm(64), nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+        self.outer = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor, mask: Tensor, *, scale: float = 1.0) -> Tensor:
+        out: Tensor = x + self.outer(self.inner(self.norm(x))) * mask * scale
+        return out
+
+
+class Deep(nn.Module):
+    """Three blocks in a list, all of which are handed the same mask, between two layers."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.last = nn.Linear(64, 8)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask, hidden = x.new_ones(64), self.first(x)
+        for block in self.blocks:
+            hidden = self.between(block(hidden, mask, scale=0.5))
+        out: Tensor = self.last(hidden)
+        return out
+
+
+class Remembering(Deep):
+    """Hands its blocks an object that a call may change."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        class Cache:
+            pass
+
+        hidden = self.first(x)
+        for block in self.blocks:
+            hidden = block(hidden, x.new_ones(64), scale=Number(0.5, Cache()))
+        out: Tensor = self.last(hidden)
+        return out
+
+
+class Number(float):
+    def __new__(cls, value: float, _: object) -> "Number":
+        return super().__new__(cls, value)
+
+    def __init__(self, value: float, cache: object) -> None:
+        self.cache = cache
+
+
+class Overwriting(Deep):
+    """Its blocks write into what they are given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.first(x)
+        for block in self.blocks:
+            hidden = hidden.add_(block(hidden, x.new_ones(64)))
+        out: Tensor = self.last(hidden)
+        return out
+
+
+class Repeating(Deep):
+    """Calls its blocks twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask, hidden = x.new_ones(64), self.first(x)
+        for block in (*self.blocks, *self.blocks):
+            hidden = block(hidden, mask)
+        out: Tensor = self.last(hidden)
+        return out
+
+
+MODELS: Mapping[str, Callable[[], nn.Module]] = {
+    "deep": Deep,
+    "changed between": lambda: Deep(torch.tanh),
+    "written to between": lambda: Deep(lambda x: x.mul_(0.5)),
+    "remembering": Remembering,
+    "overwriting": Overwriting,
+    "repeating": Repeating,
+    "chain": lambda: nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)),
+    "nested": lambda: nn.Sequential(
+        nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), nn.Linear(64, 64)
+    ),
+}
+
+
+def stages(model: nn.Module) -> tuple[Stage, ...]:
+    plan = Quantizer().bits(4).only("*").plan(model)
+    todo = [weight for weight in plan.weights if weight.recipe is not None]
+    return stages_of(model, todo, CalibrationData(DATA))
+
+
+def test_a_block_of_a_list_is_a_stage_and_layers_outside_are_stages_of_their_own() -> None:
+    found = stages(Deep().eval())
+    assert [stage.path for stage in found] == [
+        "first",
+        "blocks.0",
+        "blocks.1",
+        "blocks.2",
+        "last",
+    ]
+    assert [len(stage.weights) for stage in found] == [1, 2, 2, 2, 1]
+
+
+def test_a_block_follows_what_returned_its_input_and_took_its_mask() -> None:
+    found = {stage.path: stage.follows for stage in stages(Deep().eval())}
+    assert found["first"] is None
+    assert found["blocks.0"] is None  # its mask comes from nowhere that is known
+    assert found["blocks.1"] == found["blocks.2"] == ((True, 0), (False, 1))
+    assert found["last"] == ((True, 0),)
+
+
+@pytest.mark.parametrize("name", ["changed between", "written to between", "overwriting"])
+def test_a_block_whose_input_was_changed_since_follows_nothing(name: str) -> None:
+    found = {stage.path: stage.follows for stage in stages(MODELS[name]().eval())}
+    assert found["blocks.1"] is found["blocks.2"] is None
+
+
+@pytest.mark.parametrize("name", ["remembering", "repeating"])
+def test_a_block_that_cannot_be_called_again_has_no_form(name: str) -> None:
+    found = {stage.path: stage.form for stage in stages(MODELS[name]().eval())}
+    assert found["blocks.0"] is found["blocks.1"] is None
+
+
+def test_stages_stand_in_the_order_of_calls() -> None:
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.late, self.early = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.never = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.late(self.early(x))
+            return out
+
+    assert [stage.path for stage in stages(Backwards())] == ["early", "late", None]
+
+
+def test_a_layer_that_shares_a_weight_waits_for_the_one_it_shares_with() -> None:
+    model = TiedModel().eval()
+    plan = Quantizer().bits(4).only("*").plan(model)
+    todo = [weight for weight in plan.weights if weight.recipe is not None]
+    data = CalibrationData([torch.randint(0, 8, (2, 5))])
+    found = stages_of(model, todo, data)
+    place = {weight.key: number for number, stage in enumerate(found) for weight in stage.weights}
+    for weight in todo:
+        if weight.tied_to is not None:
+            assert place[weight.key] >= place[weight.tied_to.key]
+
+
+@attrs.frozen
+class Inputs(Statistic[tuple[Tensor, ...]]):
+    """Everything that was seen."""
+
+    kind: ClassVar[str] = "tests.inputs"
+
+    def observe(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x.clone(),)
+
+    def merge(self, left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (*left, *right)
+
+
+@attrs.frozen
+class Noted(Rounding):
+    """Rounds to nearest and keeps what its statistic saw, by the weight's sum."""
+
+    kind: ClassVar[str] = "tests.noted"
+    sequential: ClassVar[bool] = True
+    seen: ClassVar[dict[float, tuple[Tensor, ...]]] = {}
+
+    @property
+    def needs(self) -> tuple[AnyStatistic, ...]:
+        return (Inputs(),)
+
+    def round(self, weight: Tensor, grid: Grid, statistics: Statistics) -> QTensor:
+        self.seen[float(weight.sum())] = statistics.state(Inputs())
+        return RoundToNearest().round(weight, grid, statistics)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_block_sees_what_the_quantized_ones_before_it_make_of_the_data(name: str) -> None:
+    """The oracle runs the whole model, up to there quantized, for each block anew."""
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    Noted.seen.clear()
+    quantizer = Quantizer().bits(4).activations(None)
+    quantizer.only("*").fit(DATA).rounding(Noted()).apply(model)
+    done: list[str] = []
+    for stage in stages(model):
+        assert stage.path is not None
+        partly = quantizer.only(*done).apply(model).model if done else model
+        for each in stage.weights:
+            layer = partly.get_submodule(each.path)
+            expected: list[Tensor] = []
+            handle = layer.register_forward_pre_hook(
+                lambda _, args, kept=expected: kept.append(args[0].clone())
+            )
+            with torch.no_grad():
+                for batch in DATA:
+                    partly(batch)
+            handle.remove()
+            weight = model.get_submodule(each.path).get_parameter("weight")
+            found = Noted.seen[float(weight.detach().sum())]
+            assert len(found) == len(expected)
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, other.reshape(one.shape), rtol=1e-4, atol=1e-5)
+        done.append(stage.path)
+
+
+def test_what_is_kept_on_disk_is_what_is_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Deep().eval()
+    quantizer = Quantizer().bits(4).rounding(GPTQ()).fit(DATA)
+    expected = quantizer.apply(model).model
+    monkeypatch.setattr("mono_quant.calibration.Kept.__init__.__defaults__", (0,))
+    assert same_tensors(quantizer.apply(model).model, expected)
+
+
+def test_sequential_or_not_is_the_users_choice() -> None:
+    model = Deep().eval()
+    plan = Quantizer().bits(4).rounding(GPTQ()).fit(DATA).plan(model)
+    one, other = plan.run(sequential=True).model, plan.run(sequential=False).model
+    assert same_tensors(plan.run().model, one)
+    assert not same_tensors(one, other)
+
+
+def test_in_place_is_the_same() -> None:
+    quantizer = Quantizer().bits(4).rounding(GPTQ()).fit(DATA)
+    torch.manual_seed(0)
+    model = Deep().eval()
+    apart = quantizer.apply(model).model
+    assert same_tensors(quantizer.apply_(model).model, apart)

@@ -1,0 +1,281 @@
+"""Learned rounding: what a block returns comes nearer to what the float block returned."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mono_quant import (
+    GPTQ,
+    Affine,
+    BlockCall,
+    BlockWeight,
+    ConfigurationError,
+    FittedBlock,
+    FloatCast,
+    Grid,
+    LearnedRounding,
+    MinMax,
+    PerGroup,
+    Quantizer,
+    Rounding,
+    RoundToNearest,
+    Scheme,
+    Statistics,
+    load_model,
+)
+from mono_quant.numerics.values import Layout
+from tests.helpers import noise, same_tensors
+
+SCHEME = Affine(3, symmetric=False, granularity=PerGroup(16))
+NEAREST = RoundToNearest()
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(32)
+        self.widen, self.narrow = nn.Linear(32, 64), nn.Linear(64, 32, bias=False)
+
+    def forward(self, x: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+        wide = torch.tanh(self.widen(self.norm(x)))
+        return x + scale * self.narrow(wide), wide
+
+
+def block() -> Block:
+    torch.manual_seed(0)
+    return Block().eval()
+
+
+def calls(source: Block, count: int = 4, damage: float = 0.02) -> list[BlockCall]:
+    """Return calls with inputs that quantized blocks before have damaged."""
+    found = []
+    for place in range(count):
+        x = noise(16, 32, seed=place)
+        with torch.no_grad():
+            targets = source(x, scale=0.5)
+        worse = x + damage * noise(16, 32, seed=50 + place)
+        found.append(BlockCall((worse,), {"scale": 0.5}, targets))
+    return found
+
+
+def asked(source: Block, scheme: Scheme = SCHEME) -> dict[str, BlockWeight]:
+    found = {}
+    for name in ("widen.weight", "narrow.weight"):
+        weight = source.get_parameter(name).detach()
+        layout = Layout.grouped(tuple(weight.shape))
+        grid = Grid(scheme, MinMax())
+        found[name] = BlockWeight(layout.to_stack(weight), layout, grid, Statistics())
+    return found
+
+
+def error(source: Block, fitted: FittedBlock, data: Sequence[BlockCall], scheme: Scheme) -> float:
+    """Return the squared error of the outputs of a block with what was fitted."""
+    weights = {name: scheme.dequantize(q)[0] for name, q in fitted.weights.items()}
+    total = 0.0
+    with torch.no_grad():
+        for call in data:
+            parameters = {**weights, **fitted.parameters}
+            outputs = functional_call(source, parameters, call.args, dict(call.kwargs))
+            pairs = zip(outputs, call.targets, strict=True)
+            total += sum(float((one - other).double().square().sum()) for one, other in pairs)
+    return total
+
+
+def begun(source: Block, scheme: Scheme) -> FittedBlock:
+    return FittedBlock(
+        {
+            name: NEAREST.round(one.stack, one.grid, one.statistics)
+            for name, one in asked(source, scheme).items()
+        }
+    )
+
+
+FREE = ["norm.weight", "norm.bias", "widen.bias"]
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [SCHEME, Affine(4, granularity=PerGroup(8)), Affine(2, symmetric=False), FloatCast()],
+    ids=repr,
+)
+@pytest.mark.parametrize("free", [[], FREE], ids=["weights", "and floats"])
+def test_the_blocks_output_comes_nearer(scheme: Scheme, free: list[str]) -> None:
+    source = block()
+    data = calls(source)
+    rounding = LearnedRounding(steps=40, start=NEAREST)
+    fitted = rounding.fit(source, asked(source, scheme), data, free)
+    before, after = (
+        error(source, begun(source, scheme), data, scheme),
+        error(source, fitted, data, scheme),
+    )
+    assert set(fitted.parameters) == set(free)
+    assert after <= before
+    if not isinstance(scheme, FloatCast) or free:
+        assert after < 0.97 * before
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        {"rounding_rate": 0.005, "scale_rate": 0, "float_rate": 0},
+        {"rounding_rate": 0, "scale_rate": 0.01, "float_rate": 0},
+        {"rounding_rate": 0, "scale_rate": 0, "float_rate": 0.01},
+    ],
+    ids=repr,
+)
+def test_each_of_what_is_learned_helps_by_itself(rates: dict[str, float]) -> None:
+    source = block()
+    data = calls(source)
+    fitted = LearnedRounding(steps=60, start=NEAREST, **rates).fit(
+        source, asked(source), data, FREE
+    )
+    assert error(source, fitted, data, SCHEME) < error(source, begun(source, SCHEME), data, SCHEME)
+    first = begun(source, SCHEME).weights
+    moved = any(not torch.equal(first[name].codes, q.codes) for name, q in fitted.weights.items())
+    assert moved == bool(rates["rounding_rate"])
+    assert set(fitted.parameters) == (set(FREE) if rates["float_rate"] else set())
+
+
+def test_rates_that_ruin_it_leave_what_it_began_with() -> None:
+    source = block()
+    data = calls(source)
+    wild = LearnedRounding(
+        steps=3, start=NEAREST, rounding_rate=1.0, scale_rate=0.9, float_rate=50.0
+    )
+    fitted = wild.fit(source, asked(source), data, FREE)
+    first = begun(source, SCHEME).weights
+    # a weight begins within its grid point's reach, so none is rounded elsewhere
+    for name, q in fitted.weights.items():
+        assert torch.equal(q.codes, first[name].codes)
+        assert q.qparams.scale is not None
+        assert first[name].qparams.scale is not None
+        assert torch.equal(q.qparams.scale, first[name].qparams.scale)
+    assert not fitted.parameters
+
+
+def test_the_block_stays_as_it_was() -> None:
+    source, twin = block(), block()
+    LearnedRounding(steps=5, start=NEAREST).fit(source, asked(source), calls(source), FREE)
+    assert same_tensors(source, twin)
+    assert not any(one.grad is not None for one in source.parameters())
+
+
+def test_the_same_seed_gives_the_same_and_another_one_does_not() -> None:
+    source = block()
+    found = [
+        LearnedRounding(steps=10, start=NEAREST, seed=seed).fit(
+            source, asked(source), calls(source), FREE
+        )
+        for seed in (0, 0, 1)
+    ]
+    one, same, other = (fitted.parameters["widen.bias"] for fitted in found)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_a_budget_of_time_ends_it() -> None:
+    source = block()
+    data = calls(source)
+    rounding = LearnedRounding(steps=10**9, minutes=1e-3, start=NEAREST)
+    fitted = rounding.fit(source, asked(source), data, FREE)
+    assert error(source, fitted, data, SCHEME) < error(source, begun(source, SCHEME), data, SCHEME)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"steps": 0}, "steps is 1 or more"),
+        ({"minutes": 0.0}, "minutes is more than 0"),
+        ({"scale_rate": -1.0}, "rates are 0 or more"),
+    ],
+)
+def test_what_is_no_learning_is_refused(wrong: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        LearnedRounding(**wrong)  # type: ignore[arg-type]  # what is tested
+
+
+def test_it_does_not_begin_with_itself() -> None:
+    with pytest.raises(ConfigurationError, match="start rounds weights one by one"):
+        LearnedRounding(start=LearnedRounding())
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for one in self.blocks:
+            x, _ = one(x, scale=0.5)
+        out: Tensor = self.head(x)
+        return out
+
+
+DATA = [noise(16, 32, seed=place) for place in range(4)]
+
+
+def quantizer(rounding: Rounding) -> Quantizer:
+    return Quantizer().bits(3).group_size(16).only("*").rounding(rounding).fit(DATA)
+
+
+def stack() -> Stack:
+    torch.manual_seed(0)
+    return Stack().eval()
+
+
+@pytest.mark.parametrize("start", [NEAREST, GPTQ()], ids=repr)
+def test_a_models_output_comes_nearer_block_by_block(start: Rounding) -> None:
+    source = stack()
+    plain = quantizer(start).apply(source).report.output_sqnr_db
+    learned = LearnedRounding(
+        200, start=start, rounding_rate=0.02, scale_rate=0.01, float_rate=0.01
+    )
+    found = quantizer(learned).apply(source).report
+    assert plain is not None
+    assert found.output_sqnr_db is not None
+    assert found.output_sqnr_db > plain + 0.4
+
+
+def test_what_was_learned_with_the_weights_is_in_the_report_and_in_the_file(
+    tmp_path: object,
+) -> None:
+
+    source = stack()
+    result = quantizer(LearnedRounding(steps=8)).apply(source)
+    said = [change.text for change in result.report.changes]
+    assert any("3 biases and norms of 'blocks.0' are learned" in text for text in said)
+    assert result.validate()
+    path = tmp_path / "model.safetensors"
+    result.save(path)
+    assert same_tensors(load_model(path, Stack().eval()), result.model)
+    assert same_tensors(source, stack())
+
+
+def test_a_block_that_is_called_twice_is_rounded_weight_by_weight_and_said_so() -> None:
+    class Twice(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            for one in (*self.blocks, *self.blocks):
+                x, _ = one(x, scale=0.5)
+            out: Tensor = self.head(x)
+            return out
+
+    torch.manual_seed(0)
+    source = Twice().eval()
+    result = quantizer(LearnedRounding(steps=8, start=NEAREST)).apply(source)
+    refused = [change.text for change in result.report.changes if not change.done]
+    assert any("'blocks.0' is not fitted as a block" in text for text in refused), refused
+    plain = quantizer(NEAREST).apply(source).model
+    assert same_tensors(result.model.blocks, plain.blocks)
+
+
+def test_a_bias_that_is_shared_is_left_alone() -> None:
+    source = stack()
+    source.blocks[1].norm.bias = source.blocks[0].norm.bias  # type: ignore[union-attr]  # a LayerNorm
+    result = quantizer(LearnedRounding(steps=8)).apply(source)
+    one, other = (result.model.blocks[place].norm.bias for place in (0, 1))
+    assert one is other
+    assert torch.equal(one, source.blocks[0].norm.bias)
