@@ -122,7 +122,8 @@ class ConvTransposeQuantizer(_ConvolvingQuantizer):
             (size - 1) * step + 1 for size, step in zip(batch.shape[2:], conv.stride, strict=True)
         ]
         spread = batch.new_zeros(*batch.shape[:2], *sizes)
-        spread[(..., *(slice(None, None, step) for step in conv.stride))] = batch
+        every = tuple(slice(None, None, step) for step in conv.stride)
+        spread[(slice(None), slice(None), *every)] = batch
         around: list[int] = []
         for place in reversed(range(len(sizes))):
             padding = cast("tuple[int, ...]", conv.padding)[place]

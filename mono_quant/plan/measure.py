@@ -16,6 +16,8 @@ from mono_quant.base import (
 )
 from mono_quant.calibration import (
     CalibrationData,
+    Gathered,
+    Gathering,
     Wanted,
     evaluating,
     left_over,
@@ -75,6 +77,22 @@ def wanted_of(todo: Iterable[WeightPlan]) -> Mapping[str, Wanted]:
                 {**known.of_inputs, weight.name: observers},
             )
     return wanted
+
+
+def gather_for(
+    model: nn.Module,
+    todo: Iterable[WeightPlan],
+    data: CalibrationData | None,
+    label: str | None,
+) -> Mapping[tuple[str, str], Gathered]:
+    """Return what weights ask of the data, from one pass over it; nothing where there is none."""
+    wanted = wanted_of(todo)
+    if data is None or not wanted:
+        return {}
+    with Gathering(model, wanted).attached() as gathering:
+        for _ in data.outputs(model, label and "calibrating"):
+            pass
+    return gathering.found()
 
 
 @attrs.frozen(eq=False)

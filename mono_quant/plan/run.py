@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from mono_quant import kernels
 from mono_quant.base import Activation, Change, Container, PackedTensor, Scheme, Statistics
-from mono_quant.calibration import CalibrationData, Gathered, Gathering, Wanted, evaluating
+from mono_quant.calibration import CalibrationData, Gathered, Gathering, evaluating
 from mono_quant.checkpoint import ModelT, calling
 from mono_quant.errors import CalibrationError, InputError, Mend
 from mono_quant.modules import tie
@@ -18,7 +18,7 @@ from mono_quant.numerics.extremes import all_finite
 from mono_quant.numerics.metrics import tensor_bytes
 from mono_quant.numerics.values import QTensor
 from mono_quant.plan.blocks import NOTHING, BlockRun
-from mono_quant.plan.measure import wanted_of
+from mono_quant.plan.measure import gather_for, wanted_of
 from mono_quant.plan.relay import Relay
 from mono_quant.plan.request import WeightPlan, by_layer
 from mono_quant.plan.stages import stages_of
@@ -115,19 +115,18 @@ def quantize_weights(
             fastest here. Else one pass over the float model serves all layers.
         label: of progress bars; None for none.
     """
-    wanted = wanted_of(todo) if data is not None else {}
     layers = by_layer(todo)
     bar = tqdm(
         total=len(layers), desc=label, unit="layer", disable=None if label else True, leave=False
     )
     with bar, calling(run.model, containers, layers):
         if not sequential or data is None:
-            found = _gathered(run.model, wanted, data, label)
+            found = gather_for(run.model, todo, data, label)
             for weights in layers.values():
                 run.quantize(weights, found)
                 bar.update()
             return
-        stages = stages_of(run.model, todo, data)
+        stages, wanted = stages_of(run.model, todo, data), wanted_of(todo)
         with kernels.use("reference"):
             relay, blocks = Relay(run.model, data), BlockRun(run.model, todo, data)
             for stage, then in zip_longest(stages, stages[1:]):
@@ -142,21 +141,6 @@ def quantize_weights(
                     bar.update()
                 relay.leave(stage, then)
         run.changes += blocks.changes
-
-
-def _gathered(
-    model: nn.Module,
-    wanted: Mapping[str, Wanted],
-    data: CalibrationData | None,
-    label: str | None,
-) -> Mapping[tuple[str, str], Gathered]:
-    """Return what is wanted from one pass over the data."""
-    if data is None or not wanted:
-        return {}
-    with Gathering(model, wanted).attached() as gathering:
-        for _ in data.outputs(model, label and "calibrating"):
-            pass
-    return gathering.found()
 
 
 def rounded(

@@ -258,7 +258,7 @@ def _overhead() -> Iterator[tuple[str, ...]]:
         STATIC.observer(activations=observer).fit(batches).plan(model).weights
         for observer in OBSERVERS
     ]
-    calibrate = [partial(gather_for, model, weights, (), data, None) for weights in watched]
+    calibrate = [partial(gather_for, model, weights, data, None) for weights in watched]
     plain, *taken = median_seconds([forward, *calibrate], REPEATS)
     for observer, seconds in zip(OBSERVERS, taken, strict=True):
         yield (repr(observer), f"{seconds / plain:.2f}")

@@ -1,6 +1,7 @@
 """Learned rounding: what a block returns comes nearer to what the float block returned."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,25 +119,22 @@ def test_the_blocks_output_comes_nearer(scheme: Scheme, free: list[str]) -> None
 
 
 @pytest.mark.parametrize(
-    "rates",
-    [
-        {"rounding_rate": 0.005, "scale_rate": 0, "float_rate": 0},
-        {"rounding_rate": 0, "scale_rate": 0.01, "float_rate": 0},
-        {"rounding_rate": 0, "scale_rate": 0, "float_rate": 0.01},
-    ],
-    ids=repr,
+    ("rounding", "scale", "floats"), [(0.005, 0.0, 0.0), (0.0, 0.01, 0.0), (0.0, 0.0, 0.01)]
 )
-def test_each_of_what_is_learned_helps_by_itself(rates: dict[str, float]) -> None:
+def test_each_of_what_is_learned_helps_by_itself(
+    rounding: float, scale: float, floats: float
+) -> None:
     source = block()
     data = calls(source)
-    fitted = LearnedRounding(steps=60, start=NEAREST, **rates).fit(
-        source, asked(source), data, FREE
+    learned = LearnedRounding(
+        60, start=NEAREST, rounding_rate=rounding, scale_rate=scale, float_rate=floats
     )
+    fitted = learned.fit(source, asked(source), data, FREE)
     assert error(source, fitted, data, SCHEME) < error(source, begun(source, SCHEME), data, SCHEME)
     first = begun(source, SCHEME).weights
     moved = any(not torch.equal(first[name].codes, q.codes) for name, q in fitted.weights.items())
-    assert moved == bool(rates["rounding_rate"])
-    assert set(fitted.parameters) == (set(FREE) if rates["float_rate"] else set())
+    assert moved == bool(rounding)
+    assert set(fitted.parameters) == (set(FREE) if floats else set())
 
 
 def test_rates_that_ruin_it_leave_what_it_began_with() -> None:
@@ -150,9 +148,10 @@ def test_rates_that_ruin_it_leave_what_it_began_with() -> None:
     # a weight begins within its grid point's reach, so none is rounded elsewhere
     for name, q in fitted.weights.items():
         assert torch.equal(q.codes, first[name].codes)
-        assert q.qparams.scale is not None
-        assert first[name].qparams.scale is not None
-        assert torch.equal(q.qparams.scale, first[name].qparams.scale)
+        one, other = q.qparams.scale, first[name].qparams.scale
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
     assert not fitted.parameters
 
 
@@ -241,7 +240,7 @@ def test_a_models_output_comes_nearer_block_by_block(start: Rounding) -> None:
 
 
 def test_what_was_learned_with_the_weights_is_in_the_report_and_in_the_file(
-    tmp_path: object,
+    tmp_path: Path,
 ) -> None:
 
     source = stack()
@@ -274,8 +273,9 @@ def test_a_block_that_is_called_twice_is_rounded_weight_by_weight_and_said_so() 
 
 def test_a_bias_that_is_shared_is_left_alone() -> None:
     source = stack()
-    source.blocks[1].norm.bias = source.blocks[0].norm.bias  # type: ignore[union-attr]  # a LayerNorm
+    shared = source.get_parameter("blocks.0.norm.bias")
+    source.get_submodule("blocks.1.norm").register_parameter("bias", shared)
     result = quantizer(LearnedRounding(steps=8)).apply(source)
-    one, other = (result.model.blocks[place].norm.bias for place in (0, 1))
+    one, other = (result.model.get_parameter(f"blocks.{place}.norm.bias") for place in (0, 1))
     assert one is other
-    assert torch.equal(one, source.blocks[0].norm.bias)
+    assert torch.equal(one, shared)
