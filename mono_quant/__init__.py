@@ -59,7 +59,9 @@ try:
     )
     from mono_quant.flow import Flow, integer_flow
     from mono_quant.layers import (
+        AttentionQuantizer,
         BareWeightQuantizer,
+        BilinearQuantizer,
         ConvQuantizer,
         ConvTransposeQuantizer,
         EmbeddingQuantizer,
@@ -108,9 +110,11 @@ __all__ = [
     "Activation",
     "Activations",
     "Affine",
+    "AttentionQuantizer",
     "Auto",
     "BareWeightQuantizer",
     "BiasCorrection",
+    "BilinearQuantizer",
     "CalibrationError",
     "Change",
     "Checkpoint",
