@@ -19,7 +19,7 @@ from mono_quant.schemes import Affine
 from mono_quant.text import format_db
 
 _TRIED = 3
-"""Layers that are tried in float, those that return least."""
+"""Layers that are tried in float, those that return least; and always fewer than half of all."""
 
 _WORTH_DB = 3.0
 """What floats in their place, or groups, have to gain: half of the error."""
@@ -61,12 +61,11 @@ class Relief:
 
     def __str__(self) -> str:
         """Return what was found, and the calls that do it."""
-        names = " and ".join(f"{name} ({format_db(decibels)})" for name, decibels in self.layers)
-        calls = ", ".join(f"skip({name!r})" for name, _ in self.layers)
-        return (
-            f"the output would be at {format_db(self.output_db)} with {names}, which return least "
-            f"for their float inputs, in float: {calls}"
+        names = " and ".join(
+            f"{name} (returns {format_db(decibels)})" for name, decibels in self.layers
         )
+        calls = ", ".join(f"skip({name!r})" for name, _ in self.layers)
+        return f"with {names} in float, the output would be at {format_db(self.output_db)}: {calls}"
 
 
 def relief(
@@ -79,8 +78,9 @@ def relief(
 ) -> Relief | None:
     """Return the layers that cost the output most, or None where no few of them do.
 
-    The layers that return least run in float, in the quantized model, all of them and then fewer;
-    as few are named as come near what all of them gain, or bring the output above 20 dB.
+    Up to three layers that return least, and fewer than half of all, run in float in the quantized
+    model, all of them and then fewer. As few are named as come near what all of them gain, or bring
+    the output above 20 dB.
 
     Args:
         floats: the float twin, whose layers are put in.
@@ -90,7 +90,10 @@ def relief(
         output_db: SQNR of the model's output.
         data: example data.
     """
-    worst = sorted(errors, key=lambda path: errors[path].sqnr_db)[:_TRIED]
+    tried = min(_TRIED, (len(errors) - 1) // 2)
+    worst = sorted(errors, key=lambda path: errors[path].sqnr_db)[:tried]
+    if not worst:
+        return None
     reference = Outputs()
     reference.add_all(data.outputs(original))
 
