@@ -294,6 +294,7 @@ class Report:
                 "columns": layer.columns,
                 "scale_block": list(layer.scale_block),
                 "output_sqnr_db": _finite(layer.output_sqnr_db),
+                "groups_gain_db": _finite(layer.groups_gain_db),
                 "inputs": [attrs.asdict(one) for one in layer.inputs],
                 "ranges": list(layer.ranges),
                 "note": layer.note,

@@ -152,7 +152,7 @@ def with_tried_groups(
             hooks.callback(module.register_forward_hook(trial.see, with_kwargs=True).remove)
         for _ in data.outputs(floats):
             pass
-    gains = {trial.weight.key: trial.gain_db for trial in trials}
+    gains = {trial.weight.key: trial.gain_db for trial in trials if trial.errors[0].count}
     return {
         name: attrs.evolve(row, groups_gain_db=gains[name]) if name in gains else row
         for name, row in rows.items()

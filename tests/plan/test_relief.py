@@ -117,6 +117,16 @@ def test_groups_are_advised_where_they_help_what_the_layer_returns() -> None:
     assert after == pytest.approx(before + gain, abs=1e-3)
 
 
+def test_groups_are_advised_untried_in_a_layer_that_no_data_reached() -> None:
+    model, x = dwarfed(loud=6)
+    unused = nn.ModuleList([nn.Linear(64, 64), model])
+    fitted = Quantizer().activations(None).fit(x, forward=lambda one, batch: one[0](batch))
+    report = fitted.apply(unused, progress=False).report
+    assert {row.name: row.groups_gain_db for row in report.quantized}["1.0.weight"] is None
+    (line,) = advice(report, "1.0.weight has columns")
+    assert line.endswith("override('1.0.weight', group_size=32)")
+
+
 def test_groups_are_not_advised_where_trying_them_shows_no_gain() -> None:
     model, x = dwarfed(loud=6)  # in the group of the large column
     report = Quantizer().activations(None).fit(x).apply(model, progress=False).report
