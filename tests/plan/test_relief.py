@@ -119,12 +119,14 @@ def test_groups_are_advised_where_they_help_what_the_layer_returns() -> None:
 
 def test_groups_are_advised_untried_in_a_layer_that_no_data_reached() -> None:
     model, x = dwarfed(loud=6)
-    unused = nn.ModuleList([nn.Linear(64, 64), model])
-    fitted = Quantizer().activations(None).fit(x, forward=lambda one, batch: one[0](batch))
+    unused = nn.ModuleDict({"used": nn.Linear(64, 64), "unused": model})
+    fitted = Quantizer().activations(None)
+    fitted = fitted.fit(x, forward=lambda one, batch: one.get_submodule("used")(batch))
     report = fitted.apply(unused, progress=False).report
-    assert {row.name: row.groups_gain_db for row in report.quantized}["1.0.weight"] is None
-    (line,) = advice(report, "1.0.weight has columns")
-    assert line.endswith("override('1.0.weight', group_size=32)")
+    gains = {row.name: row.groups_gain_db for row in report.quantized}
+    assert gains["unused.0.weight"] is None
+    (line,) = advice(report, "unused.0.weight has columns")
+    assert line.endswith("override('unused.0.weight', group_size=32)")
 
 
 def test_groups_are_not_advised_where_trying_them_shows_no_gain() -> None:
