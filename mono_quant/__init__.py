@@ -64,7 +64,9 @@ try:
     )
     from mono_quant.flow import Flow, integer_flow
     from mono_quant.layers import (
+        AttentionQuantizer,
         BareWeightQuantizer,
+        BilinearQuantizer,
         ConvQuantizer,
         ConvTransposeQuantizer,
         EmbeddingQuantizer,
@@ -115,9 +117,11 @@ __all__ = [
     "Activations",
     "Affine",
     "AnyStatistic",
+    "AttentionQuantizer",
     "Auto",
     "BareWeightQuantizer",
     "BiasCorrection",
+    "BilinearQuantizer",
     "BlockCall",
     "BlockRounding",
     "BlockWeight",

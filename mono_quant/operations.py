@@ -77,6 +77,21 @@ class PartialProduct(Operation):
         return functional.linear(wide, weight.rows(places, wide.dtype), bias).to(x.dtype)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class BilinearProduct(Operation):
+    """``x @ A @ other`` for each matrix A of a weight ``[out, in1, in2]``."""
+
+    other: Tensor
+    """The second input, ``[..., in2]``, of the dtype and leading dimensions of the first."""
+
+    def __call__(self, x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
+        """Return ``[..., out]`` for ``x [..., in1]``, in its dtype."""
+        other = wide(self.other)
+        first, bias = widened(x, bias)
+        matrices = weight.dequantize(first.dtype)
+        return functional.bilinear(first, other, matrices, bias).to(x.dtype)
+
+
 @dataclass(frozen=True)
 class Convolution(Operation):
     """A convolution of 1 to 3 dimensions, zero-padded; `stride` has an entry for each."""

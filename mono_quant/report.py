@@ -74,6 +74,8 @@ class LayerReport:
             empty where there are no scales.
         output_sqnr_db: of what its layer returns for the inputs that it has in the float model, in
             dB, weights and inputs quantized; None where that was not measured.
+        groups_gain_db: how much less error its layer would return with scales for groups, which its
+            columns ask for, in dB; None where that was not tried.
         inputs: what its inputs were like on the data, where they are quantized; also those of tied
             weights.
         ranges: why observers chose the ranges that they did, of those that say so.
@@ -101,6 +103,7 @@ class LayerReport:
     columns: int = 0
     scale_block: tuple[int, ...] = ()
     output_sqnr_db: float | None = None
+    groups_gain_db: float | None = None
     inputs: tuple[InputReport, ...] = ()
     ranges: tuple[str, ...] = ()
     note: str | None = None
@@ -113,6 +116,11 @@ class LayerReport:
     def bits_per_weight(self) -> float:
         """Bits per value after, everything counted."""
         return 8 * self.bytes / self.parameters if self.parameters else 0.0
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the layer was measured and returns what it should."""
+        return self.output_sqnr_db is not None and self.output_sqnr_db >= GOOD_DB
 
     def with_inputs(
         self,
@@ -286,6 +294,7 @@ class Report:
                 "columns": layer.columns,
                 "scale_block": list(layer.scale_block),
                 "output_sqnr_db": _finite(layer.output_sqnr_db),
+                "groups_gain_db": _finite(layer.groups_gain_db),
                 "inputs": [attrs.asdict(one) for one in layer.inputs],
                 "ranges": list(layer.ranges),
                 "note": layer.note,

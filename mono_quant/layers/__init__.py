@@ -6,12 +6,13 @@ from mono_quant.layers.bare import BareWeightQuantizer
 from mono_quant.layers.containers import MultiheadAttentionContainer, TransformerEncoderContainer
 from mono_quant.layers.conv import ConvQuantizer, ConvTransposeQuantizer
 from mono_quant.layers.embedding import EmbeddingQuantizer
-from mono_quant.layers.linear import LinearLikeQuantizer, LinearQuantizer
+from mono_quant.layers.linear import BilinearQuantizer, LinearLikeQuantizer, LinearQuantizer
 from mono_quant.layers.recurrent import RecurrentCellQuantizer, RecurrentQuantizer
 from mono_quant.layers.single import SingleWeightQuantizer
 
 BUILT_IN_LAYERS: tuple[LayerQuantizer, ...] = (
     LinearQuantizer(),
+    BilinearQuantizer(),
     ConvQuantizer(),
     ConvTransposeQuantizer(),
     EmbeddingQuantizer(),
@@ -34,6 +35,7 @@ __all__ = [
     "BUILT_IN_LAYERS",
     "AttentionQuantizer",
     "BareWeightQuantizer",
+    "BilinearQuantizer",
     "ConvQuantizer",
     "ConvTransposeQuantizer",
     "EmbeddingQuantizer",

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from mono_quant.base import QuantizedModule, Scheme
 from mono_quant.configurable import register
-from mono_quant.layers.single import ProductQuantizer, weight_shape
-from mono_quant.modules import QuantizedLinear, QuantizedLinearLike
+from mono_quant.layers.single import ProductQuantizer, SingleWeightQuantizer, weight_shape
+from mono_quant.modules import QuantizedBilinear, QuantizedLinear, QuantizedLinearLike
 from mono_quant.numerics.values import Layout
 
 
@@ -52,6 +52,31 @@ class LinearQuantizer(_MatrixQuantizer):
         """Return ``[1, out_features, in_features]``."""
         linear = cast("nn.Linear", layer)  # `matches` has seen to it
         return Layout.grouped(weight_shape(layer, (linear.out_features, linear.in_features)))
+
+
+@register
+@attrs.frozen
+class BilinearQuantizer(SingleWeightQuantizer):
+    """`torch.nn.Bilinear`: a row of the weight is one of its matrices, flat. Inputs stay float."""
+
+    kind: ClassVar[str] = "bilinear"
+    float_classes: ClassVar = {nn.Bilinear: QuantizedBilinear}
+
+    def refuse(self, layer: nn.Module, scheme: Scheme) -> str | None:
+        """Return that a subclass has a forward of its own, or why its weight cannot be read."""
+        if type(layer).forward is not nn.Bilinear.forward:
+            return f"{type(layer).__name__} is a Bilinear with a forward of its own"
+        return SingleWeightQuantizer.refuse(self, layer, scheme)
+
+    def refuse_activation(self, layer: nn.Module, name: str, mode: str) -> str | None:
+        """Return that two inputs meet the weight."""
+        return "its weight meets the products of two inputs"
+
+    def layout(self, layer: nn.Module) -> Layout:
+        """Return ``[1, out_features, in1_features * in2_features]``."""
+        one = cast("nn.Bilinear", layer)  # `matches` has seen to it
+        shape = (one.out_features, one.in1_features, one.in2_features)
+        return Layout.grouped(weight_shape(layer, shape))
 
 
 @register

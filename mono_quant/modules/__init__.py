@@ -19,7 +19,7 @@ from mono_quant.modules.layer import (
     taken_name,
     tie,
 )
-from mono_quant.modules.linear import QuantizedLinear, QuantizedLinearLike
+from mono_quant.modules.linear import QuantizedBilinear, QuantizedLinear, QuantizedLinearLike
 from mono_quant.modules.recurrent import (
     QuantizedGRU,
     QuantizedLSTM,
@@ -37,6 +37,7 @@ __all__ = [
     "BareModule",
     "CallingMultiheadAttention",
     "QuantizedBareModule",
+    "QuantizedBilinear",
     "QuantizedConv1d",
     "QuantizedConv2d",
     "QuantizedConv3d",

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from mono_quant.modules.layer import QuantizedLayer
-from mono_quant.operations import MatrixProduct
+from mono_quant.operations import BilinearProduct, MatrixProduct
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):
@@ -14,6 +14,21 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input @ weight.T + bias``."""
         return self.run(MatrixProduct(), input, self.bias)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # a parameter there, computed here
+        """A float copy of the weight."""
+        return self.float_weight()
+
+
+class QuantizedBilinear(QuantizedLayer, nn.Bilinear):
+    """`torch.nn.Bilinear` with a quantized weight."""
+
+    float_class = nn.Bilinear
+
+    def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        """Return ``input1 @ weight @ input2 + bias``."""
+        return self.run(BilinearProduct(input2), input1, self.bias)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # a parameter there, computed here

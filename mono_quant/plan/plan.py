@@ -33,11 +33,12 @@ from mono_quant.plan.measure import (
     with_outputs,
 )
 from mono_quant.plan.outline import outline_of
+from mono_quant.plan.relief import Relief, relief, with_tried_groups
 from mono_quant.plan.request import Request, WeightPlan
 from mono_quant.plan.run import LayerRun, check_finite, check_fits, quantize_weights
 from mono_quant.plan.warnings import warnings_of
 from mono_quant.plan.written import skipping
-from mono_quant.report import LayerReport, Report
+from mono_quant.report import WARNING_DB, LayerReport, Report
 from mono_quant.result import Outline, QuantizationResult
 from mono_quant.transforms import FoldBatchNorm
 
@@ -51,12 +52,14 @@ class _Evidence:
         changes: by transforms and corrections.
         damages: layers that were destroyed: measured, or estimated without data.
         output: error of the model's outputs; of none without data.
+        relief: layers without which a poor output would be better, where none was destroyed.
     """
 
     rows: Mapping[str, LayerReport]
     changes: tuple[Change, ...]
     damages: tuple[Damage, ...]
     output: SquaredError = attrs.field(factory=SquaredError)
+    relief: Relief | None = None
 
 
 @attrs.frozen(eq=False)
@@ -212,8 +215,15 @@ class Plan(Generic[ModelT]):
                 reference = data.outputs(self._model)
             error = compare(reference, data.outputs(work, label and "measuring"))
             damages = diagnosed(floats, work, todo, layers.errors, data)
-        rows = with_outputs(found.rows, todo, layers)
-        return _Evidence(rows, changes, tuple(damages), error)
+            rows = with_outputs(found.rows, todo, layers)
+            rows = with_tried_groups(rows, floats, todo, data)
+            poor = not error.sqnr_db >= WARNING_DB and not damages
+            helps = (
+                relief(floats, work, self._model, layers.errors, error.sqnr_db, data)
+                if poor
+                else None
+            )
+        return _Evidence(rows, changes, tuple(damages), error, helps)
 
     def _amended(self, damages: Sequence[Damage], data: CalibrationData | None) -> "Plan[ModelT]":
         """Return the plan that keeps what does damage; what is left after it is warned of.
@@ -261,7 +271,7 @@ class Plan(Generic[ModelT]):
                 samples=sum(count_samples(batch) for batch in data.batches()),
                 notes=(*report.notes, *left_out(work, data)),
             )
-        warned = (*warnings_of(report, found.damages), *before.warnings)
+        warned = (*warnings_of(report, found.damages, found.relief), *before.warnings)
         return attrs.evolve(report, warnings=warned)
 
     def _check_unspent(self, todo: Iterable[WeightPlan]) -> None:

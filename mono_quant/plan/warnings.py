@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import attrs
 
 from mono_quant.plan.damage import Damage
+from mono_quant.plan.relief import OUTLIER, Relief, groups_for, groups_help, has_outlier_columns
 from mono_quant.report import (
     CRITICAL_DB,
     GOOD_DB,
@@ -18,7 +19,6 @@ from mono_quant.text import format_bytes, format_db
 
 _NOTABLE_SHARE = 0.05
 _SHOWN = 3
-_OUTLIER = 20.0
 _CUT_ENERGY = 1e-4
 """Share of the squares of an input that may be cut off before it is worth a word: 40 dB below."""
 _CROWDED = 0.8
@@ -26,12 +26,14 @@ _WORTH_DB = 6.0
 """What other ranges have to gain before they are advised."""
 _UNEVEN_DB = 12.0
 """What ranges for each token have to gain, two bits, before nothing else speaks for them."""
-_GROUPS = (32, 16, 8)
 
 
-def warnings_of(report: Report, damages: Sequence[Damage] = ()) -> tuple[str, ...]:
+def warnings_of(
+    report: Report, damages: Sequence[Damage] = (), relief: Relief | None = None
+) -> tuple[str, ...]:
     """Return warnings on a finished report, the worst first."""
     found = _of_output(report)
+    found += [str(relief)] if relief is not None else []
     found += _first(
         [str(one) for one in sorted(damages, key=_returned)],
         'layers are damaged; on_damage("keep") mends all of them',
@@ -120,25 +122,29 @@ def _outliers(report: Report) -> list[str]:
     """Return the weights with columns or rows that dwarf others with which they share a scale."""
     columns, rows = [], []
     for row in _rows_by_harm(report):
-        if _sound(row) or not row.scale_block:
-            continue
-        *across, along = row.scale_block
-        if (row.row_outliers or 0) >= _OUTLIER and math.prod(across) > 1:
+        shared = math.prod(row.scale_block[:-1]) > 1
+        if shared and (row.row_outliers or 0) >= OUTLIER and not row.is_sound:
             rows.append(
                 f"{row.name} has rows {row.row_outliers:.0f} times the median one; a scale for "
                 f'each keeps them apart: override({row.name!r}, granularity="channel")'
             )
-        if (row.outliers or 0) >= _OUTLIER and along == row.columns:
-            size = next((size for size in _GROUPS if row.columns % size == 0), None)
-            mend = (
-                f"scales for groups keep them apart: override({row.name!r}, group_size={size})"
-                if size is not None
-                else f"no groups fit its rows of {row.columns}: override({row.name!r}, bits=16)"
-            )
+        if has_outlier_columns(row):
             columns.append(
-                f"{row.name} has columns {row.outliers:.0f} times the median one; {mend}"
+                f"{row.name} has columns {row.outliers:.0f} times the median one; {_apart(row)}"
             )
     return [*_first(columns, "weights have such columns"), *_first(rows, "weights have such rows")]
+
+
+def _apart(row: LayerReport) -> str:
+    """Return the call that keeps the columns of a weight apart, and what was seen of it."""
+    size, gain = groups_for(row), row.groups_gain_db
+    if size is not None and groups_help(row):
+        leaves = f" and leave {gain:.0f} dB less error" if gain is not None else ""
+        return (
+            f"scales for groups keep them apart{leaves}: override({row.name!r}, group_size={size})"
+        )
+    why = f"no groups fit its rows of {row.columns}" if size is None else "groups do not help it"
+    return f"{why}: override({row.name!r}, bits=16)"
 
 
 def _inputs(report: Report) -> list[str]:
@@ -154,7 +160,7 @@ def _inputs(report: Report) -> list[str]:
                     "range is a point: calibrate on data that moves them, or say "
                     f'override({one.name!r}, activations="dynamic")'
                 )
-            elif _sound(row) and not _hides(one):
+            elif row.is_sound and not _hides(one):
                 continue
             elif _cuts(one, damaged):
                 cut.append(
@@ -198,7 +204,7 @@ def _cuts(one: InputReport, damaged: bool) -> bool:
 def _stretches(one: InputReport, damaged: bool) -> list[str]:
     """Return what stretches the range of inputs, in words."""
     seen = []
-    if (one.outliers or 0) >= _OUTLIER:
+    if (one.outliers or 0) >= OUTLIER:
         seen.append(f"have a channel {one.outliers:.0f} times the median one")
     if (one.crowded or 0) >= _CROWDED:
         seen.append(f"lie on two codes to {one.crowded:.0%}, zeros apart")
@@ -239,11 +245,6 @@ def _rows_by_harm(report: Report) -> list[LayerReport]:
 
 def _low(decibels: float | None) -> bool:
     return decibels is not None and not decibels >= WARNING_DB
-
-
-def _sound(row: LayerReport) -> bool:
-    """Return whether the layer was measured and returns what it should."""
-    return row.output_sqnr_db is not None and row.output_sqnr_db >= GOOD_DB
 
 
 def _first(lines: list[str], more: str) -> list[str]:

@@ -93,12 +93,6 @@ REASONS: list[tuple[Make, Quantizer, str, str]] = [
     ),
     (mlp, Quantizer(), "(2 biases)", "biases stay float"),
     (
-        lambda: nn.Sequential(nn.Bilinear(4, 4, 4)),
-        Quantizer(),
-        "0",
-        "no quantizer knows a Bilinear",
-    ),
-    (
         lambda: nn.Sequential(nn.Embedding(9, 64, max_norm=1.0)),
         Quantizer(),
         "0.weight",
