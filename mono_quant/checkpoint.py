@@ -274,7 +274,12 @@ def check_supported(model: nn.Module) -> None:
                 f"{name} was made under torch.inference_mode(), where nothing can be changed; "
                 "make or load the model outside of it"
             )
-        if parameter.is_meta:
+        if parameter.layout != torch.strided:
+            raise InputError(
+                f"{name} is stored as {parameter.layout}; make it dense, with to_dense(), first"
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not is_lazy(tensor) and tensor.is_meta:
             raise InputError(f"{name} is on the meta device and has no values; load them first")
 
 
@@ -291,7 +296,8 @@ def check_quantized(model: nn.Module) -> None:
                 "from, result.kept.model, and write it anew with integer_flow(...)"
             )
         raise InputError(
-            f"{type(model).__name__} has no quantized layer; make some with quantize(model)"
+            f"{type(model).__name__} has no quantized layer; quantize(model) makes them, and its "
+            "report says why one stays float"
         )
 
 

@@ -347,6 +347,27 @@ def test_a_bare_result_cannot_be_run_and_says_so() -> None:
     assert "a state dict has no forward" in str(validation)
 
 
+def test_a_bare_result_cannot_be_exported_and_says_so() -> None:
+    with pytest.raises(InputError, match="no forward to export; load the file into its model"):
+        Quantizer().apply(bare(small())).export(noise(2, 64))
+
+
+def test_what_stays_float_of_a_bare_state_dict_says_which_tensors_do_not() -> None:
+    state = {**bare(small()), "experts": noise(4, 32, 64), "norm.weight": noise(64)}
+    rows = {row.name: row.reason for row in Quantizer().apply(state).report.kept}
+    why = "of a state dict, tensors called weight of 2 to 5 dimensions are quantized"
+    assert rows["(root)"] == rows["norm"] == why
+
+
+def test_a_result_and_its_plan_say_in_one_line_what_they_are() -> None:
+    plan = Quantizer().bits(4).plan(small())
+    result = plan.run()
+    assert repr(plan) == f"<Plan of Sequential: {result.report.sizes}>"
+    assert repr(result) == f"<QuantizationResult of Sequential: {result.report.sizes}>"
+    assert result.report.sizes in str(result.report)
+    assert result._repr_html_() == result.report._repr_html_()
+
+
 def test_data_has_no_use_for_a_bare_state_dict() -> None:
     with pytest.raises(InputError, match=r"fit\(data\) has no use; give the model"):
         Quantizer().fit(noise(2, 64)).apply(bare(small()))

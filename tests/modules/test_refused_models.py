@@ -1,6 +1,7 @@
 """Models that cannot be quantized are refused, with the call that mends it."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -70,6 +71,26 @@ def test_a_model_on_the_meta_device_is_refused() -> None:
     with torch.device("meta"):
         model = net()
     with pytest.raises(InputError, match=r"0\.weight is on the meta device.*load them first"):
+        Quantizer().apply(model)
+
+
+def test_a_buffer_on_the_meta_device_is_refused() -> None:
+    model = net()
+    model.register_buffer("positions", torch.empty(3, device="meta"))
+    with pytest.raises(InputError, match=r"positions is on the meta device.*load them first"):
+        Quantizer().apply(model)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning")
+@pytest.mark.parametrize("sparse", [Tensor.to_sparse, Tensor.to_sparse_csr], ids=["coo", "csr"])
+def test_a_sparse_weight_is_refused_with_the_call_that_mends_it(
+    sparse: Callable[[Tensor], Tensor],
+) -> None:
+    model = net()
+    linear = model[0]
+    assert isinstance(linear, nn.Linear)
+    linear.weight = nn.Parameter(sparse(linear.weight.detach()), requires_grad=False)
+    with pytest.raises(InputError, match=r"0\.weight is stored as torch\.sparse.*to_dense\(\)"):
         Quantizer().apply(model)
 
 
