@@ -309,8 +309,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 del module._buffers[name]  # made by the forward
         for module, name, buffer, before in held:
             module._buffers[name] = buffer
-            if buffer is not None and before is not None and not torch.equal(buffer, before):
+            if buffer is not None and before is not None and not _equal(buffer, before):
                 buffer.copy_(before)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are known to be equal: of sparse ones torch does not tell."""
+    return one.layout == torch.strided and torch.equal(one, other)
 
 
 class _Reached(BaseException):

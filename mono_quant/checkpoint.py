@@ -61,9 +61,11 @@ def copy_structure(model: ModelT, device: torch.device | None = None) -> ModelT:
     for module in model.modules():
         if isinstance(module, QuantizedWeight | QuantizedInput):
             memo |= {id(buffer): buffer.detach() for buffer in module.buffers()}
-    if device is not None:
-        for buffer in model.buffers():
+    for buffer in model.buffers():
+        if device is not None:
             memo[id(buffer)] = torch.empty_like(buffer, device=device)
+        elif buffer.layout != torch.strided:  # deepcopy fails on some of the sparse ones
+            memo[id(buffer)] = buffer.clone()
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:  # a hook makes it at each call
@@ -82,8 +84,8 @@ def to_checkpoint(
     """Return a quantized model as plain data that shares its memory.
 
     Raises:
-        CheckpointError: the model keeps something that is not a tensor in its state dict, or a
-            layer does not say what made it.
+        CheckpointError: the model keeps something that is not a tensor in its state dict, a tensor
+            is sparse, or a layer does not say what made it.
     """
     records: dict[str, WeightRecord] = {}
     tensors: dict[str, Tensor] = {}
@@ -114,6 +116,11 @@ def to_checkpoint(
             if id(tensor) in packed_ids:
                 continue
             key = f"{path}.{name}" if path else name
+            if tensor.layout != torch.strided:
+                raise CheckpointError(
+                    f"{key} is stored as {tensor.layout}, which files here cannot hold; make it "
+                    "dense, with to_dense(), before quantizing"
+                )
             tensors[key] = tensor
             if name in module._non_persistent_buffers_set:
                 transient.add(key)

@@ -54,7 +54,9 @@ def _rows(model: nn.Module, weights: Sequence[WeightPlan]) -> Iterable[LayerRepo
             if inside(path, set(by_path)):
                 reason = "its parent's quantizer leaves it"
             elif isinstance(module, BareModule):
-                reason = "of a state dict, tensors called weight of 2 to 5 dimensions are quantized"
+                reason = (
+                    "of a state dict, tensors of 2 to 5 dimensions called as weights are quantized"
+                )
             yield _float_row(path or "(root)", layer, rest, reason)
     if biases:
         name = f"({len(biases)} biases)" if len(biases) > 1 else "(1 bias)"
