@@ -200,6 +200,11 @@ def load_model(
     if isinstance(model, nn.Module):
         skeleton = cast("ModelT", model)  # mypy keeps "a module that is also a factory" in mind
         return rebuild(skeleton, checkpoint, layers=layers, kinds=kinds)
+    if not callable(model):
+        raise InputError(
+            f"a {type(model).__name__} is no model: give a torch.nn.Module or a function that "
+            "makes one"
+        )
     made = model()
     if not isinstance(made, nn.Module):
         raise InputError(f"the factory returned a {type(made).__name__}, where a module was meant")

@@ -264,6 +264,8 @@ class Builder:
         its layer computes itself, where the layer's inputs are quantized; `fold(False)` refuses
         both.
         """
+        if not isinstance(fold, bool):
+            raise ConfigurationError(f"fold is True or False, not {fold!r}")
         return self._asking(attrs.evolve(self._request, fold=fold))
 
     def on_damage(self, action: str) -> Self:

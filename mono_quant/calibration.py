@@ -311,7 +311,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 del module._buffers[name]  # made by the forward
         for module, name, buffer, before in held:
             module._buffers[name] = buffer
-            if buffer is not None and before is not None and not torch.equal(buffer, before):
+            if buffer is not None and before is not None and not _equal(buffer, before):
                 buffer.copy_(before)
 
 
@@ -323,6 +323,11 @@ def of_batch(place: int) -> Iterator[None]:
     except CalibrationError as error:
         where = f"{error.what}, on batch {place} of the data"
         raise CalibrationError(where, error.mend, layer=error.layer) from error
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are known to be equal: of sparse ones torch does not tell."""
+    return one.layout == torch.strided and torch.equal(one, other)
 
 
 class _Reached(BaseException):

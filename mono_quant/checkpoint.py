@@ -61,9 +61,11 @@ def copy_structure(model: ModelT, device: torch.device | None = None) -> ModelT:
     for module in model.modules():
         if isinstance(module, QuantizedWeight | QuantizedInput):
             memo |= {id(buffer): buffer.detach() for buffer in module.buffers()}
-    if device is not None:
-        for buffer in model.buffers():
+    for buffer in model.buffers():
+        if device is not None:
             memo[id(buffer)] = torch.empty_like(buffer, device=device)
+        elif buffer.layout != torch.strided:  # deepcopy fails on some of the sparse ones
+            memo[id(buffer)] = buffer.clone()
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:  # a hook makes it at each call
@@ -82,8 +84,8 @@ def to_checkpoint(
     """Return a quantized model as plain data that shares its memory.
 
     Raises:
-        CheckpointError: the model keeps something that is not a tensor in its state dict, or a
-            layer does not say what made it.
+        CheckpointError: the model keeps something that is not a tensor in its state dict, a tensor
+            is sparse, or a layer does not say what made it.
     """
     records: dict[str, WeightRecord] = {}
     tensors: dict[str, Tensor] = {}
@@ -114,6 +116,11 @@ def to_checkpoint(
             if id(tensor) in packed_ids:
                 continue
             key = f"{path}.{name}" if path else name
+            if tensor.layout != torch.strided:
+                raise CheckpointError(
+                    f"{key} is stored as {tensor.layout}, which files here cannot hold; make it "
+                    "dense, with to_dense(), before quantizing"
+                )
             tensors[key] = tensor
             if name in module._non_persistent_buffers_set:
                 transient.add(key)
@@ -274,7 +281,12 @@ def check_supported(model: nn.Module) -> None:
                 f"{name} was made under torch.inference_mode(), where nothing can be changed; "
                 "make or load the model outside of it"
             )
-        if parameter.is_meta:
+        if parameter.layout != torch.strided:
+            raise InputError(
+                f"{name} is stored as {parameter.layout}; make it dense, with to_dense(), first"
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not is_lazy(tensor) and tensor.is_meta:
             raise InputError(f"{name} is on the meta device and has no values; load them first")
 
 
@@ -291,7 +303,8 @@ def check_quantized(model: nn.Module) -> None:
                 "from, result.kept.model, and write it anew with integer_flow(...)"
             )
         raise InputError(
-            f"{type(model).__name__} has no quantized layer; make some with quantize(model)"
+            f"{type(model).__name__} has no quantized layer; quantize(model) makes them, and its "
+            "report says why one stays float"
         )
 
 

@@ -37,6 +37,9 @@ class Mend(Enum):
     COPY = "use apply"
     ROUNDING = "skip({layer}) or give it another rounding with override(...)"
     SKIP = "mend the weight, or leave the layer in float with skip({layer})"
+    SUFFIX = "rename it or pass serializer="
+    IS_QUANTIZED = "load_model(path) reads it"
+    IS_FLOAT = "a float checkpoint is quantized first, with quantize(...)"
 
 
 class MonoQuantError(Exception):

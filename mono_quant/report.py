@@ -227,6 +227,12 @@ class Report:
         return self.float_bytes / self.bytes if self.bytes else 1.0
 
     @property
+    def sizes(self) -> str:
+        """The bytes before and after in a few words."""
+        sizes = f"{format_bytes(self.float_bytes)} -> {format_bytes(self.bytes)}"
+        return f"{sizes} ({self.ratio:.2f} times smaller)"
+
+    @property
     def bits_per_weight(self) -> float:
         """Bits per value over the quantized weights, everything counted."""
         count = sum(layer.parameters for layer in self.quantized)
@@ -359,8 +365,7 @@ class Report:
             else ""
         )
         head = [
-            f"predicted: {format_bytes(self.float_bytes)} -> {format_bytes(self.bytes)} "
-            f"({self.ratio:.2f} times smaller), {len(self.quantized)} weights at "
+            f"predicted: {self.sizes}, {len(self.quantized)} weights at "
             f"{self.bits_per_weight:.3f} bits per weight",
             *self._warned(),
             f"peak memory: {format_bytes(peak_bytes)} for apply{in_place}",
@@ -386,11 +391,7 @@ class Report:
         )
 
     def _head(self) -> list[str]:
-        lines = [
-            f"{format_bytes(self.float_bytes)} -> {format_bytes(self.bytes)} "
-            f"({self.ratio:.2f} times smaller)"
-        ]
-        lines += self._warned()
+        lines = [self.sizes, *self._warned()]
         mean = self.mean_sqnr_db
         lines.append(
             f"{len(self.quantized)} weights quantized at {self.bits_per_weight:.3f} bits per weight"

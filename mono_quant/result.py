@@ -73,7 +73,7 @@ class Validation:
         return "\n".join([self.status, *table(("check", "seen"), self.checks)])
 
 
-@attrs.define(eq=False, on_setattr=attrs.setters.frozen)
+@attrs.define(eq=False, repr=False, on_setattr=attrs.setters.frozen)
 class QuantizationResult(Generic[ModelT]):
     """A quantized model and what is known of it.
 
@@ -143,7 +143,15 @@ class QuantizationResult(Generic[ModelT]):
             example: a batch as `fit` takes them: a tensor, a tuple or a mapping of arguments; by
                 default the first one of the data.
             strict: as `torch.export.export` has it.
+
+        Raises:
+            InputError: there is no example, or no forward.
         """
+        if isinstance(self.model, BareModule):
+            raise InputError(
+                "a state dict has no forward to export; load the file into its model first: "
+                "load_model(path, model)"
+            )
         data = self._example(example)
         if data is None:
             raise InputError("export needs an example: export(example)")
@@ -184,6 +192,13 @@ class QuantizationResult(Generic[ModelT]):
         found = measure_speed(self.dequantize(), self.model, data, seconds)
         self.report = self.report.with_speed(found)
         return found
+
+    def __repr__(self) -> str:
+        """Return the model's class and its size; `report` says more."""
+        return f"<{type(self).__name__} of {type(self._class_kept).__name__}: {self.report.sizes}>"
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
 
     @property
     def _class_kept(self) -> nn.Module:

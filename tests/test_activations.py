@@ -115,6 +115,8 @@ def test_static_inputs_without_data_are_refused_by_name_with_both_ways_out() -> 
         Quantizer().activations("static").plan(net())
     with pytest.raises(CalibrationError, match="static activations of 2 are"):
         Quantizer().override("2", activations="static").plan(net())
+    with pytest.raises(CalibrationError, match="static activations of the model are"):
+        Quantizer().activations("static").plan(nn.Linear(64, 64))
 
 
 def test_a_layer_that_no_data_reached_keeps_float_inputs_and_the_report_says_so() -> None:

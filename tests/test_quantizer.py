@@ -257,6 +257,7 @@ CONFLICTS: dict[str, Call] = {
     "a list of granularities": lambda q: q.granularity(["group"]),  # type: ignore[arg-type]  # refused
     "the name of a transform": lambda q: q.transform("fold"),  # type: ignore[arg-type]  # refused
     "the class of a transform": lambda q: q.transform(Doubled),  # type: ignore[arg-type]  # refused
+    "folding in words": lambda q: q.fold("no"),  # type: ignore[arg-type]  # refused
     "too many observers": lambda q: q.observer(MinMax(), weights=MinMax()),
 }
 

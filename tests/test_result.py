@@ -347,6 +347,57 @@ def test_a_bare_result_cannot_be_run_and_says_so() -> None:
     assert "a state dict has no forward" in str(validation)
 
 
+class Reader(nn.Module):
+    """Layers of torch whose weights are not called ``weight``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+        self.other = nn.MultiheadAttention(64, 4, kdim=32, vdim=48, batch_first=True)
+        self.recurrent = nn.LSTM(64, 32, 2, bidirectional=True, batch_first=True)
+        self.cell = nn.GRUCell(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return something of all of them, for ``[N, T, 64]``."""
+        x = x + self.attention(x, x, x)[0]
+        x = x + self.other(x, x[..., :32], x[..., :48])[0]
+        return torch.cat([self.recurrent(x)[0][:, -1], self.cell(x[:, 0])], dim=-1)
+
+
+def test_weights_of_attention_and_recurrent_layers_are_known_in_a_bare_file(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    model, x = Reader().eval(), noise(3, 5, 64)
+    known = Quantizer().activations(None)
+    result = known.apply(model.state_dict())
+    rows = {row.name for row in result.report.quantized}
+    assert rows == {row.name for row in known.apply(model).report.quantized}
+    loaded = load_model(result.save(tmp_path / "small.safetensors"), Reader).eval()
+    assert same_bits(loaded(x), known.apply(model).model(x))
+
+
+def test_a_bare_result_cannot_be_exported_and_says_so() -> None:
+    with pytest.raises(InputError, match="no forward to export; load the file into its model"):
+        Quantizer().apply(bare(small())).export(noise(2, 64))
+
+
+def test_what_stays_float_of_a_bare_state_dict_says_which_tensors_do_not() -> None:
+    state = {**bare(small()), "experts": noise(4, 32, 64), "norm.weight": noise(64)}
+    rows = {row.name: row.reason for row in Quantizer().apply(state).report.kept}
+    why = "of a state dict, tensors of 2 to 5 dimensions called as weights are quantized"
+    assert rows["(root)"] == rows["norm"] == why
+
+
+def test_a_result_and_its_plan_say_in_one_line_what_they_are() -> None:
+    plan = Quantizer().bits(4).plan(small())
+    result = plan.run()
+    assert repr(plan) == f"<Plan of Sequential: {result.report.sizes}>"
+    assert repr(result) == f"<QuantizationResult of Sequential: {result.report.sizes}>"
+    assert result.report.sizes in str(result.report)
+    assert result._repr_html_() == result.report._repr_html_()
+
+
 def test_data_has_no_use_for_a_bare_state_dict() -> None:
     with pytest.raises(InputError, match=r"fit\(data\) has no use; give the model"):
         Quantizer().fit(noise(2, 64)).apply(bare(small()))

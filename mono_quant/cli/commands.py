@@ -109,7 +109,7 @@ def quantize(given: Namespace) -> Outcome:
         lines.append("nothing is faster quantized: the file holds the float model")
     elif options.validate:
         validation = result.validate(path=saved)
-        lines.append(f"validation: {validation}")
+        lines.append(in_options(f"validation: {validation}"))
         answer["validation"] = _validation(validation)
         problem = _problem(saved, validation)
     return Outcome("" if options.quiet else "\n".join(lines), answer, problem)
@@ -156,7 +156,7 @@ def info(given: Namespace) -> Outcome:
     options = InfoOptions(**vars(given))
     _import_all(options)
     found = describe_file(options.file)
-    return Outcome(str(found), found.to_dict())
+    return Outcome(in_options(str(found)), found.to_dict())
 
 
 def validate(given: Namespace) -> Outcome:
@@ -169,7 +169,7 @@ def validate(given: Namespace) -> Outcome:
     example = data_of(options.example, options, 1) if options.example is not None else None
     found = validate_file(options.file, make() if make is not None else None, example)
     answer: Config = {"path": str(options.file), **_validation(found)}
-    return Outcome(str(found), answer, _problem(options.file, found))
+    return Outcome(in_options(str(found)), answer, _problem(options.file, found))
 
 
 def benchmark(given: Namespace) -> Outcome:
@@ -253,7 +253,10 @@ def _checked_output(output: Path | None, source: Path | None) -> Path:
 
 
 def _validation(found: Validation) -> dict[str, Config | str]:
-    return {"status": found.status, "checks": dict(found.checks)}
+    return {
+        "status": found.status,
+        "checks": {check: in_options(seen) for check, seen in found.checks},
+    }
 
 
 def _problem(path: Path, found: Validation) -> str | None:

@@ -25,6 +25,9 @@ OPTIONS = {
     Mend.ROUNDING: "leave it out with --skip {layer}, or give it another rounding with "
     "--override PATTERN:rounding=KIND",
     Mend.SKIP: "mend the weight, or leave the layer in float with --skip {layer}",
+    Mend.SUFFIX: "rename it",
+    Mend.IS_QUANTIZED: "monoquant info tells what it holds",
+    Mend.IS_FLOAT: "a float checkpoint is quantized first, with monoquant quantize",
 }
 
 
@@ -124,6 +127,10 @@ def _fit(call: ast.Call) -> str | None:
     return "--calibration FILE" if ast.unparse(call) == "fit(data)" else None
 
 
+def _validate(call: ast.Call) -> str | None:
+    return "--example FILE" if ast.unparse(call) == "validate(example=...)" else None
+
+
 def _graph(call: ast.Call) -> str:
     return "graph() in Python"
 
@@ -135,6 +142,7 @@ _SAID: Mapping[str, Callable[[ast.Call], str | None]] = {
     "on_damage": _choice("--on-damage"),
     "override": _override,
     "skip": _skip,
+    "validate": _validate,
 }
 _CALLED = re.compile(rf"\b({'|'.join(_SAID)})\(")
 _IN_PLACE = re.compile(r"^(peak memory: .*) for apply, (.*) for apply_$", re.MULTILINE)

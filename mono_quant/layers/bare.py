@@ -1,37 +1,42 @@
 """Weights of a state dict whose model is not known."""
 
-from typing import ClassVar, cast
+import re
+from collections.abc import Mapping
+from typing import ClassVar
 
 import attrs
-from torch import Tensor, nn
+from torch import nn
 
 from mono_quant.base import Scheme
 from mono_quant.configurable import register
-from mono_quant.layers.single import SingleWeightQuantizer
+from mono_quant.layers.converting import ConvertingQuantizer
 from mono_quant.modules import BareModule, QuantizedBareModule
 from mono_quant.numerics.values import Layout
 
 _EMBEDDINGS = ("emb", "wte", "wpe")
+_WEIGHTS = re.compile(r"weight|(in|[qkv])_proj_weight|weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
+"""What torch's layers call their matrices: products, attention, recurrent layers and cells."""
 
 
 @register
 @attrs.frozen
-class BareWeightQuantizer(SingleWeightQuantizer):
-    """A tensor named ``weight`` of 2 to 5 dimensions in a state dict: a matrix or a convolution.
+class BareWeightQuantizer(ConvertingQuantizer):
+    """Tensors of 2 to 5 dimensions in a state dict that are called as torch's layers call weights.
+
+    That is ``weight``, the projections of attention (``in_proj_weight``, ...) and the weights of
+    recurrent layers (``weight_ih_l0``, ...). A matrix or a convolution, by its dimensions.
 
     Rows run along the first dimension, which is the output channel of all but transposed
     convolutions; those keep right values, on scales shared across their input channels.
     """
 
     kind: ClassVar[str] = "bare"
+    takes_children: ClassVar[bool] = False
     float_classes: ClassVar = {BareModule: QuantizedBareModule}
 
     def matches(self, layer: nn.Module) -> bool:
         """Return whether `layer` is a place in a state dict with such a tensor."""
-        if not SingleWeightQuantizer.matches(self, layer):
-            return False
-        weight = layer._parameters.get("weight")
-        return weight is not None and 2 <= weight.dim() <= 5
+        return ConvertingQuantizer.matches(self, layer) and bool(self.layouts(layer))
 
     def refuse(self, layer: nn.Module, scheme: Scheme) -> str | None:
         """Return None: a tensor is a tensor."""
@@ -46,6 +51,10 @@ class BareWeightQuantizer(SingleWeightQuantizer):
         """Return that nobody knows what the inputs are."""
         return "a state dict does not say what reads it"
 
-    def layout(self, layer: nn.Module) -> Layout:
-        """Return ``[1, first dimension, the rest]``."""
-        return Layout.grouped(tuple(cast("Tensor", layer.weight).shape))
+    def layouts(self, layer: nn.Module) -> Mapping[str, Layout]:
+        """Return ``[1, first dimension, the rest]`` of each."""
+        return {
+            name: Layout.grouped(tuple(tensor.shape))
+            for name, tensor in layer._parameters.items()
+            if tensor is not None and _WEIGHTS.fullmatch(name) and 2 <= tensor.dim() <= 5
+        }

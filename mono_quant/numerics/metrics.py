@@ -1,7 +1,7 @@
 """Measures of the damage."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import attrs
 import torch
@@ -85,13 +85,30 @@ def sqnr_db(reference: Tensor, other: Tensor) -> float:
 
 def memory_of(tensor: Tensor) -> tuple[object, ...]:
     """Return what tied tensors have in common: their memory and how they read it."""
-    if not tensor.numel():
+    if tensor.layout != torch.strided or not tensor.numel():
         return (id(tensor),)
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
+_BY_ROWS = (Tensor.values, Tensor.crow_indices, Tensor.col_indices)
+_BY_COLUMNS = (Tensor.values, Tensor.ccol_indices, Tensor.row_indices)
+_PARTS: Mapping[torch.layout, tuple[Callable[[Tensor], Tensor], ...]] = {
+    torch.sparse_coo: (Tensor._values, Tensor._indices),
+    torch.sparse_csr: _BY_ROWS,
+    torch.sparse_bsr: _BY_ROWS,
+    torch.sparse_csc: _BY_COLUMNS,
+    torch.sparse_bsc: _BY_COLUMNS,
+}
+
+
 def tensor_bytes(tensor: Tensor) -> int:
-    """Return the bytes of the elements of `tensor`, whatever its storage holds beside."""
+    """Return the bytes of the elements of `tensor`, whatever its storage holds beside.
+
+    Of a sparse one, those of its values and of the indices that place them.
+    """
+    parts = _PARTS.get(tensor.layout)
+    if parts is not None:
+        return sum(tensor_bytes(part(tensor)) for part in parts)
     return tensor.numel() * tensor.element_size()
 
 

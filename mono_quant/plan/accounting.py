@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from mono_quant.base import QuantizedModule
-from mono_quant.modules import QuantizedInput, QuantizedWeight
+from mono_quant.modules import BareModule, QuantizedInput, QuantizedWeight
 from mono_quant.numerics.metrics import memory_of, tensor_bytes
 from mono_quant.plan.request import WeightPlan, by_layer
 from mono_quant.report import LayerReport, Report
@@ -50,10 +50,13 @@ def _rows(model: nn.Module, weights: Sequence[WeightPlan]) -> Iterable[LayerRepo
             biases += rest
         elif rest:
             layer = type(module).__name__
-            claimed = inside(path, set(by_path))
-            reason = (
-                "its parent's quantizer leaves it" if claimed else f"no quantizer knows a {layer}"
-            )
+            reason = f"no quantizer knows a {layer}"
+            if inside(path, set(by_path)):
+                reason = "its parent's quantizer leaves it"
+            elif isinstance(module, BareModule):
+                reason = (
+                    "of a state dict, tensors of 2 to 5 dimensions called as weights are quantized"
+                )
             yield _float_row(path or "(root)", layer, rest, reason)
     if biases:
         name = f"({len(biases)} biases)" if len(biases) > 1 else "(1 bias)"

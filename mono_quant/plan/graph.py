@@ -21,7 +21,7 @@ from mono_quant.result import Outline, QuantizationResult, seeded_outputs
 _SHOWN = 3
 
 
-@attrs.define(eq=False, on_setattr=attrs.setters.frozen)
+@attrs.define(eq=False, repr=False, on_setattr=attrs.setters.frozen)
 class GraphResult(QuantizationResult[fx.GraphModule], Generic[ModelT]):
     """A quantized model as a graph of codes, and what is known of it.
 
@@ -50,7 +50,7 @@ class GraphResult(QuantizationResult[fx.GraphModule], Generic[ModelT]):
         return self.model if model is self.kept.model else integer_flow(model).model
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class GraphPlan(Generic[ModelT]):
     """What will be done to each layer of one model, which is then written as a graph of codes.
 
@@ -77,6 +77,11 @@ class GraphPlan(Generic[ModelT]):
     def __str__(self) -> str:
         """Return `explain()`."""
         return self.explain()
+
+    def __repr__(self) -> str:
+        """Return the model's class and the predicted size; `explain()` says more."""
+        model = type(self._model).__name__
+        return f"<{type(self).__name__} of {model}: {self.outline.report.sizes}>"
 
     def run(self, *, progress: bool = True) -> GraphResult[ModelT]:
         """Quantize the model layer by layer, write the graph, and measure it on the data.

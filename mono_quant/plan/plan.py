@@ -62,7 +62,7 @@ class _Evidence:
     relief: Relief | None = None
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Plan(Generic[ModelT]):
     """What will be done to each layer of one model. Nothing has been touched yet.
 
@@ -84,6 +84,11 @@ class Plan(Generic[ModelT]):
     def __str__(self) -> str:
         """Return `explain()`."""
         return self.explain()
+
+    def __repr__(self) -> str:
+        """Return the model's class and the predicted size; `explain()` says more."""
+        model = type(self._model).__name__
+        return f"<{type(self).__name__} of {model}: {self.outline.report.sizes}>"
 
     def measured(self, *, progress: bool = True) -> "Plan[ModelT]":
         """Return the plan after `only_if_faster` was acted on: layers that gain nothing stay float.

@@ -51,19 +51,21 @@ def _check_data(request: Request, todo: Sequence[WeightPlan]) -> None:
     for correction in request.corrections:
         if correction.needs_data:
             raise CalibrationError(f"{correction!r} needs data", Mend.DATA)
-    needy = [weight.path for weight in todo if weight.recipe and weight.recipe.rounding.needs]
+    needy = [weight for weight in todo if weight.recipe and weight.recipe.rounding.needs]
     if needy:
-        raise CalibrationError(f"the rounding of {', '.join(needy)} needs data", Mend.DATA)
+        raise CalibrationError(f"the rounding of {_layers(needy)} needs data", Mend.DATA)
     static = [
-        weight.path
-        for weight in todo
-        if weight.recipe and weight.recipe.activations.mode == "static"
+        weight for weight in todo if weight.recipe and weight.recipe.activations.mode == "static"
     ]
     if static:
         raise CalibrationError(
-            f"static activations of {', '.join(static)} are calibrated on data",
-            Mend.DATA_OR_DYNAMIC,
+            f"static activations of {_layers(static)} are calibrated on data", Mend.DATA_OR_DYNAMIC
         )
+
+
+def _layers(weights: Sequence[WeightPlan]) -> str:
+    """Return the names of the layers of some weights, each once."""
+    return ", ".join(dict.fromkeys(weight.path or "the model" for weight in weights))
 
 
 def _refused_inputs(todo: Sequence[WeightPlan]) -> Iterable[str]:

@@ -111,12 +111,27 @@ class Affine(Scheme):
         A block of nothing but zeros has scale 1.
 
         Raises:
-            InputError: a bound is NaN or infinite.
+            InputError: a bound is NaN or infinite, or so large that a grid over it is.
         """
         low, high = min_val.to(torch.float32), max_val.to(torch.float32)
         if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
             raise InputError("a range is not finite: the tensor holds NaN or infinity")
-        return self._cover(low, high, block_size)
+        qparams = self._cover(low, high, block_size)
+        if not bool(torch.isfinite(self._largest(qparams)).all()):
+            largest = float(torch.maximum(high, -low).max())
+            raise InputError(
+                f"values up to {largest:.3g} are too large: the ends of a {self.bits}-bit grid "
+                "over them pass the largest float32"
+            )
+        return qparams
+
+    def _largest(self, qparams: QParams) -> Tensor:
+        """Return the magnitude of the larger end of the grid of each block."""
+        scale, *zero_point = self._parts(qparams)
+        if not zero_point:
+            return scale * self.quant_max
+        below = zero_point[0] - self.quant_min
+        return scale * torch.maximum(below, self.quant_max - zero_point[0])
 
     def dynamic_qparams(self, x: Tensor) -> QParams:
         """Return `calculate_qparams` of the smallest and largest values, whatever they are."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mono_quant.base import Checkpoint, Serializer
 from mono_quant.configurable import Config, Kinds
-from mono_quant.errors import CheckpointError, CorruptCheckpointError
+from mono_quant.errors import CheckpointError, CorruptCheckpointError, Mend
 from mono_quant.numerics.metrics import tensor_bytes
 from mono_quant.serializers.safetensors import (
     SafetensorsSerializer,
@@ -40,9 +40,7 @@ def serializer_for(path: Path) -> Serializer:
         if path.suffix in serializer.suffixes:
             return serializer
     known = [suffix for serializer in BUILT_IN_SERIALIZERS for suffix in serializer.suffixes]
-    raise CheckpointError(
-        f"{path.name!r} has none of the suffixes {', '.join(known)}; rename it or pass serializer="
-    )
+    raise CheckpointError(f"{path.name!r} has none of the suffixes {', '.join(known)}", Mend.SUFFIX)
 
 
 def read_header(path: Path) -> Config:
@@ -83,11 +81,11 @@ def read_state_dict(path: str | PathLike[str]) -> dict[str, Tensor]:
     path = Path(path)
     if path.suffix in SAFETENSORS.suffixes:
         if is_quantized(path):
-            raise CheckpointError(f"{path} is quantized already; load_model(path) reads it")
+            raise CheckpointError(f"{path} is quantized already", Mend.IS_QUANTIZED)
         return read_safetensors(path)
     content = read_pickled(path)
     if content.get("format") == FORMAT:
-        raise CheckpointError(f"{path} is quantized already; load_model(path) reads it")
+        raise CheckpointError(f"{path} is quantized already", Mend.IS_QUANTIZED)
     found = state_dict_in(content)
     if found is None:
         raise CorruptCheckpointError(

@@ -115,7 +115,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
     except SafetensorError as error:
         raise CorruptCheckpointError(f"{path} is not a whole safetensors file: {error}") from error
     except CheckpointError as error:
-        raise type(error)(f"{path} cannot be read: {error}") from error
+        raise type(error)(f"{path} cannot be read: {error.what}", error.mend) from error
 
 
 def _spec(tensor: Tensor) -> TensorSpec:

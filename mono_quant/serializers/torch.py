@@ -36,14 +36,14 @@ class TorchSerializer(Serializer):
         try:
             return decode(_texts(content), tensors.__getitem__, kinds)
         except CheckpointError as error:
-            raise type(error)(f"{path} cannot be read: {error}") from error
+            raise type(error)(f"{path} cannot be read: {error.what}", error.mend) from error
 
     def header(self, path: Path) -> Config:
         """Return the header of a file."""
         try:
             return read_header(_texts(read_pickled(path, mapped=True)))
         except CheckpointError as error:
-            raise type(error)(f"{path} cannot be read: {error}") from error
+            raise type(error)(f"{path} cannot be read: {error.what}", error.mend) from error
 
 
 def write_pickled(path: Path, content: Mapping[str, object]) -> None:

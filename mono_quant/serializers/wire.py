@@ -18,6 +18,7 @@ from mono_quant.errors import (
     CheckpointError,
     CorruptCheckpointError,
     FormatVersionError,
+    Mend,
     MonoQuantError,
 )
 from mono_quant.numerics.blocks import block_counts
@@ -147,10 +148,7 @@ def checksum(tensor: Tensor) -> int:
 
 def _header(texts: Mapping[str, str]) -> Config:
     if texts.get("format") != FORMAT:
-        raise CorruptCheckpointError(
-            "it was not written by mono_quant; a float checkpoint is quantized first, "
-            "with quantize(...)"
-        )
+        raise CorruptCheckpointError("it was not written by mono_quant", Mend.IS_FLOAT)
     version = texts.get("format_version", "")
     if not version.isdecimal():
         raise CorruptCheckpointError(f"its format version is {version!r}")

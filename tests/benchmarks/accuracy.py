@@ -43,7 +43,7 @@ class Setting(NamedTuple):
     @property
     def quantizer(self) -> Quantizer:
         """The quantizer that was meant."""
-        quantizer = Quantizer().bits(self.bits)
+        quantizer = Quantizer().bits(self.bits).activations(None)  # the table is of weights alone
         if self.bits != 16:
             quantizer = quantizer.symmetric(self.symmetric)
         if self.group is not None:

@@ -138,6 +138,10 @@ BARE = "quantize model.pt -o s.pt"
         (f"quantize --factory {NETWORKS}:not_finite -o s.pt", Mend.SKIP),
         (f"{BARE} --activations static", Mend.NO_STATIC),
         (f"{QUANTIZE} --in-place --on-damage keep", Mend.COPY),
+        (f"quantize --factory {SMALL} -o s.onnx", Mend.SUFFIX),
+        ("quantize small.pt -o s.pt", Mend.IS_QUANTIZED),
+        ("info model.pt", Mend.IS_FLOAT),
+        ("info model.safetensors", Mend.IS_FLOAT),
     ],
 )
 def test_what_mends_a_mistake_is_told_in_options(

@@ -49,6 +49,7 @@ def test_an_option_says_what_the_call_says(call: str, folder: Path, monoquant: M
             "--activations float, or --override PATTERN:activations=float, does",
         ),
         ("graph() passes codes on", "graph() in Python passes codes on"),
+        ("no example: validate(example=...)", "no example: --example FILE"),
         (
             "peak memory: 2 MB for apply, 1 MB for apply_\nmore",
             "peak memory: 2 MB, 1 MB with --in-place\nmore",
@@ -118,6 +119,18 @@ def test_reports_advise_options(
     assert isinstance(report, dict)
     assert report["warnings"]
     assert not CALLS.search(str(report))
+
+
+def test_what_a_file_and_its_validation_say_advises_options(
+    folder: Path, monoquant: Monoquant
+) -> None:
+    made = monoquant("quantize", "--factory", SMALL, "--bits", "4", "-o", "out.pt")
+    assert "no example: --example FILE" in made.out
+    told = monoquant("info", "out.pt")
+    assert "--skip 2" in told.out
+    assert not CALLS.search(told.out)
+    seen = monoquant("validate", "out.pt", "--factory", SMALL)
+    assert "no example: --example FILE" in seen.out
 
 
 def test_damage_as_an_error_advises_options(folder: Path, monoquant: Monoquant) -> None:

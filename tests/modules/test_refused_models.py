@@ -1,12 +1,21 @@
 """Models that cannot be quantized are refused, with the call that mends it."""
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mono_quant import InputError, LinearLikeQuantizer, MonoQuantError, QuantizedLayer, Quantizer
+from mono_quant import (
+    CheckpointError,
+    InputError,
+    LinearLikeQuantizer,
+    MonoQuantError,
+    QuantizedLayer,
+    Quantizer,
+)
 from tests.helpers import same_bits, same_tensors
 
 
@@ -71,6 +80,57 @@ def test_a_model_on_the_meta_device_is_refused() -> None:
         model = net()
     with pytest.raises(InputError, match=r"0\.weight is on the meta device.*load them first"):
         Quantizer().apply(model)
+
+
+def test_a_buffer_on_the_meta_device_is_refused() -> None:
+    model = net()
+    model.register_buffer("positions", torch.empty(3, device="meta"))
+    with pytest.raises(InputError, match=r"positions is on the meta device.*load them first"):
+        Quantizer().apply(model)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning")
+@pytest.mark.parametrize("sparse", [Tensor.to_sparse, Tensor.to_sparse_csr], ids=["coo", "csr"])
+def test_a_sparse_weight_is_refused_with_the_call_that_mends_it(
+    sparse: Callable[[Tensor], Tensor],
+) -> None:
+    model = net()
+    linear = model[0]
+    assert isinstance(linear, nn.Linear)
+    linear.weight = nn.Parameter(sparse(linear.weight.detach()), requires_grad=False)
+    with pytest.raises(InputError, match=r"0\.weight is stored as torch\.sparse.*to_dense\(\)"):
+        Quantizer().apply(model)
+
+
+class Graph(nn.Module):
+    """Multiplies by a sparse adjacency, as graph networks do."""
+
+    def __init__(self, sparse: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+        self.register_buffer("adjacency", sparse(torch.eye(5)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layer(torch.sparse.mm(self.get_buffer("adjacency"), x))
+        return found
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning")
+@pytest.mark.parametrize(
+    ("sparse", "indices"), [(Tensor.to_sparse, 5 + 5), (Tensor.to_sparse_csr, 6 + 5)]
+)
+def test_a_sparse_buffer_is_kept_counted_and_refused_by_files(
+    sparse: Callable[[Tensor], Tensor], indices: int, tmp_path: Path
+) -> None:
+    model, x = Graph(sparse), torch.randn(5, 64)
+    result = Quantizer().fit(x).apply(model)
+    assert result.report.buffer_bytes == 5 * 4 + indices * 8  # float32 values and int64 indices
+    assert result.report.output_sqnr_db is not None
+    assert result.report.output_sqnr_db > 30
+    with pytest.raises(CheckpointError, match=r"adjacency is stored as torch\.sparse_.*dense"):
+        result.save(tmp_path / "model.safetensors")
+    assert result.validate().status == "failed"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_compiled_model_is_refused_with_the_way_to_do_it() -> None:

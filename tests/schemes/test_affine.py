@@ -235,6 +235,25 @@ def test_what_is_not_finite_is_refused(scheme: Affine, bad: float) -> None:
         qparams_of(scheme, x)
 
 
+@pytest.mark.parametrize("scheme", EVERY_GRID, ids=Affine.describe)
+def test_a_grid_over_the_largest_floats_is_finite_or_refused(scheme: Affine) -> None:
+    largest = torch.finfo(torch.float32).max
+    for x in (torch.full(SHAPE, largest), noise(*SHAPE).sign() * largest):
+        try:
+            qparams = qparams_of(scheme, x)
+        except InputError as error:
+            assert "3.4e+38 are too large" in str(error)  # noqa: PT017  # either one is right
+            continue
+        assert torch.isfinite(scheme.fake_quantize(x, qparams)).all()
+
+
+def test_an_asymmetric_grid_over_all_floats_is_refused() -> None:
+    largest = torch.finfo(torch.float32).max
+    x = noise(*SHAPE).sign() * largest
+    with pytest.raises(InputError, match="ends of a 4-bit grid over them pass the largest float32"):
+        qparams_of(Affine(4, symmetric=False), x)
+
+
 @pytest.mark.parametrize("shape", [(1, 0, 8), (1, 4, 0), (1, 0, 0)])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel()], ids=repr)

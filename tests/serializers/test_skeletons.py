@@ -252,3 +252,10 @@ def test_a_factory_that_returns_no_module_is_refused(made: object, tmp_path: Pat
     path = Quantizer().apply(nn.Linear(64, 64)).save(tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"the factory returned a .*, where a module was meant"):
         load_model(path, lambda: made)  # type: ignore[type-var]  # the point
+
+
+@pytest.mark.parametrize("given", [3, "model.pt", {}])
+def test_what_is_neither_a_model_nor_makes_one_is_refused(given: object, tmp_path: Path) -> None:
+    path = Quantizer().apply(nn.Linear(64, 64)).save(tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"is no model: give a torch\.nn\.Module or a function"):
+        load_model(path, given)  # type: ignore[call-overload]  # the point
