@@ -92,7 +92,7 @@ try:
     from mono_quant.quantizer import GraphQuantizer, Quantizer
     from mono_quant.report import InputReport, LayerReport, Report
     from mono_quant.result import Outline, QuantizationResult, Validation
-    from mono_quant.rounding import RoundToNearest
+    from mono_quant.rounding import HQQ, RoundToNearest
     from mono_quant.schemes import Affine, FloatCast
     from mono_quant.serializers import SafetensorsSerializer, TorchSerializer, read_state_dict
     from mono_quant.settings import Activations
@@ -104,6 +104,7 @@ finally:
         gc.enable()
 
 __all__ = [
+    "HQQ",
     "MSE",
     "Activation",
     "Activations",

@@ -22,6 +22,8 @@ GRIDS = {
     "groups of 128": BITS4.group_size(128),
     "groups of 256": BITS4.group_size(256),
     "groups of 384": BITS4.group_size(384),
+    "float zero points": BITS4.float_zero_point(),
+    "float zero points, groups of 384": BITS4.group_size(384).float_zero_point(),
     "per channel": BITS4.granularity("channel"),
     "per tensor": BITS4.granularity("tensor"),
 }

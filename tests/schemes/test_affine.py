@@ -278,6 +278,8 @@ def test_four_bits_take_what_their_group_adds(group: int, bits: float, shape: Sh
         (Affine(3, symmetric=False, granularity=PerGroup(64)), 3 + (16 + 3) / 64),
         (Affine(2, symmetric=False, granularity=PerGroup(16)), 2 + (16 + 2) / 16),
         (Affine(8, granularity=PerTensor()), 8 + 16 / (384 * 384)),
+        (Affine(4, False, PerGroup(64), float_zero_point=True), 4 + 32 / 64),
+        (Affine(3, False, PerGroup(32), torch.float32, float_zero_point=True), 3 + 64 / 32),
     ],
     ids=repr,
 )
@@ -345,6 +347,13 @@ def test_symmetric_is_a_boolean(symmetric: Json) -> None:
         Affine.from_config({"kind": "affine", "symmetric": symmetric})
 
 
+def test_a_symmetric_grid_has_no_float_zero_points() -> None:
+    with pytest.raises(ConfigurationError, match="say symmetric=False"):
+        Affine(4, float_zero_point=True)
+    with pytest.raises(ConfigurationError, match="float_zero_point is True or False, not 1"):
+        Affine.from_config({"kind": "affine", "symmetric": False, "float_zero_point": 1})
+
+
 @pytest.mark.parametrize("dtype", ["float64", "int8", "nonsense", 16, None])
 def test_a_scale_dtype_is_one_of_three(dtype: Json) -> None:
     with pytest.raises(ConfigurationError):
@@ -370,6 +379,7 @@ def test_qparams_without_a_scale_are_refused() -> None:
 
 def test_schemes_are_values_that_differ_in_every_field() -> None:
     base = Affine(4, False, PerGroup(32), torch.float16)
+    floats = Affine(4, False, PerGroup(32), torch.float16, float_zero_point=True)
     assert base == Affine(4, False, PerGroup(32), torch.float16)
     assert hash(base) == hash(Affine(4, False, PerGroup(32), torch.float16))
     others = {
@@ -377,8 +387,9 @@ def test_schemes_are_values_that_differ_in_every_field() -> None:
         Affine(4, True, PerGroup(32), torch.float16),
         Affine(4, False, PerGroup(64), torch.float16),
         Affine(4, False, PerGroup(32), torch.float32),
+        floats,
     }
-    assert len(others | {base}) == 5
+    assert len(others | {base}) == 6
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         setattr(base, "bits", 8)  # noqa: B010  # mypy knows that it is frozen
 
@@ -395,6 +406,10 @@ def test_a_scale_dtype_may_be_given_by_name() -> None:
         (Affine(), "8-bit symmetric per-channel"),
         (Affine(4, False, PerGroup(64)), "4-bit asymmetric per-group 64"),
         (Affine(2, True, PerTensor()), "2-bit symmetric per-tensor"),
+        (
+            Affine(4, False, PerGroup(64), float_zero_point=True),
+            "4-bit asymmetric per-group 64, float zero points",
+        ),
     ],
     ids=repr,
 )
