@@ -213,7 +213,7 @@ class Settings:
             base = attrs.evolve(base, scheme=None)
         if self.symmetric and self.float_zero_point is None:
             base = attrs.evolve(base, float_zero_point=None)
-        if self.float_zero_point and self.symmetric is None:
+        if self.float_zero_point and self.symmetric is None and base.symmetric:
             base = attrs.evolve(base, symmetric=None)
         return Settings(
             bits=_first(self.bits, base.bits),
