@@ -99,7 +99,14 @@ try:
     from mono_quant.quantizer import GraphQuantizer, Quantizer
     from mono_quant.report import InputReport, LayerReport, Report
     from mono_quant.result import Outline, QuantizationResult, Validation
-    from mono_quant.rounding import GPTQ, Hessian, HessianState, LearnedRounding, RoundToNearest
+    from mono_quant.rounding import (
+        GPTQ,
+        HQQ,
+        Hessian,
+        HessianState,
+        LearnedRounding,
+        RoundToNearest,
+    )
     from mono_quant.schemes import Affine, FloatCast
     from mono_quant.serializers import SafetensorsSerializer, TorchSerializer, read_state_dict
     from mono_quant.settings import Activations
@@ -112,6 +119,7 @@ finally:
 
 __all__ = [
     "GPTQ",
+    "HQQ",
     "MSE",
     "Activation",
     "Activations",

@@ -77,6 +77,22 @@ class Scheme(Configurable, ABC):
         """The code that is stored as 0: the smallest; of 8 bits, which are signed, the middle."""
         return self.code_min + (_SIGN if self.code_bits == _BYTE else 0)
 
+    @property
+    def has_zero_point(self) -> bool:
+        """Whether values are ``(code - zero_point) * scale``, of zero points that may be moved."""
+        return False
+
+    def hold_zero_point(self, zero_point: Tensor, scale: Tensor) -> Tensor:
+        """Return the nearest zero points that `QParams` of this scheme can hold.
+
+        By default they are floats in the dtype of the scale.
+
+        Args:
+            zero_point: float32 values that are wished for, one per block.
+            scale: as it is stored, one per block.
+        """
+        return zero_point.to(scale.dtype)
+
     @final
     @property
     def stored_dtype(self) -> torch.dtype | None:
@@ -451,6 +467,10 @@ class Rounding(Configurable, ABC):
     def needs(self) -> tuple[AnyStatistic, ...]:
         """Statistics of the weight's inputs that `round` asks for."""
         return ()
+
+    def refuse(self, scheme: Scheme) -> str | None:
+        """Return why weights cannot be rounded to the grids of `scheme`, or None. Never raises."""
+        return None
 
     @abstractmethod
     def round(self, weight: Tensor, grid: Grid, statistics: Statistics) -> QTensor:

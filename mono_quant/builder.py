@@ -64,6 +64,14 @@ class Builder:
         """Use a grid with a zero point. **Replaces** `symmetric`."""
         return self._settings(attrs.evolve(self._request.settings, symmetric=False))
 
+    def float_zero_point(self, float_zero_point: bool = True) -> Self:
+        """Use a grid whose zero points are floats in the dtype of its scales. **Replaces**.
+
+        For `HQQ`, which moves them by fractions of a step. The grid is asymmetric at 8 bits too.
+        """
+        settings = attrs.evolve(self._request.settings, float_zero_point=float_zero_point)
+        return self._settings(settings)
+
     def granularity(self, granularity: Granularity | str) -> Self:
         """Say which values share one scale: an object, or "tensor", "channel" or "group".
 
@@ -192,6 +200,7 @@ class Builder:
         granularity: Granularity | str | None = None,
         group_size: int | None = None,
         scale_dtype: torch.dtype | None = None,
+        float_zero_point: bool | None = None,
         scheme: Scheme | None = None,
         observer: RangeEstimator | str | None = None,
         rounding: Rounding | None = None,
@@ -210,6 +219,7 @@ class Builder:
             granularity: see above.
             group_size: see above.
             scale_dtype: see above.
+            float_zero_point: see above.
             scheme: see above.
             observer: for the weights; an observer or its name.
             rounding: see above.
@@ -224,6 +234,7 @@ class Builder:
             symmetric=symmetric,
             granularity=granularity_of_weights(granularity) if granularity is not None else wanted,
             scale_dtype=scale_dtype,
+            float_zero_point=float_zero_point,
             scheme=scheme,
             observer=_observer(observer),
             rounding=rounding,

@@ -35,6 +35,10 @@ class Mend(Enum):
     DATA_OR_DYNAMIC = 'give some with fit(data), or say activations("dynamic")'
     NO_STATIC = 'leave activations("static") out; of a state dict, quantize its model instead'
     COPY = "use apply"
+    GRID = (
+        "give it another grid, or round it otherwise with "
+        "override({layer}, rounding=RoundToNearest())"
+    )
     ROUNDING = "skip({layer}) or give it another rounding with override(...)"
     SKIP = "mend the weight, or leave the layer in float with skip({layer})"
     SUFFIX = "rename it or pass serializer="

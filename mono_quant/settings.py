@@ -105,7 +105,8 @@ class Settings:
         symmetric: whether the grid is symmetric.
         granularity: which values share one scale.
         scale_dtype: dtype of the scales.
-        scheme: a whole scheme, in place of the four above.
+        float_zero_point: whether zero points are floats.
+        scheme: a whole scheme, in place of the five above.
         observer: how the range of weights is found.
         rounding: how grid points are chosen.
         activations: how inputs are quantized.
@@ -118,6 +119,7 @@ class Settings:
     scale_dtype: torch.dtype | None = attrs.field(
         default=None, converter=attrs.converters.optional(as_dtype)
     )
+    float_zero_point: bool | None = None
     scheme: Scheme | None = None
     observer: RangeEstimator | None = None
     rounding: Rounding | None = None
@@ -134,13 +136,7 @@ class Settings:
             value: object = getattr(self, name)
             if value is not None and not isinstance(value, expected):
                 raise ConfigurationError(f"{call} takes an instance, not {value!r}")
-        parts = {
-            "bits": self.bits,
-            "symmetric": self.symmetric,
-            "granularity": self.granularity,
-            "scale_dtype": self.scale_dtype,
-        }
-        said = [name for name, value in parts.items() if value is not None]
+        said = [name for name in _PARTS if getattr(self, name) is not None]
         if self.scheme is not None and said:
             raise ConfigurationError(
                 f"scheme({self.scheme!r}) already fixes {' and '.join(said)}; say it in the scheme"
@@ -153,12 +149,7 @@ class Settings:
         if self.bits == 16 and quantized:
             raise ConfigurationError("bits(16) is a cast: its activations cannot be quantized")
         if self.scheme is None and self.bits != 16:  # which refuses what no grid can have
-            symmetric, dtype = self.symmetric, self.scale_dtype
-            Affine(
-                self.bits or DEFAULT_BITS,
-                True if symmetric is None else symmetric,
-                scale_dtype=dtype or torch.float16,
-            )
+            self._affine(self.granularity or PerChannel())
         watcher = self.activation_observer
         if watcher is not None and not isinstance(watcher, Observer):
             raise ConfigurationError(
@@ -179,9 +170,12 @@ class Settings:
         """
         if unknown := set(config) - {field.name for field in attrs.fields(cls)}:
             raise ConfigurationError(f"there is no setting {', '.join(sorted(unknown))}")
-        bits, symmetric, dtype = (config.get(name) for name in ("bits", "symmetric", "scale_dtype"))
-        if not isinstance(bits, int | None) or not isinstance(symmetric, bool | None):
-            raise ConfigurationError(f"bits is a number and symmetric a boolean, in {config}")
+        bits, dtype = config.get("bits"), config.get("scale_dtype")
+        symmetric, floats = config.get("symmetric"), config.get("float_zero_point")
+        if not isinstance(bits, int | None):
+            raise ConfigurationError(f"bits is a number, in {config}")
+        if not isinstance(symmetric, bool | None) or not isinstance(floats, bool | None):
+            raise ConfigurationError(f"symmetric and float_zero_point are booleans, in {config}")
 
         def described(name: str) -> Config | None:
             value = config.get(name)
@@ -197,6 +191,7 @@ class Settings:
             symmetric=symmetric,
             granularity=Granularity.from_config(granularity, kinds) if granularity else None,
             scale_dtype=as_dtype(str(dtype)) if dtype is not None else None,
+            float_zero_point=floats,
             scheme=Scheme.from_config(scheme, kinds) if scheme else None,
             observer=RangeEstimator.from_config(observer, kinds) if observer else None,
             rounding=Rounding.from_config(rounding, kinds) if rounding else None,
@@ -207,21 +202,25 @@ class Settings:
     def over(self, base: "Settings") -> "Settings":
         """Return these settings laid over `base`: what is said here wins.
 
-        A scheme or a cast here replaces the four parts there, and a part here replaces a scheme
-        there.
+        A scheme or a cast here replaces the five parts there, and a part here replaces a scheme
+        there. Symmetry and float zero points replace each other.
         """
         if self.scheme is not None or self.bits == 16:
-            base = attrs.evolve(base, bits=None, symmetric=None, granularity=None, scale_dtype=None)
+            base = attrs.evolve(base, **dict.fromkeys(_PARTS))
         if self.bits == 16:
             base = attrs.evolve(base, activations=None)
-        parts = (self.bits, self.symmetric, self.granularity, self.scale_dtype)
-        if any(part is not None for part in parts):
+        if any(getattr(self, name) is not None for name in _PARTS):
             base = attrs.evolve(base, scheme=None)
+        if self.symmetric and self.float_zero_point is None:
+            base = attrs.evolve(base, float_zero_point=None)
+        if self.float_zero_point and self.symmetric is None and base.symmetric:
+            base = attrs.evolve(base, symmetric=None)
         return Settings(
             bits=_first(self.bits, base.bits),
             symmetric=_first(self.symmetric, base.symmetric),
             granularity=_first(self.granularity, base.granularity),
             scale_dtype=_first(self.scale_dtype, base.scale_dtype),
+            float_zero_point=_first(self.float_zero_point, base.float_zero_point),
             scheme=_first(self.scheme, base.scheme),
             observer=_first(self.observer, base.observer),
             rounding=_first(self.rounding, base.rounding),
@@ -260,8 +259,9 @@ class Settings:
     def _scheme(self, shape: Shape) -> Scheme:
         """Return the scheme.
 
-        8 bits: symmetric, a scale for each channel. Below: asymmetric, a scale for each group of
-        64, or for each channel where 64 does not divide the row and no granularity was asked for.
+        8 bits: symmetric, but for float zero points, a scale for each channel. Below: asymmetric, a
+        scale for each group of 64, or for each channel where 64 does not divide the row and no
+        granularity was asked for.
         """
         if self.scheme is not None:
             return self.scheme
@@ -272,8 +272,18 @@ class Settings:
         if granularity is None:
             group = PerGroup(DEFAULT_GROUP)
             granularity = group if low and group.refuse(shape) is None else PerChannel()
-        symmetric = not low if self.symmetric is None else self.symmetric
-        return Affine(self.width, symmetric, granularity, self.scale_dtype or torch.float16)
+        return self._affine(granularity)
+
+    def _affine(self, granularity: Granularity) -> Affine:
+        floats = self.float_zero_point or False
+        symmetric = self.width == DEFAULT_BITS and not floats
+        return Affine(
+            self.width,
+            symmetric if self.symmetric is None else self.symmetric,
+            granularity,
+            self.scale_dtype or torch.float16,
+            floats,
+        )
 
 
 _EXPECTED: Mapping[str, tuple[type, str]] = {
@@ -284,6 +294,9 @@ _EXPECTED: Mapping[str, tuple[type, str]] = {
     "activations": (Activations, 'activations("dynamic")'),
     "activation_observer": (RangeEstimator, "observer(activations=MinMax())"),
 }
+_PARTS = ("bits", "symmetric", "granularity", "scale_dtype", "float_zero_point")
+"""Settings that a scheme fixes."""
+
 _MODES = ("dynamic", "static", None)
 _WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
 

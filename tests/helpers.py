@@ -51,6 +51,7 @@ GRIDS = {
     "8-bit": WEIGHTS_ONLY,
     "8-bit asymmetric": WEIGHTS_ONLY.asymmetric(),
     "4-bit": Quantizer().bits(4),
+    "4-bit, float zero points": Quantizer().bits(4).float_zero_point(),
     "3-bit": Quantizer().bits(3),
     "16-bit": Quantizer().bits(16),
 }
@@ -83,7 +84,9 @@ def stack_and_step(packed: PackedTensor, length: int) -> tuple[Tensor, Tensor]:
     scale = tensors["scale"].to(torch.float64)
     codes = unpacked(tensors["codes"], scheme.bits, length)
     zero = torch.full(scale.shape, 1 << scheme.bits - 1 if scheme.bits < 8 else 0)
-    if not scheme.symmetric:
+    if scheme.float_zero_point:
+        zero = tensors["zero_point"].to(torch.float64) - (128 if scheme.bits == 8 else 0)
+    elif not scheme.symmetric:
         zero = unpacked(tensors["zero_point"], scheme.bits, scale.numel()).reshape(scale.shape)
     scale, zero = for_each(scale, codes.shape), for_each(zero, codes.shape)
     return (codes - zero) * scale, scale

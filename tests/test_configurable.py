@@ -151,7 +151,8 @@ def test_an_unknown_field_is_refused_with_those_there_are() -> None:
     with pytest.raises(ConfigurationError) as raised:
         Scheme.from_config({"kind": "affine", "bits": 8, "group": 64, "axis": 0})
     assert str(raised.value) == (
-        "Affine has no field axis, group; it has bits, granularity, scale_dtype, symmetric"
+        "Affine has no field axis, group; it has bits, float_zero_point, granularity, "
+        "scale_dtype, symmetric"
     )
     with pytest.raises(ConfigurationError, match="MinMax has no field bins; it has none"):
         RangeEstimator.from_config({"kind": "minmax", "bins": 10})

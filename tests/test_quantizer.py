@@ -39,6 +39,7 @@ CALLS: dict[str, Call] = {
     "granularity": lambda q: q.granularity("tensor"),
     "group_size": lambda q: q.group_size(32),
     "scale_dtype": lambda q: q.scale_dtype(torch.float32),
+    "float_zero_point": lambda q: q.float_zero_point(),
     "scheme": lambda q: q.scheme(Affine(3)),
     "observer": lambda q: q.observer(MSE()),
     "activations": lambda q: q.activations("dynamic"),

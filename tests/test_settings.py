@@ -23,10 +23,15 @@ from mono_quant.configurable import Config, Json
 from mono_quant.numerics.granularity import Shape
 from mono_quant.settings import Settings
 
+SYMMETRY = ("symmetric", "float_zero_point")
+"""Settings of which one may undo the other."""
+
 PARTS = st.builds(
-    Settings,
+    lambda symmetry, **parts: Settings(**dict(zip(SYMMETRY, symmetry, strict=True)), **parts),
     bits=st.sampled_from([None, 2, 3, 4, 5, 6, 7, 8]),
-    symmetric=st.sampled_from([None, True, False]),
+    symmetry=st.sampled_from(
+        [(said, floats) for said in (None, True, False) for floats in (None, True, False)]
+    ).filter(lambda pair: pair != (True, True)),
     granularity=st.sampled_from([None, PerTensor(), PerChannel(), PerGroup(32)]),
     scale_dtype=st.sampled_from([None, torch.float16, torch.float32]),
     observer=st.sampled_from([None, MinMax(), MSE(steps=10)]),
@@ -79,7 +84,25 @@ def test_parts_are_laid_over_parts_one_by_one(last: Settings, first: Settings) -
     both = attrs.asdict(last.over(first), recurse=False)
     lower = attrs.asdict(first, recurse=False)
     for name, value in attrs.asdict(last, recurse=False).items():
-        assert both[name] == (value if value is not None else lower[name])
+        if name not in SYMMETRY:
+            assert both[name] == (value if value is not None else lower[name])
+
+
+def test_symmetry_and_float_zero_points_replace_each_other() -> None:
+    floats, symmetric = Settings(float_zero_point=True), Settings(symmetric=True)
+    assert symmetric.over(floats) == symmetric
+    assert floats.over(symmetric) == floats
+    both = Settings(symmetric=False, float_zero_point=True)
+    assert Settings(symmetric=False).over(floats) == both
+    assert floats.over(Settings(symmetric=False)) == both
+    assert Settings(float_zero_point=False).over(symmetric).symmetric is True
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_float_zero_points_make_a_grid_asymmetric_at_every_width(bits: int) -> None:
+    scheme = Settings(bits=bits, float_zero_point=True).recipe(STACK).grid.scheme
+    assert isinstance(scheme, Affine)
+    assert (scheme.symmetric, scheme.float_zero_point) == (False, True)
 
 
 @given(st.one_of(WHOLE, CASTS), PARTS)
@@ -130,8 +153,11 @@ def test_a_width_replaces_a_cast() -> None:
         ({"bits": True}, "not True"),
         ({"bits": 4.0}, "bits is a number"),
         ({"bits": "4"}, "bits is a number"),
-        ({"symmetric": 1}, "symmetric a boolean"),
-        ({"symmetric": "yes"}, "symmetric a boolean"),
+        ({"symmetric": 1}, "symmetric and float_zero_point are booleans"),
+        ({"symmetric": "yes"}, "symmetric and float_zero_point are booleans"),
+        ({"float_zero_point": 1}, "symmetric and float_zero_point are booleans"),
+        ({"symmetric": True, "float_zero_point": True}, "no zero point that could be a float"),
+        ({"bits": 16, "float_zero_point": True}, "a cast: it has no float_zero_point"),
         ({"width": 4, "axis": 0}, "there is no setting axis, width"),
         ({"scale_dtype": "float17"}, "not the name of a torch dtype"),
         ({"granularity": "channel"}, "granularity is a mapping with a kind, not 'channel'"),

@@ -157,11 +157,21 @@ def _add_grid(grid: _ArgumentGroup) -> None:
     )
     grid.add_argument("--group-size", type=int, metavar="N", help="values in a group (default: 64)")
     grid.add_argument("--scale-dtype", metavar="DTYPE", help="float16, bfloat16 or float32")
+    grid.add_argument(
+        "--float-zero-point",
+        action="store_const",
+        const=True,
+        help="zero points are floats in the dtype of the scales, as --rounding hqq wants them",
+    )
     grid.add_argument("--scheme", metavar="STRATEGY", help="a whole grid in place of the above")
     grid.add_argument(
         "--observer", metavar="STRATEGY", help="how ranges are found: minmax, mse, auto, ..."
     )
-    grid.add_argument("--rounding", metavar="STRATEGY", help="how grid points are chosen")
+    grid.add_argument(
+        "--rounding",
+        metavar="STRATEGY",
+        help="how grid points are chosen: round_to_nearest (default), hqq, ...",
+    )
 
 
 def _add_inputs(inputs: _ArgumentGroup) -> None:

@@ -34,6 +34,7 @@ _IN_OVERRIDE = (
     "granularity",
     "group_size",
     "scale_dtype",
+    "float_zero_point",
     "scheme",
     "observer",
     "rounding",
@@ -62,6 +63,8 @@ def build_quantizer(options: QuantizeOptions) -> Quantizer:
         quantizer = quantizer.group_size(options.group_size)
     if options.scale_dtype is not None:
         quantizer = quantizer.scale_dtype(as_dtype(options.scale_dtype))
+    if options.float_zero_point is not None:
+        quantizer = quantizer.float_zero_point(options.float_zero_point)
     if options.observer is not None:
         quantizer = quantizer.observer(_observer(options.observer))
     if options.rounding is not None:
@@ -196,16 +199,14 @@ def _override(quantizer: Quantizer, text: str) -> Quantizer:
             f"{', '.join(_IN_OVERRIDE)}"
         )
     named = {name: str(value) for name, value in said.items()}
-    symmetric = said.get("symmetric")
-    if not isinstance(symmetric, bool | None):
-        raise ConfigurationError(f"--override {text!r}: symmetric is true or false")
     return quantizer.override(
         _selector(pattern),
         bits=_whole(said, "bits", text),
-        symmetric=symmetric,
+        symmetric=_truth(said, "symmetric", text),
         granularity=_granularity(named["granularity"]) if "granularity" in said else None,
         group_size=_whole(said, "group_size", text),
         scale_dtype=as_dtype(named["scale_dtype"]) if "scale_dtype" in said else None,
+        float_zero_point=_truth(said, "float_zero_point", text),
         scheme=_strategy(Scheme.from_config, Scheme, named["scheme"]) if "scheme" in said else None,
         observer=_observer(named["observer"]) if "observer" in said else None,
         rounding=_rounding(named["rounding"]) if "rounding" in said else None,
@@ -228,6 +229,13 @@ def _split_override(text: str) -> tuple[str, dict[str, Scalar]]:
             f"--override {text!r} says nothing: write PATTERN=BITS or PATTERN:name=value,..."
         )
     return pattern, {"bits": _scalar(bits)}
+
+
+def _truth(said: Mapping[str, Scalar], name: str, text: str) -> bool | None:
+    value = said.get(name)
+    if isinstance(value, bool | None):
+        return value
+    raise ConfigurationError(f"--override {text!r}: {name} is true or false, not {value!r}")
 
 
 def _whole(said: Mapping[str, Scalar], name: str, text: str) -> int | None:

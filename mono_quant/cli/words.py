@@ -22,6 +22,8 @@ OPTIONS = {
     Mend.NO_STATIC: "leave --activations static out; of a bare checkpoint, name its model with "
     "--factory package.module:callable",
     Mend.COPY: "leave --in-place out",
+    Mend.GRID: "give it another grid, or round it otherwise with --override "
+    "{layer}:rounding=round_to_nearest",
     Mend.ROUNDING: "leave it out with --skip {layer}, or give it another rounding with "
     "--override PATTERN:rounding=KIND",
     Mend.SKIP: "mend the weight, or leave the layer in float with --skip {layer}",
@@ -131,13 +133,19 @@ def _validate(call: ast.Call) -> str | None:
     return "--example FILE" if ast.unparse(call) == "validate(example=...)" else None
 
 
+def _flag(option: str) -> Callable[[ast.Call], str | None]:
+    return lambda call: option if not call.args and not call.keywords else None
+
+
 def _graph(call: ast.Call) -> str:
     return "graph() in Python"
 
 
 _SAID: Mapping[str, Callable[[ast.Call], str | None]] = {
     "activations": _choice("--activations", none="float"),
+    "asymmetric": _flag("--asymmetric"),
     "fit": _fit,
+    "float_zero_point": _flag("--float-zero-point"),
     "graph": _graph,
     "on_damage": _choice("--on-damage"),
     "override": _override,

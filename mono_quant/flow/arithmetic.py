@@ -53,6 +53,8 @@ class Grid:
         scheme, scale, zero_point = activation.scheme, activation.scale, activation.zero_point
         if type(scheme) is not Affine or scale is None or zero_point is None:
             return None
+        if zero_point.is_floating_point():
+            return None
         return cls(float(scale), int(zero_point), scheme.quant_max)
 
     @property

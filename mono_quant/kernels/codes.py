@@ -63,7 +63,7 @@ def shaped(rows: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 
 
 def scales_and_zeros(weight: PackedTensor) -> tuple[Tensor, Tensor]:
-    """Return the scales of an `Affine` matrix and the stored codes that mean zero.
+    """Return the scales of an `Affine` matrix and what of its stored codes means zero.
 
     Returns:
         two of ``float32 [out or 1, runs]``.
@@ -72,6 +72,8 @@ def scales_and_zeros(weight: PackedTensor) -> tuple[Tensor, Tensor]:
     stored = weight.tensors.get("zero_point")
     if stored is None:
         return scale, torch.full_like(scale, -weight.scheme.code_offset)
+    if stored.is_floating_point():
+        return scale, stored[0].to(torch.float32) - weight.scheme.code_offset
     bits = weight.scheme.code_bits or 8
     unpacked = unpack_bits(stored, bits, scale.numel())
     return scale, unpacked.to(torch.float32).reshape(scale.shape)

@@ -53,9 +53,8 @@ class _OnPanels(ArrangingKernel[Panels]):
         pairs = torch.stack([scale, offset], -1).to(torch.bfloat16).transpose(0, 1)
         repeats = length // group // pairs.shape[0]
         pairs = pairs.repeat_interleave(repeats, 0).expand(-1, rows, -1).contiguous()
-        kept = zeros.to(torch.uint8) if "zero_point" in weight.tensors else None
         codes = to_panels(weight.tensors["codes"], half)
-        return Panels(codes, pairs, weight.tensors["scale"][0], kept)
+        return Panels(codes, pairs, weight.tensors["scale"][0], _kept(weight, zeros))
 
 
 class Int4(_OnPanels):
@@ -114,6 +113,14 @@ class PanelBlocks(_OnPanels):
                     by_run.mul_(scales[panel, nibble, here])
                     out[2 * panel + nibble].addmm_(part, factor)
         return shaped(out.transpose(0, 1).reshape(len(rows), spec.layout.stack[1]), bias, x)
+
+
+def _kept(weight: PackedTensor, zeros: Tensor) -> Tensor | None:
+    """Return what `PanelBlocks` reads zero points from: floats as they are stored, or bytes."""
+    stored = weight.tensors.get("zero_point")
+    if stored is None:
+        return None
+    return stored[0] if stored.is_floating_point() else zeros.to(torch.uint8)
 
 
 def _by_panel(scale: Tensor, count: int, half: int) -> Tensor:

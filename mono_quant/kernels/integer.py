@@ -83,6 +83,8 @@ def refuse_grid(scheme: Scheme) -> str | None:
     """Return why codes on a grid cannot be factors, or None: of 8 bits, per channel or tensor."""
     if type(scheme) is not Affine or scheme.bits != 8:
         return f"the weight is {scheme.describe()}, not 8-bit"
+    if scheme.float_zero_point:
+        return "the weight's zero points are floats, and sums of codes are integers"
     if type(scheme.granularity) not in (PerTensor, PerChannel):
         return f"the weight's scales are {scheme.granularity.describe()}"
     return None
@@ -94,7 +96,8 @@ def refuse_inputs(activation: Activation | None) -> str | None:
         return None
     scheme = activation.scheme
     known = type(scheme) is Affine and type(scheme.granularity) in (PerTensor, PerToken)
-    return None if known else f"inputs are {activation.describe()}"
+    codes = isinstance(scheme, Affine) and not scheme.float_zero_point
+    return None if known and codes else f"inputs are {activation.describe()}"
 
 
 INTEGER = Integer()

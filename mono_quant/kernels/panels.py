@@ -27,7 +27,8 @@ class Panels(Arranged):
         pairs: scale and offset of each group for torch's product: ``bfloat16 [groups, out, 2]``,
             value ``(code - 8) * scale + offset``.
         scale: ``[out or 1, runs]``, as the weight stores it; shared, not copied.
-        zeros: ``uint8 [out or 1, runs]``, codes that mean zero; None where all are 8.
+        zeros: what of the codes means zero, ``[out or 1, runs]``: ``uint8`` codes of this object's
+            own, or floats, shared as `scale` is; None where all are 8.
     """
 
     codes: Tensor
@@ -38,8 +39,8 @@ class Panels(Arranged):
     @property
     def beside(self) -> int:
         """Bytes of what the canonical weight does not have."""
-        zeros = self.zeros.nbytes if self.zeros is not None else 0
-        return self.pairs.nbytes + zeros
+        own = self.zeros is not None and not self.zeros.is_floating_point()
+        return self.pairs.nbytes + (self.zeros.nbytes if own and self.zeros is not None else 0)
 
     def canonical(self) -> Tensor:
         """Return the codes as `PackedTensor` has them, ``uint8 [1, out, in / 2]``."""

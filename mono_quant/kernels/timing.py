@@ -113,7 +113,9 @@ def _made_up(spec: KernelSpec) -> PackedTensor:
     places = (groups, count, packed_length(length, scheme.bits))
     codes = torch.full(places, 65, dtype=scheme.stored_dtype)
     tensors = {"codes": codes, "scale": torch.ones(scales, dtype=scheme.scale_dtype)}
-    if not scheme.symmetric:
+    if scheme.float_zero_point:
+        tensors["zero_point"] = torch.zeros(scales, dtype=scheme.scale_dtype)
+    elif not scheme.symmetric:
         zeros = packed_length(torch.Size(scales).numel(), scheme.bits)
         tensors["zero_point"] = torch.zeros(zeros, dtype=scheme.stored_dtype)
     return PackedTensor(tensors, scheme, spec.layout, torch.float32)

@@ -35,6 +35,13 @@ def to_blocks(x: Tensor, block_size: Shape) -> Tensor:
     return x.reshape([size for pair in zip(counts, block_size, strict=True) for size in pair])
 
 
+def block_rows(x: Tensor, block_size: Shape) -> Tensor:
+    """Return the blocks of `x` as rows ``[blocks, values]``: a view where it can be one."""
+    blocks = to_blocks(x, block_size)
+    counts, inside = range(0, blocks.dim(), 2), range(1, blocks.dim(), 2)
+    return blocks.permute(*counts, *inside).reshape(-1, torch.Size(block_size).numel())
+
+
 def spread(per_block: Tensor) -> Tensor:
     """Return values per block ``[n0, n1, ...]`` to meet `to_blocks`: ``[n0, 1, n1, 1, ...]``."""
     return per_block.reshape([size for count in per_block.shape for size in (count, 1)])

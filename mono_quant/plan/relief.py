@@ -8,7 +8,7 @@ import attrs
 from torch import nn
 
 from mono_quant.base import Statistics
-from mono_quant.calibration import CalibrationData, Outputs, compare, evaluating, output_error
+from mono_quant.calibration import CalibrationData, Kept, compare, evaluating, output_error
 from mono_quant.checkpoint import copy_structure
 from mono_quant.numerics.granularity import PerGroup
 from mono_quant.numerics.metrics import SquaredError
@@ -94,7 +94,7 @@ def relief(
     worst = sorted(errors, key=lambda path: errors[path].sqnr_db)[:tried]
     if not worst:
         return None
-    reference = Outputs()
+    reference = Kept()
     reference.add_all(data.outputs(original))
 
     def without(paths: Iterable[str]) -> float:

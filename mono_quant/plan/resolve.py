@@ -31,13 +31,15 @@ def resolve(model: ModelT, request: Request, config: Config) -> Plan[ModelT]:
     Raises:
         InputError: the model cannot be quantized at all.
         ConfigurationError: a selector matches nothing, tied weights are asked for different
-            things, or no layer can have the static inputs that were asked for.
+            things, a rounding refuses the grid of a layer, or no layer can have the static inputs
+            that were asked for.
     """
     check_supported(model)
     if request.data is not None:
         check_tuple(model, request.data)
     weights = _join_ties(model, _weights(model, request))
     todo = [weight for weight in weights if weight.recipe is not None]
+    _check_roundings(todo)
     warnings = tuple(_refused_inputs(todo))
     _check_data(request, todo)
     rules = [rule(request.faster.margin)] if request.faster is not None else []
@@ -66,6 +68,25 @@ def _check_data(request: Request, todo: Sequence[WeightPlan]) -> None:
 def _layers(weights: Sequence[WeightPlan]) -> str:
     """Return the names of the layers of some weights, each once."""
     return ", ".join(dict.fromkeys(weight.path or "the model" for weight in weights))
+
+
+def _check_roundings(todo: Sequence[WeightPlan]) -> None:
+    """Refuse weights whose grid their rounding cannot use: both were asked for.
+
+    Raises:
+        ConfigurationError: naming the layers of the first reason.
+    """
+    refused: dict[str, list[WeightPlan]] = {}
+    for weight in todo:
+        if weight.recipe is not None:
+            reason = weight.recipe.rounding.refuse(weight.recipe.grid.scheme)
+            if reason is not None:
+                refused.setdefault(reason, []).append(weight)
+    for reason, weights in refused.items():
+        names = ", ".join(weight.path or "the model" for weight in weights)
+        raise ConfigurationError(
+            f"the rounding of {names}: {reason}", Mend.GRID, layer=weights[0].path or "*"
+        )
 
 
 def _refused_inputs(todo: Sequence[WeightPlan]) -> Iterable[str]:

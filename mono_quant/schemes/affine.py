@@ -29,9 +29,9 @@ def _check_bits(_: object, __: object, bits: object) -> None:
         raise ConfigurationError(f"Affine has 2 to 8 bits, not {bits!r}; for 16 use FloatCast()")
 
 
-def _check_symmetric(_: object, __: object, symmetric: object) -> None:
-    if not isinstance(symmetric, bool):
-        raise ConfigurationError(f"symmetric is True or False, not {symmetric!r}")
+def _check_boolean(_: object, field: "attrs.Attribute[bool]", value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{field.name} is True or False, not {value!r}")
 
 
 def _check_granularity(_: object, __: object, granularity: object) -> None:
@@ -50,6 +50,11 @@ class Affine(Scheme):
     ``zero_point = quant_min - round(min / scale)``, so that zero is on the grid. Rounding is half
     to even. The zero point is chosen for the scale as it is stored.
 
+    A zero point may also be a float, in the dtype of the scale: the grid then meets both ends of
+    the range as closely as that dtype can say, and zero lies on it by chance only. It takes more
+    bits (``b + 32 / n`` for a group of n, where a code takes ``b + (16 + b) / n``) and products in
+    floats. `HQQ` is made for it.
+
     A scale that `scale_dtype` cannot hold (under- and overflow: its error would pass both the
     precision of that dtype and an eighth of a step at the end of the grid) makes that tensor's
     scales float32; the report says so.
@@ -62,19 +67,25 @@ class Affine(Scheme):
         symmetric: no zero point.
         granularity: which values share one scale.
         scale_dtype: float16, bfloat16 or float32.
+        float_zero_point: whether zero points are floats in the dtype of the scales.
     """
 
     kind: ClassVar[str] = "affine"
     bits: int = attrs.field(default=8, validator=_check_bits)
-    symmetric: bool = attrs.field(default=True, validator=_check_symmetric)
+    symmetric: bool = attrs.field(default=True, validator=_check_boolean)
     granularity: Granularity = attrs.field(factory=PerChannel, validator=_check_granularity)
     scale_dtype: torch.dtype = attrs.field(default=torch.float16, converter=as_dtype)
+    float_zero_point: bool = attrs.field(default=False, validator=_check_boolean)
 
     def __attrs_post_init__(self) -> None:
-        """Refuse dtypes that hold no scales."""
+        """Refuse dtypes that hold no scales, and a kind of zero points where there are none."""
         if self.scale_dtype not in _SCALE_DTYPES:
             raise ConfigurationError(
                 f"scale_dtype is one of {_SCALE_DTYPES}, not {self.scale_dtype}"
+            )
+        if self.symmetric and self.float_zero_point:
+            raise ConfigurationError(
+                "a symmetric grid has no zero point that could be a float; say symmetric=False"
             )
 
     @property
@@ -97,13 +108,28 @@ class Affine(Scheme):
         """The smallest code."""
         return self.quant_min
 
+    @property
+    def has_zero_point(self) -> bool:
+        """Whether it is asymmetric."""
+        return not self.symmetric
+
+    def hold_zero_point(self, zero_point: Tensor, scale: Tensor) -> Tensor:
+        """Return floats in the dtype of `scale`, or the nearest codes, clamped."""
+        if self.float_zero_point:
+            return super().hold_zero_point(zero_point, scale)
+        return zero_point.round().clamp_(self.quant_min, self.quant_max).to(torch.uint8)
+
     def nbytes(self, shape: Shape) -> int:
         """Return the bytes of codes, scales and zero points of a packed stack of `shape`."""
         *rows, length = shape
         blocks = torch.Size(block_counts(shape, self.granularity.block_size(shape))).numel()
         codes = torch.Size(rows).numel() * packed_length(length, self.bits)
-        zero_points = 0 if self.symmetric else packed_length(blocks, self.bits)
-        return codes + blocks * self.scale_dtype.itemsize + zero_points
+        scales = blocks * self.scale_dtype.itemsize
+        if self.symmetric:
+            return codes + scales
+        return (
+            codes + scales + (scales if self.float_zero_point else packed_length(blocks, self.bits))
+        )
 
     def calculate_qparams(self, min_val: Tensor, max_val: Tensor, *, block_size: Shape) -> QParams:
         """Return scale and zero point for ``[min_val, max_val]``, each one value per block.
@@ -149,9 +175,8 @@ class Affine(Scheme):
         scale = self._store(scale.clamp_(min=_TINY).masked_fill_(empty, 1.0))
         if self.symmetric:
             return QParams(scale, None, block_size)
-        zero_point = low.div_(scale).round_().neg_().add_(self.quant_min)
-        zero_point = zero_point.clamp_(self.quant_min, self.quant_max).to(torch.uint8)
-        return QParams(scale, zero_point, block_size)
+        zero_point = low.div_(scale).neg_().add_(self.quant_min)
+        return QParams(scale, self.hold_zero_point(zero_point, scale), block_size)
 
     def rescaled(self, qparams: QParams, scale: Tensor) -> QParams:
         """Return the parameters with other scales, as this grid stores them."""
@@ -193,9 +218,10 @@ class Affine(Scheme):
         return values.mul_(scale).reshape(q.codes.shape)
 
     def describe(self) -> str:
-        """Return width, symmetry and granularity."""
+        """Return width, symmetry and granularity, and where zero points are floats, that."""
         grid = "symmetric" if self.symmetric else "asymmetric"
-        return f"{self.bits}-bit {grid} {self.granularity.describe()}"
+        zeros = ", float zero points" if self.float_zero_point else ""
+        return f"{self.bits}-bit {grid} {self.granularity.describe()}{zeros}"
 
     def remark(self, q: QTensor) -> str | None:
         """Return that scales had to be wider, or that much of the tensor is clipped."""

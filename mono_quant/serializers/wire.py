@@ -294,6 +294,10 @@ def _check_shapes(key: str, packed: PackedTensor) -> None:
         floating["zero_point"] = tensors["zero_point"].is_floating_point()
         if bits is not None and not floating["zero_point"]:
             expected["zero_point"] = (packed_length(math.prod(counts), bits),)
+    if scheme.has_zero_point:
+        floating["zero_point"] = _has_float_zero_points(scheme)
+    if missing := set(floating) - set(tensors):
+        raise CorruptCheckpointError(f"{key!r} has no {', '.join(sorted(missing))}")
     for name, shape in expected.items():
         found = tuple(tensors[name].shape)
         if found != shape:
@@ -309,6 +313,12 @@ def _check_shapes(key: str, packed: PackedTensor) -> None:
         raise CorruptCheckpointError(f"the layout of {key!r} does not fit its shape")
     if not packed.dtype.is_floating_point:
         raise CorruptCheckpointError(f"{key!r} is said to be of {packed.dtype}")
+
+
+def _has_float_zero_points(scheme: Scheme) -> bool:
+    """Return whether a scheme that has zero points holds them as floats."""
+    one = torch.ones(1, device="cpu")
+    return scheme.hold_zero_point(one, one).is_floating_point()
 
 
 def _mapping(value: Json) -> Config:

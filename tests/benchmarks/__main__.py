@@ -12,6 +12,7 @@ NAMES = (
     "imports",
     "quantize_speed",
     "observers",
+    "half_quadratic",
     "peers",
     "activations_vision",
     "activations_peers",

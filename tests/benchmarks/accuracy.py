@@ -7,7 +7,7 @@ on the same weights and texts; differences of its output SQNR below 0.1 dB are r
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from mono_quant import MSE, Quantizer
+from mono_quant import HQQ, MSE, Quantizer
 from mono_quant.demo import lee_documents, pearson_with_humans
 from tests.benchmarks.measure import MB, print_table
 from tests.benchmarks.minilm import (
@@ -30,6 +30,8 @@ class Setting(NamedTuple):
         group: values that share a scale; None for a row.
         symmetric: no zero points.
         search: find each range by the MSE observer.
+        hqq: move zero points by `HQQ`.
+        float_zero_point: zero points are floats.
         expected: the independent figures; None where there are none.
     """
 
@@ -38,6 +40,8 @@ class Setting(NamedTuple):
     group: int | None = None
     symmetric: bool = False
     search: bool = False
+    hqq: bool = False
+    float_zero_point: bool = False
     expected: Figures | None = None
 
     @property
@@ -48,6 +52,10 @@ class Setting(NamedTuple):
             quantizer = quantizer.symmetric(self.symmetric)
         if self.group is not None:
             quantizer = quantizer.group_size(self.group)
+        if self.float_zero_point:
+            quantizer = quantizer.float_zero_point()
+        if self.hqq:
+            quantizer = quantizer.rounding(HQQ())
         return quantizer.observer(MSE()) if self.search else quantizer
 
 
@@ -61,6 +69,23 @@ SEARCHED = (
     Setting("INT4 g64, MSE", 4, 64, search=True, expected=Figures(4.3125, 20.81, 11.75, 0.6553)),
     Setting("INT4 g128, MSE", 4, 128, search=True, expected=Figures(4.15625, 19.92, 10.78, 0.6515)),
 )
+# of float zero points: what the hqq package printed on the same weights and texts
+FLOATS = {
+    32: Figures(5.0, 22.39, 12.45, 0.6604),
+    64: Figures(4.5, 20.94, 10.99, 0.6727),
+    128: Figures(4.25, 19.75, 9.97, 0.6471),
+}
+HALF_QUADRATIC = (
+    *(
+        Setting(f"INT4 g{group}, HQQ, float zero points", 4, group, False, False, True, True, known)
+        for group, known in FLOATS.items()
+    ),
+    *(
+        Setting(f"INT4 g{group}, MSE, HQQ, float zero points", 4, group, False, True, True, True)
+        for group in FLOATS
+    ),
+    *(Setting(f"INT4 g{group}, HQQ", 4, group, hqq=True) for group in FLOATS),
+)
 OTHERS = (
     Setting("INT3 g64", 3, 64, expected=Figures(3.296875, 13.84, 5.16, 0.6537)),
     Setting("INT2 g64", 2, 64, expected=Figures(2.28125, 6.54, -1.16, 0.4238)),
@@ -68,7 +93,7 @@ OTHERS = (
     Setting("INT8 per channel, asymmetric", 8),
     Setting("FP16", 16, symmetric=True),
 )
-SETTINGS = (*INT4, *SEARCHED, *OTHERS)
+SETTINGS = (*INT4, *SEARCHED, *HALF_QUADRATIC, *OTHERS)
 
 
 def measured(setting: Setting) -> Figures:
@@ -99,7 +124,8 @@ def _accuracy(files: list[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
             beside = f" ({known[place]:.{digits}f})" if known else ""
             cells.append(f"{found[place]:.{digits}f}{beside}")
         yield (setting.title, *cells)
-        file, expected = filed(result), payload(setting.bits, setting.group, setting.symmetric)
+        parts = (setting.bits, setting.group, setting.symmetric, setting.float_zero_point)
+        file, expected = filed(result), payload(*parts)
         files.append(
             (
                 setting.title,

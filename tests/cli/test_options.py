@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mono_quant import (
+    HQQ,
     MSE,
     Affine,
     BiasCorrection,
@@ -48,6 +49,15 @@ AFFINE_JSON = '{"kind": "affine", "bits": 6, "granularity": {"kind": "per_group"
         ),
         (["--observer", '{"kind": "mse", "steps": 9}'], Quantizer().observer(MSE(steps=9))),
         (["--rounding", "round_to_nearest"], Quantizer().rounding(RoundToNearest())),
+        (
+            ["--bits", "4", "--float-zero-point", "--rounding", "hqq"],
+            Quantizer().bits(4).float_zero_point().rounding(HQQ()),
+        ),
+        (["--rounding", "hqq:iterations=5,p=1.0"], Quantizer().rounding(HQQ(5, p=1.0))),
+        (
+            ["--override", "a:bits=4,float_zero_point=true,rounding=hqq"],
+            Quantizer().override("a", bits=4, float_zero_point=True, rounding=HQQ()),
+        ),
         (["--only", "a", "--only", "b.*"], Quantizer().only("a", "b.*")),
         (["--skip", "a", "--skip", "b"], Quantizer().skip("a", "b")),
         (["--override", "blocks.*.head=8"], Quantizer().override("blocks.*.head", bits=8)),
@@ -161,7 +171,7 @@ def test_an_imported_module_brings_its_kinds(folder: Path, monoquant: Monoquant)
         (["--observer", "median"], "there is no observer 'median'; there is auto, entropy"),
         (["--observer", "affine"], "'affine' is a Affine, which is no observer"),
         (["--observer", "mse:steps=1"], "a search has 2 steps or more, not 1"),
-        (["--rounding", "up"], "no Rounding of kind 'up': there is round_to_nearest"),
+        (["--rounding", "up"], "no Rounding of kind 'up': there is hqq, round_to_nearest"),
         (["--override", "head"], "write PATTERN=BITS or PATTERN:name=value"),
         (["--override", "head=eight"], "bits is a whole number, not 'eight'"),
         (["--override", "head:bitz=8"], "there is no bitz; there is bits"),

@@ -49,6 +49,10 @@ GROUPED = {
     "4-bit in odd groups": Quantizer().bits(4).group_size(13),
     "3-bit": Quantizer().bits(3),
     "8-bit": Quantizer().activations(None).group_size(32),
+    "4-bit, float zero points": Quantizer().bits(4).float_zero_point(),
+    "4-bit, float zero points, odd groups": Quantizer().bits(4).group_size(13).float_zero_point(),
+    "8-bit, float zero points": Quantizer().activations(None).float_zero_point(),
+    "2-bit, float zero points": Quantizer().bits(2).float_zero_point(),
 }
 """What is decoded by blocks, of rows of `GROUPED_SHAPE`."""
 

@@ -22,6 +22,8 @@ GRIDS = {
     "groups of 128": BITS4.group_size(128),
     "groups of 256": BITS4.group_size(256),
     "groups of 384": BITS4.group_size(384),
+    "float zero points": BITS4.float_zero_point(),
+    "float zero points, groups of 384": BITS4.group_size(384).float_zero_point(),
     "per channel": BITS4.granularity("channel"),
     "per tensor": BITS4.granularity("tensor"),
 }
@@ -61,8 +63,11 @@ def test_the_products_own_error_is_that_of_rounding_to_bfloat16(grid: str) -> No
 @pytest.mark.parametrize("grid", GRIDS)
 def test_exact_inputs_and_scales_give_exact_sums(grid: str) -> None:
     made = layer(GRIDS[grid], *SHAPE)
+    held = made.quantized_weights["weight"]
     with torch.no_grad():
-        made.quantized_weights["weight"].get_buffer("scale").fill_(0.5)
+        held.get_buffer("scale").fill_(0.5)
+        if "float" in grid:
+            held.get_buffer("zero_point").mul_(4).round_().div_(4)
     x = torch.randint(-1, 2, (5, SHAPE[1])).float()
     expected, _ = exact(made, x)
     assert torch.equal(run(INT4, made, x), expected.to(torch.bfloat16).float())

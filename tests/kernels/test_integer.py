@@ -165,6 +165,8 @@ def test_it_says_why_it_cannot() -> None:
     assert "4-bit" in str(reasons(layer(Quantizer().bits(4), 81, 832)))
     grouped = layer(Quantizer().activations(None).group_size(32), 81, 832)
     assert "per-group 32" in str(reasons(grouped))
+    floats = layer(INTEGERS["dynamic"].float_zero_point(), 65, 1040)
+    assert reasons(floats) == "the weight's zero points are floats, and sums of codes are integers"
     assert "too short" in str(reasons(layer(INTEGERS["dynamic"], 1 << 16, 1)))
     assert "overflow" in str(reasons(layer(INTEGERS["dynamic"], 2, (1 << 15) + 1)))
 

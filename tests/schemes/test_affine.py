@@ -22,6 +22,7 @@ from mono_quant import (
     QParams,
 )
 from mono_quant.configurable import Json
+from mono_quant.numerics.blocks import block_range
 from mono_quant.numerics.granularity import Shape
 from mono_quant.numerics.values import Layout
 from tests.helpers import (
@@ -31,7 +32,16 @@ from tests.helpers import (
     stack_and_step,
     torch_fake_quantize,
 )
-from tests.schemes.grids import GRANULARITIES, GRIDS, SHAPE, STACKS, qparams_of, scale_of
+from tests.schemes.grids import (
+    CODED,
+    FLOATING,
+    GRANULARITIES,
+    GRIDS,
+    SHAPE,
+    STACKS,
+    qparams_of,
+    scale_of,
+)
 
 
 def cut(x: Tensor, qparams: QParams) -> Tensor:
@@ -98,7 +108,7 @@ def test_halves_go_to_the_even_code() -> None:
     assert Affine(4).quantize(x, qparams).codes.tolist() == [[[-2, -2, 0, 0, 2, 2]]]
 
 
-@given(scheme=GRIDS, x=STACKS)
+@given(scheme=CODED, x=STACKS)
 def test_values_equal_those_of_torch_at_every_width(scheme: Affine, x: Tensor) -> None:
     qparams = qparams_of(scheme, x)
     found = scheme.fake_quantize(x, qparams)
@@ -128,8 +138,40 @@ def test_no_other_grid_point_is_nearer(scheme: Affine, x: Tensor, shrunk: float)
     assert (chosen <= least + room).all()
 
 
-@given(scheme=GRIDS, x=STACKS)
-def test_zero_is_on_every_grid(scheme: Affine, x: Tensor) -> None:
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_codes_of_float_zero_points_equal_those_of_torch(bits: int) -> None:
+    scheme = Affine(bits, False, scale_dtype=torch.float32, float_zero_point=True)
+    x = noise(1, 64, 33)
+    q = scheme.quantize(x, qparams_of(scheme, x))
+    assert q.qparams.zero_point is not None
+    scale, zero = scale_of(q.qparams).flatten(), q.qparams.zero_point.flatten()
+    assert float((zero - zero.round()).abs().max()) > 0.3, "no fraction was tried"
+    # a grid of 8 bits, which is not cut where that of fewer bits is
+    theirs = torch.quantize_per_channel(x[0], scale, zero, 0, torch.quint8)
+    assert theirs.qscheme() == torch.per_channel_affine_float_qparams
+    codes = theirs.int_repr().clamp(max=scheme.quant_max)
+    assert torch.equal(q.codes[0], codes)
+    if bits == 8:
+        torch.testing.assert_close(scheme.dequantize(q)[0], theirs.dequantize())
+
+
+@given(scheme=FLOATING, x=STACKS)
+def test_float_zero_points_are_of_the_dtype_of_the_scale_and_meet_the_low_end(
+    scheme: Affine, x: Tensor
+) -> None:
+    qparams = qparams_of(scheme, x)
+    zero = qparams.zero_point
+    assert zero is not None
+    assert zero.dtype == scale_of(qparams).dtype
+    low, _ = block_range(x.clamp(max=0), scheme.granularity.block_size(SHAPE))
+    exact = -low.to(torch.float64) / scale_of(qparams).to(torch.float64)
+    limits = torch.finfo(zero.dtype)
+    room = (limits.eps + 1e-6) * exact.abs().clamp(min=limits.smallest_normal)
+    assert ((zero.to(torch.float64) - exact).abs() <= room).all()
+
+
+@given(scheme=CODED, x=STACKS)
+def test_zero_is_on_every_grid_whose_zero_points_are_codes(scheme: Affine, x: Tensor) -> None:
     qparams = qparams_of(scheme, x)
     zeros = scheme.fake_quantize(torch.zeros(SHAPE), qparams)
     assert torch.equal(zeros, torch.zeros(SHAPE))
@@ -297,6 +339,8 @@ def test_four_bits_take_what_their_group_adds(group: int, bits: float, shape: Sh
         (Affine(3, symmetric=False, granularity=PerGroup(64)), 3 + (16 + 3) / 64),
         (Affine(2, symmetric=False, granularity=PerGroup(16)), 2 + (16 + 2) / 16),
         (Affine(8, granularity=PerTensor()), 8 + 16 / (384 * 384)),
+        (Affine(4, False, PerGroup(64), float_zero_point=True), 4 + 32 / 64),
+        (Affine(3, False, PerGroup(32), torch.float32, float_zero_point=True), 3 + 64 / 32),
     ],
     ids=repr,
 )
@@ -364,6 +408,13 @@ def test_symmetric_is_a_boolean(symmetric: Json) -> None:
         Affine.from_config({"kind": "affine", "symmetric": symmetric})
 
 
+def test_a_symmetric_grid_has_no_float_zero_points() -> None:
+    with pytest.raises(ConfigurationError, match="say symmetric=False"):
+        Affine(4, float_zero_point=True)
+    with pytest.raises(ConfigurationError, match="float_zero_point is True or False, not 1"):
+        Affine.from_config({"kind": "affine", "symmetric": False, "float_zero_point": 1})
+
+
 @pytest.mark.parametrize("dtype", ["float64", "int8", "nonsense", 16, None])
 def test_a_scale_dtype_is_one_of_three(dtype: Json) -> None:
     with pytest.raises(ConfigurationError):
@@ -389,6 +440,7 @@ def test_qparams_without_a_scale_are_refused() -> None:
 
 def test_schemes_are_values_that_differ_in_every_field() -> None:
     base = Affine(4, False, PerGroup(32), torch.float16)
+    floats = Affine(4, False, PerGroup(32), torch.float16, float_zero_point=True)
     assert base == Affine(4, False, PerGroup(32), torch.float16)
     assert hash(base) == hash(Affine(4, False, PerGroup(32), torch.float16))
     others = {
@@ -396,8 +448,9 @@ def test_schemes_are_values_that_differ_in_every_field() -> None:
         Affine(4, True, PerGroup(32), torch.float16),
         Affine(4, False, PerGroup(64), torch.float16),
         Affine(4, False, PerGroup(32), torch.float32),
+        floats,
     }
-    assert len(others | {base}) == 5
+    assert len(others | {base}) == 6
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         setattr(base, "bits", 8)  # noqa: B010  # mypy knows that it is frozen
 
@@ -414,6 +467,10 @@ def test_a_scale_dtype_may_be_given_by_name() -> None:
         (Affine(), "8-bit symmetric per-channel"),
         (Affine(4, False, PerGroup(64)), "4-bit asymmetric per-group 64"),
         (Affine(2, True, PerTensor()), "2-bit symmetric per-tensor"),
+        (
+            Affine(4, False, PerGroup(64), float_zero_point=True),
+            "4-bit asymmetric per-group 64, float zero points",
+        ),
     ],
     ids=repr,
 )

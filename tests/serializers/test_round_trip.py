@@ -33,6 +33,9 @@ MORE = {
     "7-bit": Quantizer().bits(7).granularity("tensor"),
     "float32 scales": Quantizer().bits(4).scale_dtype(torch.float32),
     "bfloat16 scales": Quantizer().scale_dtype(torch.bfloat16),
+    "8-bit, float zero points": Quantizer().float_zero_point(),
+    "float zero points, per tensor": Quantizer().bits(3).granularity("tensor").float_zero_point(),
+    "float zero points, float32": Quantizer().bits(5).float_zero_point().scale_dtype(torch.float32),
     "bfloat16": Quantizer().scheme(FloatCast(torch.bfloat16)),
     "per tensor": Quantizer().scheme(Affine(6, symmetric=False, granularity=PerTensor())),
 }
