@@ -17,7 +17,7 @@ from mono_quant.base import (
 )
 from mono_quant.calibration import CalibrationData, Kept, compare, count_samples
 from mono_quant.checkpoint import ModelT, adapt_containers, calling, copy_structure
-from mono_quant.errors import DamageError, InputError, Mend
+from mono_quant.errors import CalibrationError, DamageError, InputError, Mend
 from mono_quant.layers import BUILT_IN_CONTAINERS
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.plan.accounting import account
@@ -124,10 +124,13 @@ class Plan(Generic[ModelT]):
 
         Raises:
             InputError: a weight is not finite; names it.
-            CalibrationError: the model failed on the data.
+            CalibrationError: the model failed on the data, or there is none and `sequential` is
+                asked for.
         """
         label = "quantizing" if progress else None
         request = self._request
+        if sequential and request.data is None:
+            raise CalibrationError("sequential calibration needs data", Mend.DATA)
         if request.faster is not None and not self._measured:
             if in_place:
                 self._check_in_place([])

@@ -53,7 +53,11 @@ def _check_data(request: Request, todo: Sequence[WeightPlan]) -> None:
     for correction in request.corrections:
         if correction.needs_data:
             raise CalibrationError(f"{correction!r} needs data", Mend.DATA)
-    needy = [weight for weight in todo if weight.recipe and weight.recipe.rounding.needs]
+    needy = [
+        weight
+        for weight in todo
+        if weight.recipe and (weight.recipe.rounding.needs or weight.recipe.rounding.sequential)
+    ]
     if needy:
         raise CalibrationError(f"the rounding of {_layers(needy)} needs data", Mend.DATA)
     static = [

@@ -18,6 +18,7 @@ from mono_quant.base import (
     FittedBlock,
     Grid,
     Rounding,
+    Scheme,
     Statistics,
 )
 from mono_quant.configurable import register
@@ -98,6 +99,10 @@ class LearnedRounding(BlockRounding):
     def needs(self) -> tuple[AnyStatistic, ...]:
         """What the rounding to begin with needs."""
         return self.start.needs
+
+    def refuse(self, scheme: Scheme) -> str | None:
+        """Return why the rounding to begin with cannot use a grid, or None."""
+        return self.start.refuse(scheme)
 
     def round(self, weight: Tensor, grid: Grid, statistics: Statistics) -> QTensor:
         """Return what the rounding to begin with returns, for a weight without a block."""
