@@ -93,7 +93,14 @@ try:
     from mono_quant.report import InputReport, LayerReport, Report
     from mono_quant.result import Outline, QuantizationResult, Validation
     from mono_quant.rounding import RoundToNearest
-    from mono_quant.schemes import Affine, FloatCast
+    from mono_quant.schemes import (
+        Affine,
+        Codebook,
+        FittedCodebook,
+        Float8,
+        FloatCast,
+        Microscaling,
+    )
     from mono_quant.serializers import SafetensorsSerializer, TorchSerializer, read_state_dict
     from mono_quant.settings import Activations
     from mono_quant.speed import LayerSpeed, Speed
@@ -115,6 +122,7 @@ __all__ = [
     "Change",
     "Checkpoint",
     "CheckpointError",
+    "Codebook",
     "Configurable",
     "ConfigurationError",
     "Container",
@@ -128,6 +136,8 @@ __all__ = [
     "EmbeddingQuantizer",
     "Entropy",
     "EqualizeLayers",
+    "FittedCodebook",
+    "Float8",
     "FloatCast",
     "Flow",
     "FoldBatchNorm",
@@ -148,6 +158,7 @@ __all__ = [
     "Layout",
     "LinearLikeQuantizer",
     "LinearQuantizer",
+    "Microscaling",
     "MinMax",
     "MonoQuantError",
     "MovingAverage",

@@ -26,7 +26,8 @@ class MSE(CountingObserver):
 
     Both ends of a weight's block shrink by one factor. Every factor of an even grid from 1 down to
     `smallest` is tried on the very scheme that will be used, and the first of equals wins, so the
-    error never exceeds that of min-max.
+    error never exceeds that of min-max. Where a scheme says that a range may pay to reach further
+    (`Scheme.headroom`), a quarter as many factors from 1 up to that are tried too.
 
     Attributes:
         steps: how many factors are tried, the unshrunk range included.
@@ -70,8 +71,7 @@ class MSE(CountingObserver):
         exact = torch.float64 if bool(extreme.any()) else torch.float32
         best = torch.full_like(low, torch.inf, dtype=exact)
         best_factor = torch.ones_like(low)
-        for step in range(self.steps):
-            factor = 1 - (1 - self.smallest) * step / (self.steps - 1)
+        for factor in self._factors(scheme):
             qparams = scheme.calculate_qparams(low * factor, high * factor, block_size=block_size)
             missed = scheme.fake_quantize(x, qparams) - x
             error = block_sum(missed.to(exact).square_(), block_size)
@@ -79,3 +79,12 @@ class MSE(CountingObserver):
             best = torch.where(better, error, best)
             best_factor = torch.where(better, factor, best_factor)
         return low * best_factor, high * best_factor
+
+    def _factors(self, scheme: Scheme) -> list[float]:
+        shrunk = [
+            1 - (1 - self.smallest) * step / (self.steps - 1) for step in range(self.steps)
+        ]
+        if scheme.headroom == 1:
+            return shrunk
+        count = max(1, self.steps // 4)
+        return shrunk + [1 + (scheme.headroom - 1) * (step + 1) / count for step in range(count)]

@@ -12,6 +12,7 @@ from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.numerics.blocks import AT_ONCE, block_counts, block_range, meet
 from mono_quant.numerics.granularity import Granularity, PerChannel, Shape
 from mono_quant.numerics.packing import packed_length
+from mono_quant.numerics.scales import stored_scale
 from mono_quant.numerics.values import QParams, QTensor
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -130,7 +131,9 @@ class Affine(Scheme):
             steps = self.quant_max - self.quant_min
             scale = (high * 0.5).sub_(low, alpha=0.5).div_(steps / 2)  # halves do not overflow
         empty = scale == 0
-        scale = self._store(scale.clamp_(min=_TINY).masked_fill_(empty, 1.0))
+        eighth = 1 / (8 * (self.quant_max - self.quant_min))
+        scale = scale.clamp_(min=_TINY).masked_fill_(empty, 1.0)
+        scale = stored_scale(scale, self.scale_dtype, eighth)
         if self.symmetric:
             return QParams(scale, None, block_size)
         zero_point = low.div_(scale).round_().neg_().add_(self.quant_min)
@@ -211,12 +214,3 @@ class Affine(Scheme):
             raise InputError("Affine needs a scale, but these qparams have none")
         parts = [qparams.scale, qparams.zero_point]
         return tuple(part.to(torch.float32) for part in parts if part is not None)
-
-    def _store(self, scale: Tensor) -> Tensor:
-        if self.scale_dtype == scale.dtype:
-            return scale
-        stored = scale.to(self.scale_dtype)
-        error = (stored.to(torch.float32) - scale).abs()
-        steps = self.quant_max - self.quant_min
-        allowed = max(torch.finfo(self.scale_dtype).eps, 1 / (8 * steps))
-        return stored if bool((error <= scale * allowed).all()) else scale
