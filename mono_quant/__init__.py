@@ -100,6 +100,7 @@ try:
         Float8,
         FloatCast,
         Microscaling,
+        create_scheme,
     )
     from mono_quant.serializers import SafetensorsSerializer, TorchSerializer, read_state_dict
     from mono_quant.settings import Activations
@@ -201,6 +202,7 @@ __all__ = [
     "WeightView",
     "__version__",
     "create_observer",
+    "create_scheme",
     "dequantize_model",
     "dynamic_quantize",
     "integer_flow",

@@ -157,7 +157,12 @@ def _add_grid(grid: _ArgumentGroup) -> None:
     )
     grid.add_argument("--group-size", type=int, metavar="N", help="values in a group (default: 64)")
     grid.add_argument("--scale-dtype", metavar="DTYPE", help="float16, bfloat16 or float32")
-    grid.add_argument("--scheme", metavar="STRATEGY", help="a whole grid in place of the above")
+    grid.add_argument(
+        "--scheme",
+        metavar="STRATEGY",
+        help="a whole grid in place of the above: nf4, fp8, mxfp4, nvfp4, fitted_codebook:bits=3, "
+        "nf4:group_size=32, ...",
+    )
     grid.add_argument(
         "--observer", metavar="STRATEGY", help="how ranges are found: minmax, mse, auto, ..."
     )

@@ -81,9 +81,7 @@ class MSE(CountingObserver):
         return low * best_factor, high * best_factor
 
     def _factors(self, scheme: Scheme) -> list[float]:
-        shrunk = [
-            1 - (1 - self.smallest) * step / (self.steps - 1) for step in range(self.steps)
-        ]
+        shrunk = [1 - (1 - self.smallest) * step / (self.steps - 1) for step in range(self.steps)]
         if scheme.headroom == 1:
             return shrunk
         count = max(1, self.steps // 4)

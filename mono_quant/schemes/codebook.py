@@ -49,6 +49,7 @@ TABLES: Mapping[str, tuple[float, ...]] = {"nf4": NF4}
 """Tables by their name."""
 
 _LEVELS = "levels"
+_GROUPS = PerGroup(64)
 _SAMPLED = 1 << 16  # values that a table is fitted to
 _FITS = 3
 _STEPS = 30
@@ -72,39 +73,39 @@ class Codebook(Scaled):
     """
 
     kind: ClassVar[str] = "codebook"
-    table: str | tuple[float, ...] = attrs.field(
-        default="nf4", converter=_as_table, alias="levels"
-    )
+    levels: str | tuple[float, ...] = attrs.field(default="nf4", converter=_as_table)
     granularity: Granularity = attrs.field(factory=PerGroup, validator=check_granularity)
     scale_dtype: torch.dtype = attrs.field(default=torch.float16, converter=as_dtype)
 
     def __attrs_post_init__(self) -> None:
         """Refuse tables that are none."""
         check_scale_dtype(self.scale_dtype, torch.float8_e4m3fn)
-        if isinstance(self.table, str):
-            if self.table not in TABLES:
+        if isinstance(self.levels, str):
+            if self.levels not in TABLES:
                 known = ", ".join(map(repr, TABLES))
                 raise ConfigurationError(
-                    f"there is no table {self.table!r}, only {known}; levels=(...) gives your own"
+                    f"there is no table {self.levels!r}, only {known}; levels=(...) gives your own"
                 )
             return
-        bits = math.log2(len(self.table)) if self.table else 0
+        bits = math.log2(len(self.levels)) if self.levels else 0
         if bits not in range(2, 9):
             raise ConfigurationError(
-                f"a table has 4, 8, 16, 32, 64, 128 or 256 levels, not {len(self.table)}"
+                f"a table has 4, 8, 16, 32, 64, 128 or 256 levels, not {len(self.levels)}"
             )
-        low, high = self.table[0], self.table[-1]
-        ascending = all(one < other for one, other in zip(self.table, self.table[1:], strict=False))
+        low, high = self.levels[0], self.levels[-1]
+        ascending = all(
+            one < other for one, other in zip(self.levels, self.levels[1:], strict=False)
+        )
         if not ascending or not -1 <= low < high <= 1:
             raise ConfigurationError(
                 "levels ascend within -1 and 1 (divide them by the largest): "
-                f"they are {self.table!r}"
+                f"they are {self.levels!r}"
             )
 
     @classmethod
     def nf4(
         cls,
-        granularity: Granularity = PerGroup(64),
+        granularity: Granularity = _GROUPS,
         scale_dtype: torch.dtype = torch.float16,
     ) -> Self:
         """Return NormalFloat4: 4.25 bits a value in groups of 64, with half-precision scales."""
@@ -113,24 +114,24 @@ class Codebook(Scaled):
     @property
     def code_bits(self) -> int:
         """Bits that count the levels."""
-        return (len(self._levels) - 1).bit_length()
+        return (len(self._numbers) - 1).bit_length()
 
     @property
-    def _levels(self) -> tuple[float, ...]:
-        return TABLES[self.table] if isinstance(self.table, str) else self.table
+    def _numbers(self) -> tuple[float, ...]:
+        return TABLES[self.levels] if isinstance(self.levels, str) else self.levels
 
-    def levels(self, extra: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    def table(self, extra: Mapping[str, Tensor], device: torch.device) -> Tensor:
         """Return the table."""
-        return torch.tensor(self._levels, dtype=torch.float32, device=device)
+        return torch.tensor(self._numbers, dtype=torch.float32, device=device)
 
     def encode(self, values: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
         """Return the place of the nearest level of each value."""
-        return nearest(values, self.levels(extra, values.device))
+        return nearest(values, self.table(extra, values.device))
 
     def describe(self) -> str:
         """Return the table, the granularity and uncommon scales."""
         bits = self.code_bits
-        name = self.table.upper() if isinstance(self.table, str) else f"{bits}-bit codebook"
+        name = self.levels.upper() if isinstance(self.levels, str) else f"{bits}-bit codebook"
         return f"{name} {self.granularity.describe()}{words_of_scales(self.scale_dtype)}"
 
 
@@ -184,13 +185,13 @@ class FittedCodebook(Scaled):
         """The table, and of 8-bit scales the global one."""
         return {_LEVELS: ((1 << self.bits,), torch.float16), **super().extras}
 
-    def levels(self, extra: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    def table(self, extra: Mapping[str, Tensor], device: torch.device) -> Tensor:
         """Return the fitted table."""
         return extra[_LEVELS].to(torch.float32)
 
     def encode(self, values: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
         """Return the place of the nearest level of each value."""
-        return nearest(values, self.levels(extra, values.device))
+        return nearest(values, self.table(extra, values.device))
 
     def shared(self, x: Tensor, observer: RangeEstimator, block_size: Shape) -> dict[str, Tensor]:
         """Return the table, fitted to some blocks of `x`, and of 8-bit scales the global one."""

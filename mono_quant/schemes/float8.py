@@ -35,13 +35,14 @@ class Float8(Scaled):
     Attributes:
         dtype: float8_e4m3fn or float8_e5m2.
         granularity: which values share one scale.
-        scale_dtype: float16, bfloat16 or float32.
+        scale_dtype: float32, bfloat16 or float16, which is soon too coarse: scales are small where
+            the largest float is large.
     """
 
     kind: ClassVar[str] = "float8"
     dtype: torch.dtype = attrs.field(default=torch.float8_e4m3fn, converter=as_dtype)
     granularity: Granularity = attrs.field(factory=PerChannel, validator=check_granularity)
-    scale_dtype: torch.dtype = attrs.field(default=torch.float16, converter=as_dtype)
+    scale_dtype: torch.dtype = attrs.field(default=torch.float32, converter=as_dtype)
 
     def __attrs_post_init__(self) -> None:
         """Refuse other dtypes."""
@@ -65,7 +66,7 @@ class Float8(Scaled):
         """The largest float."""
         return self._format.largest
 
-    def levels(self, extra: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    def table(self, extra: Mapping[str, Tensor], device: torch.device) -> Tensor:
         """Return the float of each pattern of bits."""
         return torch.tensor(self._format.values, dtype=torch.float32, device=device)
 
@@ -75,8 +76,8 @@ class Float8(Scaled):
 
     def describe(self) -> str:
         """Return the dtype and the granularity."""
-        granularity = self.granularity.describe()
-        return f"{dtype_name(self.dtype)} {granularity}{words_of_scales(self.scale_dtype)}"
+        scales = words_of_scales(self.scale_dtype, torch.float32)
+        return f"{dtype_name(self.dtype)} {self.granularity.describe()}{scales}"
 
     @property
     def _format(self) -> MiniFloat:

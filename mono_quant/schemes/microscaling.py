@@ -111,7 +111,7 @@ class Microscaling(Scaled):
         """The largest element, or of scales that are powers of two, the largest such element."""
         return self._format.largest_power if self.scale == "e8m0" else self._format.largest
 
-    def levels(self, extra: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    def table(self, extra: Mapping[str, Tensor], device: torch.device) -> Tensor:
         """Return the value of each pattern of bits."""
         return torch.tensor(self._format.values, dtype=torch.float32, device=device)
 

@@ -70,7 +70,7 @@ class Scaled(Scheme):
         return {_GLOBAL: ((1,), torch.float32)} if self.scale_dtype is _E4M3 else {}
 
     @abstractmethod
-    def levels(self, extra: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    def table(self, extra: Mapping[str, Tensor], device: torch.device) -> Tensor:
         """Return the value of each code, its bits read as an unsigned number: float32 ``[2^b]``."""
 
     @abstractmethod
@@ -160,7 +160,7 @@ class Scaled(Scheme):
 
     def dequantize(self, q: QTensor) -> Tensor:
         """Return the level of each code times its scale, in float32."""
-        levels = self.levels(q.qparams.extra, q.codes.device)
+        levels = self.table(q.qparams.extra, q.codes.device)
         values = look_up(q.codes.view(torch.uint8), levels)
         values, scale = meet(values, q.qparams.block_size, self.scales(q.qparams))
         return values.mul_(scale).reshape(q.codes.shape)
@@ -262,6 +262,6 @@ def check_granularity(_: object, __: object, granularity: object) -> None:
         raise ConfigurationError(f"granularity is a Granularity, not {granularity!r}")
 
 
-def words_of_scales(dtype: torch.dtype) -> str:
-    """Return what reports say of scales that are stored in another dtype than float16."""
-    return "" if dtype is torch.float16 else f", {dtype_name(dtype)} scales"
+def words_of_scales(dtype: torch.dtype, usual: torch.dtype = torch.float16) -> str:
+    """Return what reports say of scales that are stored in another dtype than is usual."""
+    return "" if dtype is usual else f", {dtype_name(dtype)} scales"
