@@ -18,6 +18,8 @@ from mono_quant.observers.search import least_squared_error
 _SMALL, _LARGE = 1e-12, 1e15
 """Beyond these, squares of errors are not summed in float32, which has none below 1e-38."""
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 @register
 @attrs.frozen
@@ -72,7 +74,8 @@ class MSE(CountingObserver):
         best = torch.full_like(low, torch.inf, dtype=exact)
         best_factor = torch.ones_like(low)
         for factor in self._factors(scheme):
-            qparams = scheme.calculate_qparams(low * factor, high * factor, block_size=block_size)
+            ends = ((end * factor).clamp_(-_LARGEST, _LARGEST) for end in (low, high))
+            qparams = scheme.calculate_qparams(*ends, block_size=block_size)
             missed = scheme.fake_quantize(x, qparams) - x
             error = block_sum(missed.to(exact).square_(), block_size)
             better = error < best

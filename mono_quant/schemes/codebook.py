@@ -196,6 +196,8 @@ class FittedCodebook(Scaled):
     def shared(self, x: Tensor, observer: RangeEstimator, block_size: Shape) -> dict[str, Tensor]:
         """Return the table, fitted to some blocks of `x`, and of 8-bit scales the global one."""
         extra = super().shared(x, observer, block_size)
+        if not x.numel():
+            return extra
         sample = _sample(x, block_size)
         block = (1, 1, sample.shape[2])
         ends = block_range(sample, block)

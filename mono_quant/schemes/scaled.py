@@ -195,6 +195,8 @@ class Scaled(Scheme):
         """Return what all blocks share, by their ranges alone."""
         if self.scale_dtype is not _E4M3:
             return {}
+        if not low.numel():
+            return {_GLOBAL: torch.ones(1, device=low.device)}
         magnitude = torch.maximum(high.amax(), -low.amin()).to(torch.float32).reshape(1)
         scale = (magnitude / self.unit / _LARGEST_SCALE).clamp_(min=_TINY)
         return {_GLOBAL: scale.masked_fill_(magnitude == 0, 1.0)}
