@@ -118,7 +118,7 @@ def levels_and_gaps(packed: PackedTensor, length: int) -> tuple[Tensor, Tensor]:
         patterns = patterns % 256 if scheme.code_min else patterns + 128
     scale = scales_of(tensors)
     scale = for_each(scale, patterns.shape)
-    points = table[torch.isfinite(table)].unique()
+    points = torch.unique(table[torch.isfinite(table)])
     ends = torch.tensor([[min(-1.0, float(points[0]))], [max(1.0, float(points[-1]))]]).double()
     if isinstance(scheme, Microscaling) and scheme.scale == "e8m0":
         ends = 2.0 ** (points[-1].log2().floor() + 1) * torch.tensor([[-1.0], [1.0]])

@@ -9,6 +9,9 @@ _CELLS = 1 << 12
 _APART = 4
 """Cells that lie between two borders at least, so that one comparison settles the rest."""
 
+_QUANTILES = 513
+_NOTHING = 1e-300
+
 
 def nearest(x: Tensor, levels: Tensor) -> Tensor:
     """Return the place of the nearest of `levels` for each value; halfway, of the lower one.
@@ -42,6 +45,34 @@ def nearest(x: Tensor, levels: Tensor) -> Tensor:
 def look_up(places: Tensor, levels: Tensor) -> Tensor:
     """Return the level at each of `places`, integers of any shape, in the dtype of `levels`."""
     return torch.index_select(levels, 0, places.flatten().to(torch.int32)).reshape(places.shape)
+
+
+def spread_levels(values: Tensor, count: int) -> Tensor:
+    """Return `count` levels as dense as the cube root of the density of `values`, one of them zero.
+
+    For many levels that is where the squared error is least; a fit begins there. Source: Panter and
+    Dite, "Quantization Distortion in Pulse-Count Modulation with Nonuniform Spacing of Levels",
+    Proceedings of the IRE 39 (1951).
+
+    Args:
+        values: float32 ``[n]``, at least one.
+        count: of levels.
+
+    Returns:
+        float32 ``[count]``, in ascending order.
+    """
+    chances = torch.linspace(0, 1, _QUANTILES, device=values.device)
+    ordered = values.sort().values
+    edges = ordered[(chances * (len(ordered) - 1)).round().to(torch.int64)].to(torch.float64)
+    # a quantile of width w has density 1 / w, and so w * (1 / w) ** (1 / 3) levels
+    reached = (edges[1:] - edges[:-1]).pow(2 / 3).cumsum(0)
+    wanted = (torch.arange(count, device=values.device) + 0.5) / count * reached[-1]
+    places = torch.searchsorted(reached, wanted).clamp_(max=len(reached) - 1)
+    before = torch.where(places > 0, reached[(places - 1).clamp(min=0)], 0.0)
+    share = (wanted - before) / (reached[places] - before).clamp(min=_NOTHING)
+    levels = edges[places] + share * (edges[places + 1] - edges[places])
+    levels[levels.abs().argmin()] = 0
+    return levels.sort().values.to(torch.float32)
 
 
 def fitted(values: Tensor, weights: Tensor, levels: Tensor, zero: int, steps: int) -> Tensor:

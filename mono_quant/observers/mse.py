@@ -74,8 +74,8 @@ class MSE(CountingObserver):
         best = torch.full_like(low, torch.inf, dtype=exact)
         best_factor = torch.ones_like(low)
         for factor in self._factors(scheme):
-            ends = ((end * factor).clamp_(-_LARGEST, _LARGEST) for end in (low, high))
-            qparams = scheme.calculate_qparams(*ends, block_size=block_size)
+            tried = ((end * factor).clamp_(-_LARGEST, _LARGEST) for end in (low, high))
+            qparams = scheme.calculate_qparams(*tried, block_size=block_size)
             missed = scheme.fake_quantize(x, qparams) - x
             error = block_sum(missed.to(exact).square_(), block_size)
             better = error < best

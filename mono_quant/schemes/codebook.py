@@ -13,7 +13,7 @@ from mono_quant.configurable import as_dtype, register
 from mono_quant.errors import ConfigurationError
 from mono_quant.numerics.blocks import block_range, to_blocks
 from mono_quant.numerics.granularity import Granularity, PerGroup, Shape
-from mono_quant.numerics.tables import fitted, nearest
+from mono_quant.numerics.tables import fitted, nearest, spread_levels
 from mono_quant.schemes.scaled import (
     Scaled,
     check_granularity,
@@ -208,20 +208,20 @@ class FittedCodebook(Scaled):
                 if all(map(torch.equal, before, ends)):
                     break
             scale = self.scales(held.calculate_qparams(*ends, block_size=block))
-            extra[_LEVELS] = self._fit(sample, scale, extra[_LEVELS])
+            some = (scale != 0).expand_as(sample)
+            if not bool(some.any()):
+                break
+            values = (sample / scale)[some]
+            weights = (scale / scale.abs().amax()).square().expand_as(sample)[some]
+            levels = extra[_LEVELS].to(torch.float32)
+            if not turn:
+                levels = spread_levels(values, 1 << self.bits)
+            levels = fitted(values, weights, levels, int(levels.abs().argmin()), _STEPS)
+            extra[_LEVELS] = levels.clamp(-1, 1).to(torch.float16)
         return extra
 
-    def _fit(self, sample: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
-        some = scale != 0
-        values = (sample / scale.masked_fill(~some, 1.0)).flatten()
-        weights = (scale / scale.abs().amax()).square().expand_as(sample).flatten()
-        if not bool(some.any()):
-            return levels
-        wide = levels.to(torch.float32)
-        return fitted(values, weights, wide, int(wide.abs().argmin()), _STEPS).to(torch.float16)
-
     def _shared_by(self, low: Tensor, high: Tensor) -> dict[str, Tensor]:
-        """Return what ranges alone tell: even levels, which a fit begins with."""
+        """Return what ranges alone tell: even levels."""
         half = 1 << self.bits - 1
         even = torch.arange(1 - half, half + 1, dtype=torch.float32, device=low.device) / half
         return {_LEVELS: even.to(torch.float16), **super()._shared_by(low, high)}

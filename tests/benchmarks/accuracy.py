@@ -139,17 +139,17 @@ NF4 = (  # in brackets bitsandbytes, whose scales are float32
 )
 CODEBOOKS = (
     *NF4,
-    *(_nf4(group, torch.float16, search) for search in (False, True) for group in (32, 64, 128)),
+    *(_nf4(group, torch.float16, True) for group in (32, 64, 128)),
     *(_nf4(group, _E4M3, True) for group in (8, 16, 32)),
-    *(_fitted(4, group, torch.float16, False) for group in (32, 64, 128)),
-    *(_fitted(4, group, torch.float16) for group in (16, 32, 64, 128)),
-    *(_fitted(4, group, _E4M3) for group in (8, 12, 16, 24, 32)),
-    *(_fitted(3, group, torch.float16) for group in (32, 64, 128)),
-    *(_fitted(3, group, _E4M3) for group in (8, 16, 32)),
-    *(_fitted(2, group, torch.float16) for group in (32, 64, 128)),
-    *(_fitted(2, group, _E4M3) for group in (8, 16, 32)),
+    _fitted(4, 32, torch.float16, False),
+    *(_fitted(4, group, torch.float16) for group in (32, 64, 128)),
+    *(_fitted(4, group, _E4M3) for group in (8, 16, 32)),
+    _fitted(3, 64, torch.float16),
+    *(_fitted(3, group, _E4M3) for group in (16, 32)),
+    _fitted(2, 64, torch.float16),
+    *(_fitted(2, group, _E4M3) for group in (16, 32)),
 )
-"""Lookup tables, and the finest groups that they come in."""
+"""Lookup tables, with ever finer groups."""
 
 FLOATS = (
     *(_block(Microscaling.mxfp4(), search) for search in (False, True)),

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from mono_quant import (
     Affine,
+    FittedCodebook,
     FloatCast,
+    Microscaling,
+    PerGroup,
     PerTensor,
     QTensor,
     QuantizedLayer,
@@ -34,6 +37,10 @@ MORE = {
     "float32 scales": Quantizer().bits(4).scale_dtype(torch.float32),
     "bfloat16 scales": Quantizer().scale_dtype(torch.bfloat16),
     "bfloat16": Quantizer().scheme(FloatCast(torch.bfloat16)),
+    "MXFP4": Quantizer().scheme(Microscaling.mxfp4()),
+    "MXFP8": Quantizer().scheme(Microscaling.mxfp8()),
+    "NVFP4": Quantizer().scheme(Microscaling.nvfp4()),
+    "fitted, 8-bit scales": Quantizer().scheme(FittedCodebook(4, PerGroup(8), torch.float8_e4m3fn)),
     "per tensor": Quantizer().scheme(Affine(6, symmetric=False, granularity=PerTensor())),
 }
 
