@@ -183,7 +183,8 @@ class FittedCodebook(Scaled):
     @property
     def extras(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
         """The table, and of 8-bit scales the global one."""
-        return {_LEVELS: ((1 << self.bits,), torch.float16), **super().extras}
+        # compilers cannot trace the super() of a property
+        return {_LEVELS: ((1 << self.bits,), torch.float16), **self._of_scales}
 
     def table(self, extra: Mapping[str, Tensor], device: torch.device) -> Tensor:
         """Return the fitted table."""

@@ -67,7 +67,7 @@ class Scaled(Scheme):
     @property
     def extras(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
         """Shape and dtype of what stands beside codes and scales, by name."""
-        return {_GLOBAL: ((1,), torch.float32)} if self.scale_dtype is _E4M3 else {}
+        return self._of_scales
 
     @abstractmethod
     def table(self, extra: Mapping[str, Tensor], device: torch.device) -> Tensor:
@@ -190,6 +190,10 @@ class Scaled(Scheme):
             if not bool(torch.isfinite(parts[name]).all()):
                 return f"{name} holds NaN or infinity"
         return None
+
+    @property
+    def _of_scales(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
+        return {_GLOBAL: ((1,), torch.float32)} if self.scale_dtype is _E4M3 else {}
 
     def _shared_by(self, low: Tensor, high: Tensor) -> dict[str, Tensor]:
         """Return what all blocks share, by their ranges alone."""
