@@ -107,7 +107,15 @@ try:
         LearnedRounding,
         RoundToNearest,
     )
-    from mono_quant.schemes import Affine, FloatCast
+    from mono_quant.schemes import (
+        Affine,
+        Codebook,
+        FittedCodebook,
+        Float8,
+        FloatCast,
+        Microscaling,
+        create_scheme,
+    )
     from mono_quant.serializers import SafetensorsSerializer, TorchSerializer, read_state_dict
     from mono_quant.settings import Activations
     from mono_quant.speed import LayerSpeed, Speed
@@ -137,6 +145,7 @@ __all__ = [
     "Change",
     "Checkpoint",
     "CheckpointError",
+    "Codebook",
     "Configurable",
     "ConfigurationError",
     "Container",
@@ -151,6 +160,8 @@ __all__ = [
     "Entropy",
     "EqualizeLayers",
     "FittedBlock",
+    "FittedCodebook",
+    "Float8",
     "FloatCast",
     "Flow",
     "FoldBatchNorm",
@@ -174,6 +185,7 @@ __all__ = [
     "LearnedRounding",
     "LinearLikeQuantizer",
     "LinearQuantizer",
+    "Microscaling",
     "MinMax",
     "MonoQuantError",
     "MovingAverage",
@@ -216,6 +228,7 @@ __all__ = [
     "WeightView",
     "__version__",
     "create_observer",
+    "create_scheme",
     "dequantize_model",
     "dynamic_quantize",
     "integer_flow",

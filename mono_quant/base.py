@@ -20,7 +20,7 @@ seen as a stack of matrices ``[G, out, in]`` in float32 (see `Layout`).
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Generic, Protocol, TypeVar, cast, final
 
@@ -50,6 +50,11 @@ class Scheme(Configurable, ABC):
     """
 
     __slots__ = ()
+    decodes_rows: ClassVar[bool] = False
+    """Whether `dequantize` takes some rows of a stack alone, as `QTensor.rows` gives them.
+
+    Kernels then never decode a whole weight at once.
+    """
 
     @property
     @abstractmethod
@@ -69,6 +74,14 @@ class Scheme(Configurable, ABC):
     @property
     def step(self) -> float:
         """The mean distance of neighbouring grid points, for a scale of one."""
+        return 1.0
+
+    @property
+    def headroom(self) -> float:
+        """By what factor a range may pay to reach beyond the extremes of its block; 1 if by none.
+
+        Coarse scales, and levels far apart, may serve a block better from a little further away.
+        """
         return 1.0
 
     @final
@@ -130,6 +143,17 @@ class Scheme(Configurable, ABC):
         low, high = observer.range_of(x, self, block_size)
         return self.calculate_qparams(low, high, block_size=block_size)
 
+    def holding(self, extra: Mapping[str, Tensor]) -> "Scheme":
+        """Return this grid with what it takes from a whole tensor given, for ranges of parts of it.
+
+        Itself by default. A scheme whose `choose_qparams` finds something for the whole tensor (a
+        table, a global scale) returns one whose `calculate_qparams` goes by `extra` instead.
+
+        Args:
+            extra: of the tensor's `QParams`.
+        """
+        return self
+
     def dynamic_qparams(self, x: Tensor) -> QParams:
         """Return parameters that cover the values of `x`, an activation as it comes.
 
@@ -140,20 +164,42 @@ class Scheme(Configurable, ABC):
         low, high = block_range(x, block_size)
         return self.calculate_qparams(low, high, block_size=block_size)
 
-    def rescaled(self, qparams: QParams, scale: Tensor) -> QParams | None:
-        """Return `qparams` with other scales, as this grid stores them; None where it has none.
+    def scales(self, qparams: QParams) -> Tensor | None:
+        """Return what the levels of `qparams` are multiplied by, float32, one per block.
 
-        Only for grids whose values are their scale times a level that is the code's alone.
+        None, the default, where values are not scales times levels that are the code's alone.
+        """
+        return None
+
+    def rescaled(self, qparams: QParams, scales: Tensor) -> QParams:
+        """Return `qparams` with other scales, as near as this grid can store them.
+
+        Asked for only where `scales` returns some.
 
         Args:
             qparams: whose zero points and the rest stay.
-            scale: float32, positive, shaped like that of `qparams`.
+            scales: float32, shaped like what `scales` returned.
         """
-        return None
+        return qparams
 
     def refuse(self, shape: Shape) -> str | None:
         """Return why a stack of `shape` cannot be quantized by this scheme, or None."""
         return self.granularity.refuse(shape)
+
+    def refuse_parts(self, parts: Mapping[str, Tensor], shape: Shape) -> str | None:
+        """Return why this scheme cannot have written the tensors of a file, or None.
+
+        Shapes of codes, scales and zero points are checked already. By default scales are floats,
+        and whatever else there is passes.
+
+        Args:
+            parts: all tensors of one weight, by name.
+            shape: of the stack.
+        """
+        scale = parts.get("scale")
+        if scale is not None and not scale.dtype.is_floating_point:
+            return f"scale is of {scale.dtype}"
+        return None
 
     def describe(self) -> str:
         """Return the scheme in a few words, for reports."""
@@ -244,6 +290,18 @@ class PackedTensor:
         """Return the weight in its native shape, in `dtype` or that of the float weight."""
         values = self.scheme.dequantize(self.unpack())
         return self.layout.to_native(values).to(dtype or self.dtype)
+
+    def part(self, rows: slice) -> QTensor:
+        """Return some neighbouring rows of each matrix, ``[G, n, in]``, unpacked.
+
+        Of a scheme that `decodes_rows`, with a scale for the whole tensor or for parts of a row.
+        """
+        codes = _unpack_codes(self.tensors["codes"][:, rows], self.scheme, self.layout.stack[-1])
+        qparams = self._qparams(self.block_size)
+        if not qparams.by_rows:  # one scale for all
+            qparams = replace(qparams, block_size=tuple(codes.shape))
+            return QTensor(codes, qparams, self.dtype)
+        return QTensor(codes, qparams.rows(rows), self.dtype)
 
     def rows(self, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return rows of a single matrix, ``[*indices.shape, in]``, without decoding the others."""

@@ -6,7 +6,7 @@ weights are computed in float64 from codes, scales and zero points as a file hol
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, TypeVar
 
 import attrs
@@ -18,9 +18,14 @@ from torch.nn.utils import parametrize
 from mono_quant import (
     Affine,
     Change,
+    Codebook,
+    FittedCodebook,
+    Float8,
     FloatCast,
     LayerReport,
+    Microscaling,
     PackedTensor,
+    PerChannel,
     QParams,
     QuantizedModule,
     Quantizer,
@@ -33,6 +38,7 @@ from mono_quant.base import WITHOUT_DATA
 from mono_quant.configurable import register
 from mono_quant.numerics.blocks import block_range
 from mono_quant.numerics.granularity import Shape
+from mono_quant.schemes.codebook import NF4
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -54,8 +60,15 @@ GRIDS = {
     "4-bit, float zero points": Quantizer().bits(4).float_zero_point(),
     "3-bit": Quantizer().bits(3),
     "16-bit": Quantizer().bits(16),
+    "NF4": Quantizer().scheme(Codebook.nf4(PerChannel())),
+    "NF4, 8-bit scales": Quantizer().scheme(Codebook.nf4(PerChannel(), torch.float8_e4m3fn)),
+    "fitted": Quantizer().scheme(FittedCodebook(3, PerChannel())),
+    "fp8": Quantizer().scheme(Float8()),
 }
-"""A grid of each kind: symmetric, asymmetric, packed, straddling bytes, and none at all."""
+"""A grid of each kind: symmetric, asymmetric, packed, straddling bytes, none at all, and tables."""
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""The magnitudes of e2m1, as table 5 of the OCP Microscaling specification 1.0 lists them."""
 
 
 def quantized(model: ModelT, quantizer: Quantizer | None = None) -> ModelT:
@@ -80,7 +93,8 @@ def stack_and_step(packed: PackedTensor, length: int) -> tuple[Tensor, Tensor]:
         values = tensors["codes"].to(torch.float64)
         limits = torch.finfo(scheme.dtype)
         return values, values.abs().clamp(min=limits.smallest_normal) * limits.eps
-    assert isinstance(scheme, Affine)
+    if not isinstance(scheme, Affine):
+        return levels_and_gaps(packed, length)
     scale = tensors["scale"].to(torch.float64)
     codes = unpacked(tensors["codes"], scheme.bits, length)
     zero = torch.full(scale.shape, 1 << scheme.bits - 1 if scheme.bits < 8 else 0)
@@ -90,6 +104,64 @@ def stack_and_step(packed: PackedTensor, length: int) -> tuple[Tensor, Tensor]:
         zero = unpacked(tensors["zero_point"], scheme.bits, scale.numel()).reshape(scale.shape)
     scale, zero = for_each(scale, codes.shape), for_each(zero, codes.shape)
     return (codes - zero) * scale, scale
+
+
+def levels_and_gaps(packed: PackedTensor, length: int) -> tuple[Tensor, Tensor]:
+    """Return the values of a weight whose codes look levels up, and the widest gap at each.
+
+    Beyond the last level, the gap is twice what is left to the end of the range: so far may a
+    value lie from it.
+    """
+    tensors, scheme = packed.tensors, packed.scheme
+    table = table_of(scheme, tensors)
+    bits = scheme.code_bits
+    assert bits is not None
+    patterns = unpacked(tensors["codes"], bits, length)
+    if bits == 8:  # signed bytes, of counted codes less 128
+        patterns = patterns % 256 if scheme.code_min else patterns + 128
+    scale = scales_of(tensors)
+    scale = for_each(scale, patterns.shape)
+    points = torch.unique(table[torch.isfinite(table)])
+    ends = torch.tensor([[min(-1.0, float(points[0]))], [max(1.0, float(points[-1]))]]).double()
+    if isinstance(scheme, Microscaling) and scheme.scale == "e8m0":
+        ends = 2.0 ** (points[-1].log2().floor() + 1) * torch.tensor([[-1.0], [1.0]])
+    around = torch.cat([2 * ends[0] - points[:1], points, 2 * ends[1] - points[-1:]])
+    gaps = torch.maximum(around[1:-1] - around[:-2], around[2:] - around[1:-1])
+    values = table[patterns]
+    return rounded(values * scale), gaps[torch.searchsorted(points, values)] * scale.abs()
+
+
+def table_of(scheme: Scheme, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the level of each pattern of bits in float64, as specifications and torch have it."""
+    if isinstance(scheme, FittedCodebook):
+        return tensors["levels"].to(torch.float64)
+    if isinstance(scheme, Codebook):
+        assert scheme.levels == "nf4"
+        return torch.tensor(NF4, dtype=torch.float64)
+    every = torch.arange(256).to(torch.uint8)
+    if isinstance(scheme, Float8):
+        return every.view(scheme.dtype).to(torch.float64)
+    assert isinstance(scheme, Microscaling)
+    if scheme.element == "e2m1":
+        magnitudes = torch.tensor(E2M1, dtype=torch.float64)
+        return torch.cat([magnitudes, -magnitudes])
+    return every.view({"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[scheme.element]).to(
+        torch.float64
+    )
+
+
+def scales_of(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the scales of a weight whose codes look levels up."""
+    scale = tensors["scale"]
+    if scale.dtype == torch.uint8:  # e8m0
+        return 2.0 ** (scale.to(torch.float64) - 127)
+    whole = tensors.get("global_scale", torch.ones(1)).to(torch.float64)
+    return rounded(scale.to(torch.float64) * whole)
+
+
+def rounded(product: Tensor) -> Tensor:
+    """Return exact products of two float32 values as float32 has them, in float64."""
+    return product.to(torch.float32).to(torch.float64)
 
 
 def native(stack: Tensor, source: nn.Module, shape: torch.Size) -> Tensor:

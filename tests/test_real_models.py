@@ -24,7 +24,6 @@ from tests.benchmarks.minilm import (
     in_blocks,
     linears,
     original,
-    payload,
     reference,
 )
 from tests.benchmarks.models import WIDTHS, quantized, real_model
@@ -101,7 +100,7 @@ def test_int8_is_where_the_formula_puts_it() -> None:
 
 @pytest.mark.parametrize("setting", [*INT4, INT8], ids=lambda setting: setting.title)
 def test_a_file_holds_codes_scales_and_little_else(setting: Setting) -> None:
-    expected = payload(setting.bits, setting.group, setting.symmetric)
+    expected = setting.payload
     assert encoder(setting).report.bytes == expected
     found = filed(encoder(setting))
     assert expected < found.bytes < expected * (1 + FILE_TOLERANCE)

@@ -163,7 +163,12 @@ def _add_grid(grid: _ArgumentGroup) -> None:
         const=True,
         help="zero points are floats in the dtype of the scales, as --rounding hqq wants them",
     )
-    grid.add_argument("--scheme", metavar="STRATEGY", help="a whole grid in place of the above")
+    grid.add_argument(
+        "--scheme",
+        metavar="STRATEGY",
+        help="a whole grid in place of the above: nf4, fp8, mxfp4, nvfp4, fitted_codebook:bits=3, "
+        "nf4:group_size=32, ...",
+    )
     grid.add_argument(
         "--observer", metavar="STRATEGY", help="how ranges are found: minmax, mse, auto, ..."
     )

@@ -23,6 +23,7 @@ from mono_quant.errors import ConfigurationError, UnknownKindError
 from mono_quant.numerics.granularity import Granularity
 from mono_quant.observers import create_observer
 from mono_quant.quantizer import Quantizer
+from mono_quant.schemes import create_scheme
 from mono_quant.selection import Selector
 
 StrategyT = TypeVar("StrategyT", bound=Configurable)
@@ -54,7 +55,7 @@ def build_quantizer(options: QuantizeOptions) -> Quantizer:
     if options.bits is not None:
         quantizer = quantizer.bits(options.bits)
     if options.scheme is not None:
-        quantizer = quantizer.scheme(_strategy(Scheme.from_config, Scheme, options.scheme))
+        quantizer = quantizer.scheme(_scheme(options.scheme))
     if options.symmetric is not None:
         quantizer = quantizer.symmetric(options.symmetric)
     if options.granularity is not None:
@@ -154,7 +155,25 @@ def _described(text: str) -> Config:
     return {**_pairs(rest), "kind": kind}
 
 
+def _scheme(text: str) -> Scheme:
+    kind, simple = _simply(text)
+    if kind is None:
+        return _strategy(Scheme.from_config, Scheme, text)
+    group = simple.pop("group_size", None)
+    if group is not None and (isinstance(group, bool) or not isinstance(group, int)):
+        raise ConfigurationError(f"group_size is a whole number, not {group!r}")
+    return create_scheme(kind, group_size=group, **simple)
+
+
 def _observer(text: str) -> RangeEstimator:
+    kind, simple = _simply(text)
+    if kind is None:
+        return _strategy(RangeEstimator.from_config, RangeEstimator, text)
+    return create_observer(kind, **simple)
+
+
+def _simply(text: str) -> tuple[str | None, dict[str, Scalar]]:
+    """Return the name of a strategy and its fields; None for a name where one is no scalar."""
     config = _described(text)
     kind = config.get("kind")
     simple: dict[str, Scalar] = {
@@ -162,9 +181,8 @@ def _observer(text: str) -> RangeEstimator:
         for name, value in config.items()
         if name != "kind" and (value is None or isinstance(value, str | int | float))
     }
-    if isinstance(kind, str) and len(simple) == len(config) - 1:
-        return create_observer(kind, **simple)
-    return _strategy(RangeEstimator.from_config, RangeEstimator, text)
+    is_simple = isinstance(kind, str) and len(simple) == len(config) - 1
+    return (str(kind) if is_simple else None), simple
 
 
 def _rounding(text: str) -> Rounding:
@@ -207,7 +225,7 @@ def _override(quantizer: Quantizer, text: str) -> Quantizer:
         group_size=_whole(said, "group_size", text),
         scale_dtype=as_dtype(named["scale_dtype"]) if "scale_dtype" in said else None,
         float_zero_point=_truth(said, "float_zero_point", text),
-        scheme=_strategy(Scheme.from_config, Scheme, named["scheme"]) if "scheme" in said else None,
+        scheme=_scheme(named["scheme"]) if "scheme" in said else None,
         observer=_observer(named["observer"]) if "observer" in said else None,
         rounding=_rounding(named["rounding"]) if "rounding" in said else None,
         activations=named.get("activations"),

@@ -25,14 +25,14 @@ class Blocks:
     name = "blocks"
 
     def supports(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Return why it cannot: affine grids and casts on a CPU are what it can."""
+        """Return why it cannot: what decodes rows by themselves, on a CPU, is what it can."""
         if reason := refuse(spec, device, dtype):
             return reason
         scheme = spec.scheme
         if type(scheme) is FloatCast:
             return None
-        if type(scheme) is not Affine:
-            return f"the weight is {scheme.describe()}"
+        if type(scheme) is not Affine and not scheme.decodes_rows:
+            return f"the weight is {scheme.describe()}, which is decoded whole"
         if type(scheme.granularity) not in (PerTensor, PerChannel, PerGroup):
             return f"the weight's scales are {scheme.granularity.describe()}"
         return None
@@ -45,16 +45,28 @@ class Blocks:
         rows = flat(x, length)
         if spec.activation is not None:
             rows = spec.activation.fake_quantize(rows)
+        size = _BLOCK if rows.shape[0] < _BATCH else _LARGE_BLOCK
+        at_once = min(count, max(1, size // length))
+        out = rows.new_empty(rows.shape[0], count)
+        if isinstance(weight.scheme, Affine | FloatCast):
+            self._decoded(rows, weight, at_once, out)
+        else:
+            for start in range(0, count, at_once):
+                part = slice(start, start + at_once)
+                block = weight.scheme.dequantize(weight.part(part))[0]
+                torch.mm(rows, block.t(), out=out[:, part])
+        return shaped(out, bias, x)
+
+    def _decoded(self, rows: Tensor, weight: PackedTensor, at_once: int, out: Tensor) -> None:
+        """Write the product of ``rows [M, in]`` with an affine grid or a cast, ``[M, out]``."""
+        length, count = rows.shape[1], out.shape[1]
         decoder = _Decoder.of(weight, length)
         rows = decoder.ordered(rows)
         sums = rows.view(len(rows), decoder.runs, length // decoder.runs).sum(-1)
-        size = _BLOCK if rows.shape[0] < _BATCH else _LARGE_BLOCK
-        buffer = rows.new_empty(min(count, max(1, size // length)), length)
-        out = rows.new_empty(rows.shape[0], count)
-        for start in range(0, count, len(buffer)):
-            stop = min(start + len(buffer), count)
+        buffer = rows.new_empty(at_once, length)
+        for start in range(0, count, at_once):
+            stop = min(start + at_once, count)
             decoder.product(rows, sums, buffer[: stop - start], start, out[:, start:stop])
-        return shaped(out, bias, x)
 
 
 @attrs.frozen(eq=False)

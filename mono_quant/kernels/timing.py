@@ -16,7 +16,7 @@ from mono_quant.numerics.granularity import Shape
 from mono_quant.numerics.packing import packed_length
 from mono_quant.operations import Convolution
 from mono_quant.recurrence import Recurrence
-from mono_quant.schemes import Affine
+from mono_quant.schemes import Affine, FloatCast
 
 LARGEST_BATCH = 512
 """Batches beyond this are served as this one is."""
@@ -39,7 +39,7 @@ def fastest(kernels: Sequence[Kernel], spec: KernelSpec, dtype: torch.dtype, row
 
     Args:
         kernels: with names of their own; at least one.
-        spec: of an `Affine` or cast weight.
+        spec: of what they do.
         dtype: of the inputs.
         rows: how many inputs the weight meets at once.
     """
@@ -106,10 +106,16 @@ def _made_up(spec: KernelSpec) -> PackedTensor:
     """Return a weight of the shape and scheme of `spec`, of codes that mean nothing."""
     groups, count, length = stack = spec.layout.stack
     scheme = spec.scheme
-    if not isinstance(scheme, Affine):
-        codes = torch.zeros(stack, dtype=getattr(scheme, "dtype", torch.float16))
+    if isinstance(scheme, FloatCast):
+        codes = torch.zeros(stack, dtype=scheme.dtype)
         return PackedTensor({"codes": codes}, scheme, spec.layout, torch.float32)
-    scales = block_counts(stack, scheme.granularity.block_size(stack))
+    block_size = scheme.granularity.block_size(stack)
+    scales = block_counts(stack, block_size)
+    if not isinstance(scheme, Affine):
+        high = torch.ones(scales)
+        qparams = scheme.calculate_qparams(-high, high, block_size=block_size)
+        q = scheme.quantize(torch.zeros(stack), qparams)
+        return PackedTensor.pack(q, scheme, spec.layout, torch.float32)
     places = (groups, count, packed_length(length, scheme.bits))
     codes = torch.full(places, 65, dtype=scheme.stored_dtype)
     tensors = {"codes": codes, "scale": torch.ones(scales, dtype=scheme.scale_dtype)}

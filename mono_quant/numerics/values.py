@@ -28,7 +28,8 @@ class QParams:
         zero_point: the code that means zero (an integer tensor shaped like `scale`), or a float in
             the scale's dtype, or None for a symmetric grid.
         block_size: the block of values that shares one scale, a size per dimension.
-        extra: what else a scheme needs, by name (a codebook, a global scale).
+        extra: what else a scheme needs, by name: of the whole tensor where it is a vector or a
+            single value (a codebook, a global scale).
     """
 
     scale: Tensor | None
@@ -38,14 +39,18 @@ class QParams:
 
     @property
     def by_rows(self) -> bool:
-        """Whether no two rows of a stack ``[G, out, in]`` share a parameter."""
-        return not self.extra and (self.scale is None or self.block_size[:2] == (1, 1))
+        """Whether no two rows of a stack ``[G, out, in]`` share a scale.
+
+        What `extra` has beside vectors, of the whole tensor, might be of rows in a way of its own.
+        """
+        vectors = all(tensor.dim() < 2 for tensor in self.extra.values())
+        return vectors and (self.scale is None or self.block_size[:2] == (1, 1))
 
     def rows(self, part: slice) -> "QParams":
         """Return the parameters of some rows of a stack, where they are `by_rows`."""
         scale = self.scale[:, part] if self.scale is not None else None
         zero_point = self.zero_point[:, part] if self.zero_point is not None else None
-        return QParams(scale, zero_point, self.block_size)
+        return QParams(scale, zero_point, self.block_size, self.extra)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

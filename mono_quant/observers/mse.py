@@ -18,6 +18,8 @@ from mono_quant.observers.search import least_squared_error
 _SMALL, _LARGE = 1e-12, 1e15
 """Beyond these, squares of errors are not summed in float32, which has none below 1e-38."""
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 @register
 @attrs.frozen
@@ -26,7 +28,8 @@ class MSE(CountingObserver):
 
     Both ends of a weight's block shrink by one factor. Every factor of an even grid from 1 down to
     `smallest` is tried on the very scheme that will be used, and the first of equals wins, so the
-    error never exceeds that of min-max.
+    error never exceeds that of min-max. Where a scheme says that a range may pay to reach further
+    (`Scheme.headroom`), a quarter as many factors from 1 up to that are tried too.
 
     Attributes:
         steps: how many factors are tried, the unshrunk range included.
@@ -70,12 +73,19 @@ class MSE(CountingObserver):
         exact = torch.float64 if bool(extreme.any()) else torch.float32
         best = torch.full_like(low, torch.inf, dtype=exact)
         best_factor = torch.ones_like(low)
-        for step in range(self.steps):
-            factor = 1 - (1 - self.smallest) * step / (self.steps - 1)
-            qparams = scheme.calculate_qparams(low * factor, high * factor, block_size=block_size)
+        for factor in self._factors(scheme):
+            tried = ((end * factor).clamp_(-_LARGEST, _LARGEST) for end in (low, high))
+            qparams = scheme.calculate_qparams(*tried, block_size=block_size)
             missed = scheme.fake_quantize(x, qparams) - x
             error = block_sum(missed.to(exact).square_(), block_size)
             better = error < best
             best = torch.where(better, error, best)
             best_factor = torch.where(better, factor, best_factor)
         return low * best_factor, high * best_factor
+
+    def _factors(self, scheme: Scheme) -> list[float]:
+        shrunk = [1 - (1 - self.smallest) * step / (self.steps - 1) for step in range(self.steps)]
+        if scheme.headroom == 1:
+            return shrunk
+        count = max(1, self.steps // 4)
+        return shrunk + [1 + (scheme.headroom - 1) * (step + 1) / count for step in range(count)]

@@ -183,7 +183,7 @@ def rounded(
     scheme = recipe.grid.scheme
     error = WeightError.of(stack, q, scheme)
     why = (
-        recipe.grid.observer.remark(stack, scheme, q.qparams)
+        recipe.grid.observer.remark(stack, scheme.holding(q.qparams.extra), q.qparams)
         if q.qparams.scale is not None
         else None
     )

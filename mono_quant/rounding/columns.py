@@ -21,14 +21,19 @@ def columns_of(qparams: QParams, order: Tensor) -> list[QParams]:
             return [None] * count
         if parts.shape[2] == 1:
             return [parts] * count
-        each = parts.repeat_interleave(matrices, dim=0)
+        each = as_bytes(parts).repeat_interleave(matrices, dim=0)
         places = torch.div(order, length, rounding_mode="floor").unsqueeze(1)
         found = each.gather(2, places.expand(-1, each.shape[1], -1))
-        return list(found.permute(2, 0, 1).contiguous().unsqueeze(3).unbind())
+        return list(found.permute(2, 0, 1).contiguous().unsqueeze(3).view(parts.dtype).unbind())
 
-    scale = qparams.scale
-    if scale is not None and scale.shape[2] > 1:
+    scales, zero_points = taken(qparams.scale), taken(qparams.zero_point)
+    if qparams.scale is not None and qparams.scale.shape[2] > 1:
         matrices = 1
     block = (matrices, rows, 1)
-    pairs = zip(taken(qparams.scale), taken(qparams.zero_point), strict=True)
+    pairs = zip(scales, zero_points, strict=True)
     return [QParams(scale, zero_point, block, qparams.extra) for scale, zero_point in pairs]
+
+
+def as_bytes(parts: Tensor) -> Tensor:
+    """Return floats of 8 bits as bytes, which torch can move about, and all else as it is."""
+    return parts.view(torch.uint8) if parts.element_size() == 1 else parts

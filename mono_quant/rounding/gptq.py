@@ -11,7 +11,7 @@ from mono_quant.base import AnyStatistic, Grid, Rounding, Scheme, Statistics
 from mono_quant.configurable import register
 from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.numerics.values import QParams, QTensor
-from mono_quant.rounding.columns import columns_of
+from mono_quant.rounding.columns import as_bytes, columns_of
 from mono_quant.rounding.hessian import Factor, Hessian, HessianState
 from mono_quant.rounding.scales import fit_scales
 
@@ -119,13 +119,19 @@ def _better(
     """
     errors = [output_error(weight, scheme.dequantize(q), state) for q in (one, other)]
     worse = (errors[0] > errors[1]).unsqueeze(2)
-    codes = torch.where(worse, other.codes, one.codes)
+    codes = _chosen(worse, other.codes, one.codes)
     left, right = one.qparams.scale, other.qparams.scale
     if left is right or left is None or right is None:
         return QTensor(codes, one.qparams, one.dtype)
-    wide = torch.promote_types(left.dtype, right.dtype)
-    scale = torch.where(worse, right.to(wide), left.to(wide))
-    return QTensor(codes, replace(one.qparams, scale=scale), one.dtype)
+    qparams = replace(one.qparams, scale=_chosen(worse, right, left))
+    return QTensor(codes, qparams, one.dtype)
+
+
+def _chosen(where: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Return rows of one tensor where so, and of another elsewhere."""
+    wide = one.dtype if one.dtype == other.dtype else torch.promote_types(one.dtype, other.dtype)
+    found = torch.where(where, as_bytes(one.to(wide)), as_bytes(other.to(wide)))
+    return found.view(wide)
 
 
 def _compensated(

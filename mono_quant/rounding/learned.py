@@ -27,6 +27,7 @@ from mono_quant.numerics.blocks import meet
 from mono_quant.numerics.nested import tensors_in
 from mono_quant.numerics.values import QTensor
 from mono_quant.rounding.gptq import GPTQ
+from mono_quant.rounding.scales import levels_of
 
 _BETAS = (0.9, 0.95)
 _NEAR = 0.45
@@ -248,12 +249,8 @@ class _LearnedWeight:
         """Begin with what another rounding returns."""
         self._scheme, self._layout, self._wanted = weight.grid.scheme, weight.layout, weight.stack
         self._q = start.round(weight.stack, weight.grid, weight.statistics)
-        qparams = self._q.qparams
-        self._scale = qparams.scale.to(torch.float32) if qparams.scale is not None else None
-        self._unit = None
-        if self._scale is not None:
-            self._unit = self._scheme.rescaled(qparams, torch.ones_like(self._scale))
-        self.scales = self._unit is not None
+        self._scale = self._scheme.scales(self._q.qparams)
+        self.scales = self._scale is not None
         self.stretch = torch.zeros(()) if self._scale is None else torch.zeros_like(self._scale)
         self.moved = torch.zeros(())
         self._values: Tensor | None = None
@@ -270,13 +267,13 @@ class _LearnedWeight:
     def native(self) -> Tensor:
         """Return the weight on its grid, as its layer holds it, with gradients."""
         q = self.rounded()
-        if self._unit is None or self._scale is None:
-            values = self._scheme.dequantize(q)
-        else:
-            levels = self._scheme.dequantize(QTensor(q.codes, self._unit, q.dtype))
-            scale = self._scale * (1 + self.stretch)
-            blocks, scale = meet(levels, q.qparams.block_size, scale)
-            values = (blocks * scale).reshape(levels.shape)
+        values = self._scheme.dequantize(q)
+        stored = self._scheme.scales(q.qparams)
+        if self._scale is not None and stored is not None:
+            levels = levels_of(self._scheme, q, stored)
+            blocks, scale = meet(levels, q.qparams.block_size, self._scale * (1 + self.stretch))
+            grown = (blocks * scale).reshape(values.shape)
+            values = values + (grown - grown.detach())  # its gradient alone
         passed = values + (self.moved - self.moved.detach())  # its gradient alone
         return self._layout.to_native(passed)
 
@@ -284,9 +281,8 @@ class _LearnedWeight:
     def rounded(self) -> QTensor:
         """Return the weight on its grid."""
         qparams = self._q.qparams
-        if self._unit is not None and self._scale is not None:
-            found = self._scheme.rescaled(qparams, self._scale * (1 + self.stretch))
-            qparams = found if found is not None else qparams
+        if self._scale is not None:
+            qparams = self._scheme.rescaled(qparams, self._scale * (1 + self.stretch))
         if self._values is None:
             return QTensor(self._q.codes, qparams, self._q.dtype)
         moved = self.moved.clamp_(-1, 1)
@@ -295,9 +291,9 @@ class _LearnedWeight:
     def fix(self, q: QTensor) -> None:
         """Be this weight from now on."""
         self._q, self._values, self.moved = q, None, torch.zeros(())
-        if self._scale is not None and q.qparams.scale is not None:
+        if self._scale is not None:
             self.stretch = torch.zeros_like(self._scale)
-            self._scale = q.qparams.scale.to(torch.float32)
+            self._scale = self._scheme.scales(q.qparams)
 
     def _step_size(self, values: Tensor) -> Tensor:
         """Return the distance of neighbouring grid points, to meet ``[G, out, in]``."""

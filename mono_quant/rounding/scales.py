@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from mono_quant.base import Scheme
+from mono_quant.numerics.blocks import meet
 from mono_quant.numerics.values import QTensor
 
 _AT_ONCE = 1 << 22
@@ -28,25 +29,29 @@ def fit_scales(weight: Tensor, scheme: Scheme, q: QTensor, moments: Tensor) -> Q
         q: the weight on it.
         moments: second moments of inputs, ``[G, in, in]``.
     """
-    scale = q.qparams.scale
-    if scale is None or q.qparams.block_size[:2] != (1, 1):
+    before = scheme.scales(q.qparams)
+    if before is None or q.qparams.block_size[:2] != (1, 1):
         return None
-    unit = scheme.rescaled(q.qparams, torch.ones_like(scale, dtype=torch.float32))
-    if unit is None:
-        return None
-    levels = scheme.dequantize(QTensor(q.codes, unit, q.dtype))
-    before = scale.to(torch.float32)
+    levels = levels_of(scheme, q, before)
     wanted = torch.empty_like(before)
-    at_once = max(1, _AT_ONCE // scale.shape[2] ** 2)
+    at_once = max(1, _AT_ONCE // before.shape[2] ** 2)
     for place in range(weight.shape[0]):
         for start in range(0, weight.shape[1], at_once):
             rows = slice(start, start + at_once)
             wanted[place, rows] = _solved(
                 weight[place, rows], levels[place, rows], before[place, rows], moments[place]
             )
-    fits = (wanted > before / _REACH) & (wanted < before * _REACH)
+    grown = wanted / before  # NaN where a scale is zero
+    fits = (grown > 1 / _REACH) & (grown < _REACH)
     found = scheme.rescaled(q.qparams, torch.where(fits, wanted, before))
-    return QTensor(q.codes, found, q.dtype) if found is not None else None
+    return QTensor(q.codes, found, q.dtype)
+
+
+def levels_of(scheme: Scheme, q: QTensor, scales: Tensor) -> Tensor:
+    """Return what the scales multiply, shaped like the codes; zeros where a scale is zero."""
+    values, scales = meet(scheme.dequantize(q), q.qparams.block_size, scales)
+    levels = (values / scales).masked_fill_(scales == 0, 0.0)
+    return levels.reshape(q.codes.shape)
 
 
 def _solved(weight: Tensor, levels: Tensor, before: Tensor, moments: Tensor) -> Tensor:

@@ -1,6 +1,18 @@
 """Grids of values."""
 
 from mono_quant.schemes.affine import Affine
+from mono_quant.schemes.codebook import Codebook, FittedCodebook
+from mono_quant.schemes.create import create_scheme
+from mono_quant.schemes.float8 import Float8
 from mono_quant.schemes.float_cast import FloatCast
+from mono_quant.schemes.microscaling import Microscaling
 
-__all__ = ["Affine", "FloatCast"]
+__all__ = [
+    "Affine",
+    "Codebook",
+    "FittedCodebook",
+    "Float8",
+    "FloatCast",
+    "Microscaling",
+    "create_scheme",
+]

@@ -13,6 +13,7 @@ from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.numerics.blocks import AT_ONCE, block_counts, block_range, meet
 from mono_quant.numerics.granularity import Granularity, PerChannel, Shape
 from mono_quant.numerics.packing import packed_length
+from mono_quant.numerics.scales import stored_scale
 from mono_quant.numerics.values import QParams, QTensor
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -172,15 +173,25 @@ class Affine(Scheme):
             steps = self.quant_max - self.quant_min
             scale = (high * 0.5).sub_(low, alpha=0.5).div_(steps / 2)  # halves do not overflow
         empty = scale == 0
-        scale = self._store(scale.clamp_(min=_TINY).masked_fill_(empty, 1.0))
+        scale = scale.clamp_(min=_TINY).masked_fill_(empty, 1.0)
+        scale = stored_scale(scale, self.scale_dtype, self._eighth)
         if self.symmetric:
             return QParams(scale, None, block_size)
         zero_point = low.div_(scale).neg_().add_(self.quant_min)
         return QParams(scale, self.hold_zero_point(zero_point, scale), block_size)
 
-    def rescaled(self, qparams: QParams, scale: Tensor) -> QParams:
+    def scales(self, qparams: QParams) -> Tensor | None:
+        """Return the scales in float32."""
+        return qparams.scale.to(torch.float32) if qparams.scale is not None else None
+
+    def rescaled(self, qparams: QParams, scales: Tensor) -> QParams:
         """Return the parameters with other scales, as this grid stores them."""
-        return replace(qparams, scale=self._store(scale))
+        return replace(qparams, scale=stored_scale(scales, self.scale_dtype, self._eighth))
+
+    @property
+    def _eighth(self) -> float:
+        """An eighth of a step, as a share of the whole range."""
+        return 1 / (8 * (self.quant_max - self.quant_min))
 
     def quantize(self, x: Tensor, qparams: QParams) -> QTensor:
         """Return the nearest code of each value: ``clamp(round(x / scale + zero_point))``.
@@ -257,12 +268,3 @@ class Affine(Scheme):
             raise InputError("Affine needs a scale, but these qparams have none")
         parts = [qparams.scale, qparams.zero_point]
         return tuple(part.to(torch.float32) for part in parts if part is not None)
-
-    def _store(self, scale: Tensor) -> Tensor:
-        if self.scale_dtype == scale.dtype:
-            return scale
-        stored = scale.to(self.scale_dtype)
-        error = (stored.to(torch.float32) - scale).abs()
-        steps = self.quant_max - self.quant_min
-        allowed = max(torch.finfo(self.scale_dtype).eps, 1 / (8 * steps))
-        return stored if bool((error <= scale * allowed).all()) else scale

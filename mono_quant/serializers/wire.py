@@ -288,7 +288,7 @@ def _check_shapes(key: str, packed: PackedTensor) -> None:
     expected: dict[str, tuple[int, ...]] = {"codes": (*rows, columns)}
     floating = {"codes": bits is None}
     if "scale" in tensors:
-        expected["scale"], floating["scale"] = counts, True
+        expected["scale"] = counts
     if "zero_point" in tensors:
         expected["zero_point"] = counts
         floating["zero_point"] = tensors["zero_point"].is_floating_point()
@@ -305,8 +305,13 @@ def _check_shapes(key: str, packed: PackedTensor) -> None:
                 f"{name} of {key!r} is {found}, where {shape} was expected"
             )
         dtype = tensors[name].dtype
-        if not (dtype.is_floating_point if floating[name] else dtype == scheme.stored_dtype):
+        is_float = floating.get(name)  # of scales, the scheme knows
+        if is_float is not None and not (
+            dtype.is_floating_point if is_float else dtype == scheme.stored_dtype
+        ):
             raise CorruptCheckpointError(f"{name} of {key!r} is of {dtype}")
+    if reason := scheme.refuse_parts(tensors, layout.stack):
+        raise CorruptCheckpointError(f"{key!r} is no {scheme.describe()}: {reason}")
     count = math.prod(layout.stack)
     moved = sorted(layout.order) == list(range(len(layout.split)))
     if not moved or math.prod(layout.native) != count or math.prod(layout.split) != count:

@@ -111,21 +111,20 @@ def figures_of(result: QuantizationResult[MiniLM]) -> Figures:
     return figures(result.model, weights, result.report.bits_per_weight)
 
 
-def payload(bits: int, group: int | None, symmetric: bool, float_zero_point: bool = False) -> float:
-    """Return the bytes that shapes say: codes, 16-bit scales, zero points, the float rest.
+def payload(bits: int, group: int | None, each: int, beside: int = 0) -> float:
+    """Return the bytes that shapes say: codes, what each group has, the float rest.
 
     Args:
-        bits: of a code; 16 is a cast without scales.
+        bits: of a code; 16 is a cast.
         group: values that share a scale, or None for a row.
-        symmetric: whether there are no zero points.
-        float_zero_point: whether they are 16-bit floats.
+        each: bits of a scale and of its zero point; 0 for a cast.
+        beside: bytes that each weight has once.
     """
     weights = [layer.weight for layer in linears(original()).values()]
     total = 4.0 * sum(parameter.numel() for parameter in original().parameters())
     for weight in weights:
-        scales = 0 if bits == 16 else weight.numel() / (group or weight.shape[1])
-        each = 16 + (0 if symmetric else 16 if float_zero_point else bits)
-        total += (weight.numel() * (bits - 32) + scales * each) / 8
+        groups = weight.numel() / (group or weight.shape[1])
+        total += (weight.numel() * (bits - 32) + groups * each) / 8 + beside
     return total
 
 

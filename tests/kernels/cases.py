@@ -6,7 +6,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mono_quant import Activation, PackedTensor, QuantizedLayer, Quantizer
+from mono_quant import (
+    Activation,
+    Codebook,
+    FittedCodebook,
+    Float8,
+    Microscaling,
+    PackedTensor,
+    PerChannel,
+    PerTensor,
+    QuantizedLayer,
+    Quantizer,
+)
 from mono_quant.base import KernelSpec
 from mono_quant.operations import MatrixProduct
 from tests.helpers import noise, stack_and_step
@@ -40,6 +51,9 @@ DECODED = {
     "3-bit": Quantizer().bits(3).granularity("channel"),
     "2-bit": Quantizer().bits(2).granularity("channel"),
     "fp16": Quantizer().bits(16),
+    "NF4 per tensor": Quantizer().scheme(Codebook.nf4(PerTensor())),
+    "fitted": Quantizer().scheme(FittedCodebook(3, PerChannel(), torch.float8_e4m3fn)),
+    "fp8": Quantizer().scheme(Float8()),
 }
 """What is decoded by blocks, of rows of any length."""
 
@@ -53,6 +67,9 @@ GROUPED = {
     "4-bit, float zero points, odd groups": Quantizer().bits(4).group_size(13).float_zero_point(),
     "8-bit, float zero points": Quantizer().activations(None).float_zero_point(),
     "2-bit, float zero points": Quantizer().bits(2).float_zero_point(),
+    "NF4": Quantizer().scheme(Codebook.nf4()),
+    "MXFP4": Quantizer().scheme(Microscaling.mxfp4()),
+    "NVFP4": Quantizer().scheme(Microscaling.nvfp4()),
 }
 """What is decoded by blocks, of rows of `GROUPED_SHAPE`."""
 

@@ -50,7 +50,7 @@ def test_a_weight_of_several_blocks_is_multiplied_whole() -> None:
     assert_exact(Quantizer().bits(4), (1100, 1024))
 
 
-@pytest.mark.parametrize("grid", ["4-bit", "8-bit"])
+@pytest.mark.parametrize("grid", ["4-bit", "8-bit", "NF4", "NVFP4"])
 @pytest.mark.parametrize("rows", [1, 64])
 def test_no_float_copy_of_the_weight_is_made(grid: str, rows: int) -> None:
     made = layer(GROUPED[grid], 4096, 1024)

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mono_quant import CheckpointError, Quantizer, UnknownKindError, load_model
+from mono_quant import (
+    CheckpointError,
+    FittedCodebook,
+    PerGroup,
+    Quantizer,
+    UnknownKindError,
+    load_model,
+)
 from tests.helpers import TiedModel
 from tests.serializers.files import SUFFIXES, Edit, Header, forge, read, small, write
 
@@ -247,3 +254,38 @@ def test_what_is_no_tensor_is_refused(value: object, tmp_path: Path) -> None:
     torch.save({**content, "tensors": value}, path)
     with pytest.raises(CheckpointError, match=path.name):
         load_model(path)
+
+
+def tabled(name: str, change: Callable[[Tensor], Tensor]) -> Edit:
+    return tensor(f"0.weight.{name}", change)
+
+
+TABLES: dict[str, Edit] = {
+    # the first weight is 16 x 64, 4 bits, four groups a row: codes [1, 16, 32], scale [1, 16, 4]
+    "no table": said(tensors=["codes", "scale", "global_scale"]),
+    "no global scale": said(tensors=["codes", "scale", "levels"]),
+    "no scale": said(tensors=["codes", "levels", "global_scale"]),
+    "a longer table": tabled("levels", lambda x: torch.cat([x, x])),
+    "a shorter table": tabled("levels", lambda x: x[:8].clone()),
+    "a table of another dtype": tabled("levels", lambda x: x.to(torch.float64)),
+    "a table of NaN": tabled("levels", lambda x: x * torch.nan),
+    "an infinite global scale": tabled("global_scale", lambda x: x / 0),
+    "two global scales": tabled("global_scale", lambda x: torch.cat([x, x])),
+    "a scale of another dtype": tabled("scale", lambda x: x.to(torch.float32)),
+    "a scale of bytes": tabled("scale", lambda x: x.view(torch.uint8)),
+    "another width": scheme(bits=3),
+    "scales of another dtype": scheme(scale_dtype="float16"),
+    "another kind": scheme(kind="affine"),
+    "an unknown table": scheme(kind="codebook", levels="nf5"),
+}
+
+
+@each_suffix
+@pytest.mark.parametrize("edit", TABLES.values(), ids=TABLES)
+def test_forged_tables_are_refused_by_name(edit: Edit, suffix: str, tmp_path: Path) -> None:
+    grid = FittedCodebook(4, PerGroup(16), torch.float8_e4m3fn)
+    path = Quantizer().scheme(grid).only("*").apply(small()).save(tmp_path / f"model{suffix}")
+    load_model(path, small())
+    forge(path, edit)
+    with pytest.raises(CheckpointError, match=path.name):
+        load_model(path, small())

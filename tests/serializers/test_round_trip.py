@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from mono_quant import (
     Affine,
+    FittedCodebook,
     FloatCast,
+    Microscaling,
+    PerGroup,
     PerTensor,
     QTensor,
     QuantizedLayer,
@@ -37,6 +40,10 @@ MORE = {
     "float zero points, per tensor": Quantizer().bits(3).granularity("tensor").float_zero_point(),
     "float zero points, float32": Quantizer().bits(5).float_zero_point().scale_dtype(torch.float32),
     "bfloat16": Quantizer().scheme(FloatCast(torch.bfloat16)),
+    "MXFP4": Quantizer().scheme(Microscaling.mxfp4()),
+    "MXFP8": Quantizer().scheme(Microscaling.mxfp8()),
+    "NVFP4": Quantizer().scheme(Microscaling.nvfp4()),
+    "fitted, 8-bit scales": Quantizer().scheme(FittedCodebook(4, PerGroup(8), torch.float8_e4m3fn)),
     "per tensor": Quantizer().scheme(Affine(6, symmetric=False, granularity=PerTensor())),
 }
 

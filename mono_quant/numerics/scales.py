@@ -1,0 +1,22 @@
+"""Scales in half precision, where that is close enough."""
+
+import torch
+from torch import Tensor
+
+
+def stored_scale(scale: Tensor, dtype: torch.dtype, step: float) -> Tensor:
+    """Return float32 scales in `dtype`, or as they are where that cannot hold them.
+
+    Held closely enough are those whose error is within the precision of `dtype` or within `step`.
+
+    Args:
+        scale: one per block.
+        dtype: float16, bfloat16 or float32.
+        step: an eighth of a step of the grid, as a share of its largest value.
+    """
+    if dtype == scale.dtype:
+        return scale
+    stored = scale.to(dtype)
+    error = (stored.to(torch.float32) - scale).abs()
+    allowed = max(torch.finfo(dtype).eps, step)
+    return stored if bool((error <= scale.abs() * allowed).all()) else scale
