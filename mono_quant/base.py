@@ -526,6 +526,10 @@ class Rounding(Configurable, ABC):
         """Statistics of the weight's inputs that `round` asks for."""
         return ()
 
+    def describe(self) -> str:
+        """Return what it does, and what that takes, in a few words, for plans."""
+        return repr(self)
+
     def refuse(self, scheme: Scheme) -> str | None:
         """Return why weights cannot be rounded to the grids of `scheme`, or None. Never raises."""
         return None

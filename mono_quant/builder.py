@@ -109,6 +109,20 @@ class Builder:
         """
         return self._settings(attrs.evolve(self._request.settings, scheme=scheme))
 
+    def quality(self, quality: str) -> Self:
+        """Choose grid, ranges and rounding where nothing else is said of them. **Replaces**.
+
+        Below 8 bits weights get a table of levels of their own (`FittedCodebook`) in groups of 32;
+        say `group_size`, `scheme` or another part of a grid for that one instead, as for int4,
+        whose products are faster. Ranges are those of least squared error. With data of `fit`,
+        layers are calibrated block after block. `explain()` shows what that comes to.
+
+        Args:
+            quality: "fast" rounds to nearest and needs no data; "balanced" takes GPTQ and learns
+                scales and biases in 16 steps a block; "best" learns grid points, too, in 400.
+        """
+        return self._settings(attrs.evolve(self._request.settings, quality=quality))
+
     def observer(
         self,
         observer: RangeEstimator | str | None = None,

@@ -17,14 +17,27 @@ from mono_quant.numerics.granularity import (
     PerToken,
     Shape,
 )
-from mono_quant.observers import MinMax
-from mono_quant.rounding import RoundToNearest
-from mono_quant.schemes import Affine, FloatCast
+from mono_quant.observers import MSE, MinMax
+from mono_quant.rounding import LearnedRounding, RoundToNearest
+from mono_quant.schemes import Affine, FittedCodebook, FloatCast
 
 T = TypeVar("T")
 
 DEFAULT_BITS = 8
 DEFAULT_GROUP = 64
+
+QUALITIES: Mapping[str, Rounding | None] = {
+    "fast": None,
+    "balanced": LearnedRounding(steps=16, rounding_rate=0.0),
+    "best": LearnedRounding(steps=400),
+}
+"""How weights are rounded where there is data, by the names that `quality` takes; None: to nearest.
+
+Without a rounding of its own, "fast" needs no data.
+"""
+
+_FINE = PerGroup(32)
+"""Groups whose scales take as many bits in 8 as groups of twice the size in 16."""
 
 
 @register
@@ -111,6 +124,7 @@ class Settings:
         rounding: how grid points are chosen.
         activations: how inputs are quantized.
         activation_observer: how the range of static activations is found.
+        quality: what is chosen where nothing is said: a name of `QUALITIES`.
     """
 
     bits: int | None = None
@@ -125,6 +139,7 @@ class Settings:
     rounding: Rounding | None = None
     activations: Activations | None = None
     activation_observer: RangeEstimator | None = None
+    quality: str | None = None
 
     def __attrs_post_init__(self) -> None:
         """Refuse what is no setting, and settings that contradict each other.
@@ -174,6 +189,9 @@ class Settings:
         symmetric, floats = config.get("symmetric"), config.get("float_zero_point")
         if not isinstance(bits, int | None):
             raise ConfigurationError(f"bits is a number, in {config}")
+        quality = config.get("quality")
+        if not isinstance(quality, str | None):
+            raise ConfigurationError(f"quality is a name, in {config}")
         if not isinstance(symmetric, bool | None) or not isinstance(floats, bool | None):
             raise ConfigurationError(f"symmetric and float_zero_point are booleans, in {config}")
 
@@ -197,6 +215,7 @@ class Settings:
             rounding=Rounding.from_config(rounding, kinds) if rounding else None,
             activations=Activations.from_config(activations, kinds) if activations else None,
             activation_observer=RangeEstimator.from_config(watcher, kinds) if watcher else None,
+            quality=quality,
         )
 
     def over(self, base: "Settings") -> "Settings":
@@ -226,6 +245,7 @@ class Settings:
             rounding=_first(self.rounding, base.rounding),
             activations=_first(self.activations, base.activations),
             activation_observer=_first(self.activation_observer, base.activation_observer),
+            quality=_first(self.quality, base.quality),
         )
 
     @property
@@ -242,11 +262,17 @@ class Settings:
             shape: of the stack.
             has_data: whether there is data to calibrate on.
         """
-        grid = Grid(self._scheme(shape), self.observer or MinMax())
-        observer = cast("Observer[object]", self.activation_observer or MinMax())  # checked above
-        return Recipe(
-            grid, self.rounding or RoundToNearest(), self._activations(has_data), observer
-        )
+        ranges = MSE() if self.quality is not None else MinMax()
+        grid = Grid(self._scheme(shape), self.observer or ranges)
+        observer = cast("Observer[object]", self.activation_observer or ranges)  # checked above
+        return Recipe(grid, self._rounding(has_data), self._activations(has_data), observer)
+
+    def _rounding(self, has_data: bool) -> Rounding:
+        """Return what was asked for, or what the quality means; to nearest without data for it."""
+        if self.rounding is not None:
+            return self.rounding
+        learned = QUALITIES.get(self.quality or "") if has_data and self.width < 16 else None
+        return learned or RoundToNearest()
 
     def _activations(self, has_data: bool) -> Activations:
         """Return what was asked for; of 8 bits without a scheme static or dynamic, else float."""
@@ -261,7 +287,8 @@ class Settings:
 
         8 bits: symmetric, but for float zero points, a scale for each channel. Below: asymmetric, a
         scale for each group of 64, or for each channel where 64 does not divide the row and no
-        granularity was asked for.
+        granularity was asked for. With a quality, and where nothing but bits was said: a table of
+        its own for each weight, in groups of 32.
         """
         if self.scheme is not None:
             return self.scheme
@@ -269,6 +296,9 @@ class Settings:
             return FloatCast()
         low = self.width < 8
         granularity = self.granularity
+        free = all(getattr(self, name) is None for name in _PARTS if name != "bits")
+        if self.quality is not None and free and low and _FINE.refuse(shape) is None:
+            return FittedCodebook(self.width, _FINE, torch.float8_e4m3fn)
         if granularity is None:
             group = PerGroup(DEFAULT_GROUP)
             granularity = group if low and group.refuse(shape) is None else PerChannel()

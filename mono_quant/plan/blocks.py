@@ -118,8 +118,8 @@ class BlockRun:
             fresh = nn.Parameter(value, requires_grad=old.requires_grad)
             block.get_submodule(owner).register_parameter(own, fresh)
         if fitted.parameters:
-            many = f"{len(fitted.parameters)} biases and norms of {path!r} are learned with it"
-            self.changes.append(Change(path, many))
+            text = f"{path!r} is fitted with {len(fitted.parameters)} of its biases and norms"
+            self.changes.append(Change(path, text))
         return {names[name].key: q for name, q in fitted.weights.items()}
 
     def _free(self, block: nn.Module) -> list[str]:

@@ -1,5 +1,6 @@
 """What can be shown of a plan: the predicted report, its notes, and the peak of memory."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import attrs
@@ -9,6 +10,8 @@ from mono_quant.configurable import Config
 from mono_quant.plan.accounting import account
 from mono_quant.plan.request import WeightPlan
 from mono_quant.result import Outline
+from mono_quant.rounding import RoundToNearest
+from mono_quant.settings import QUALITIES
 
 WORK_BYTES = 12
 """Bytes of working memory that each value of the layer at hand takes while it is quantized."""
@@ -35,6 +38,7 @@ def outline_of(
 def _notes(weights: Sequence[WeightPlan]) -> Iterable[str]:
     if not any(weight.recipe is not None for weight in weights):
         yield "no weight is quantized by this"
+    yield from _roundings(weights)
     slowed: dict[str, list[str]] = {}
     for weight in weights:
         quantized = weight.recipe is not None and weight.recipe.activations.mode is not None
@@ -44,3 +48,19 @@ def _notes(weights: Sequence[WeightPlan]) -> Iterable[str]:
     for text, (first, *more) in slowed.items():
         names = f"{first or 'the layer'} and {len(more)} more" if more else first or "the layer"
         yield f"quantized inputs of {names}: {text}"
+
+
+def _roundings(weights: Sequence[WeightPlan]) -> Iterable[str]:
+    """Yield how weights are rounded, where that is more than to nearest, and what was chosen."""
+    recipes = [(weight.settings.quality, weight.recipe) for weight in weights if weight.recipe]
+    counts = Counter(
+        (quality, recipe.rounding, recipe.grid.observer)
+        for quality, recipe in recipes
+        if quality is not None or not isinstance(recipe.rounding, RoundToNearest)
+    )
+    for (quality, rounding, observer), count in counts.items():
+        chosen = f"quality {quality!r}: " if quality is not None else ""
+        yield f"{chosen}{count} weights by {rounding.describe()}; ranges by {observer!r}"
+        learns = QUALITIES.get(quality or "") is not None
+        if learns and isinstance(rounding, RoundToNearest):
+            yield f"quality {quality!r} learns from data, of which fit(data) gave none"

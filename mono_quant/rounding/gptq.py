@@ -68,6 +68,11 @@ class GPTQ(Rounding):
         if value < 0:
             raise ConfigurationError(f"refinements are 0 or more, not {value!r}")
 
+    def describe(self) -> str:
+        """Return its name and what it takes."""
+        more = f", refined {self.refinements} times" if self.refinements else ""
+        return f"GPTQ, block after block, in about three runs of the model over the data{more}"
+
     @property
     def needs(self) -> tuple[AnyStatistic, ...]:
         """The second moments of the inputs."""

@@ -96,6 +96,16 @@ class LearnedRounding(BlockRounding):
         if not min(self.rounding_rate, self.scale_rate, self.float_rate) >= 0:
             raise ConfigurationError("rates are 0 or more")
 
+    def describe(self) -> str:
+        """Return what is learned, and what that takes."""
+        what = "grid points, scales" if self.rounding_rate else "scales"
+        floats = " and biases" if self.tune_floats else ""
+        time = f" or {self.minutes:g} minutes" if self.minutes is not None else ""
+        return (
+            f"{self.start.describe()}; then {what}{floats} are learned, each block in "
+            f"{self.steps} steps{time} of one batch, forward and back"
+        )
+
     @property
     def needs(self) -> tuple[AnyStatistic, ...]:
         """What the rounding to begin with needs."""

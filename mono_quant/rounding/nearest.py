@@ -19,6 +19,10 @@ class RoundToNearest(Rounding):
 
     kind: ClassVar[str] = "round_to_nearest"
 
+    def describe(self) -> str:
+        """Return what it does."""
+        return "rounding to nearest"
+
     def round(self, weight: Tensor, grid: Grid, statistics: Statistics) -> QTensor:
         """Return `weight`, a float32 stack ``[G, out, in]``, on the grid."""
         return to_nearest(weight, grid.scheme, grid.qparams(weight))
