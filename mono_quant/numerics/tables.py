@@ -31,7 +31,7 @@ def nearest(x: Tensor, levels: Tensor) -> Tensor:
     gaps = borders[1:] - borders[:-1]
     wide = width > 0 and (gaps.numel() == 0 or float(gaps.min()) > _APART * width)
     if not wide or x.numel() < _CELLS or x.device.type != "cpu":
-        return torch.bucketize(x, borders).to(torch.uint8)
+        return torch.bucketize(x.contiguous(), borders).to(torch.uint8)
     # borders below a cell's left neighbour: rounding may have put a value one cell too high
     edges = first + width * (torch.arange(_CELLS, dtype=torch.float32) - 1)
     below = torch.bucketize(edges, borders, out_int32=True)
