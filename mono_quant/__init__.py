@@ -93,7 +93,7 @@ try:
     from mono_quant.report import InputReport, LayerReport, Report
     from mono_quant.result import Outline, QuantizationResult, Validation
     from mono_quant.rounding import RoundToNearest
-    from mono_quant.schemes import Affine, FloatCast
+    from mono_quant.schemes import Affine, FloatCast, OutlierColumns, Outliers
     from mono_quant.serializers import SafetensorsSerializer, TorchSerializer, read_state_dict
     from mono_quant.settings import Activations
     from mono_quant.speed import LayerSpeed, Speed
@@ -153,6 +153,8 @@ __all__ = [
     "MovingAverage",
     "Observer",
     "Operation",
+    "OutlierColumns",
+    "Outliers",
     "Outline",
     "PackedTensor",
     "PerChannel",

@@ -19,7 +19,7 @@ from mono_quant.numerics.granularity import (
 )
 from mono_quant.observers import MinMax
 from mono_quant.rounding import RoundToNearest
-from mono_quant.schemes import Affine, FloatCast
+from mono_quant.schemes import Affine, FloatCast, OutlierColumns, Outliers
 
 T = TypeVar("T")
 
@@ -105,7 +105,8 @@ class Settings:
         symmetric: whether the grid is symmetric.
         granularity: which values share one scale.
         scale_dtype: dtype of the scales.
-        scheme: a whole scheme, in place of the four above.
+        outliers: which columns are kept in half precision beside the grid; a number means so many.
+        scheme: a whole scheme, in place of the five above.
         observer: how the range of weights is found.
         rounding: how grid points are chosen.
         activations: how inputs are quantized.
@@ -118,6 +119,7 @@ class Settings:
     scale_dtype: torch.dtype | None = attrs.field(
         default=None, converter=attrs.converters.optional(as_dtype)
     )
+    outliers: OutlierColumns | int | None = None
     scheme: Scheme | None = None
     observer: RangeEstimator | None = None
     rounding: Rounding | None = None
@@ -139,6 +141,7 @@ class Settings:
             "symmetric": self.symmetric,
             "granularity": self.granularity,
             "scale_dtype": self.scale_dtype,
+            "outliers": self.outliers,
         }
         said = [name for name, value in parts.items() if value is not None]
         if self.scheme is not None and said:
@@ -159,6 +162,8 @@ class Settings:
                 True if symmetric is None else symmetric,
                 scale_dtype=dtype or torch.float16,
             )
+        if self.outliers is not None:
+            Outliers(columns=self.outliers)  # which refuses what names no columns
         watcher = self.activation_observer
         if watcher is not None and not isinstance(watcher, Observer):
             raise ConfigurationError(
@@ -189,6 +194,8 @@ class Settings:
                 raise ConfigurationError(f"{name} is a mapping with a kind, not {value!r}")
             return value
 
+        number = config.get("outliers")
+        columns = number if isinstance(number, int) else _columns(described("outliers"), kinds)
         granularity, scheme = described("granularity"), described("scheme")
         observer, rounding = described("observer"), described("rounding")
         activations, watcher = described("activations"), described("activation_observer")
@@ -197,6 +204,7 @@ class Settings:
             symmetric=symmetric,
             granularity=Granularity.from_config(granularity, kinds) if granularity else None,
             scale_dtype=as_dtype(str(dtype)) if dtype is not None else None,
+            outliers=columns,
             scheme=Scheme.from_config(scheme, kinds) if scheme else None,
             observer=RangeEstimator.from_config(observer, kinds) if observer else None,
             rounding=Rounding.from_config(rounding, kinds) if rounding else None,
@@ -207,21 +215,21 @@ class Settings:
     def over(self, base: "Settings") -> "Settings":
         """Return these settings laid over `base`: what is said here wins.
 
-        A scheme or a cast here replaces the four parts there, and a part here replaces a scheme
+        A scheme or a cast here replaces the five parts there, and a part here replaces a scheme
         there.
         """
         if self.scheme is not None or self.bits == 16:
-            base = attrs.evolve(base, bits=None, symmetric=None, granularity=None, scale_dtype=None)
+            base = attrs.evolve(base, **dict.fromkeys(_PARTS))
         if self.bits == 16:
             base = attrs.evolve(base, activations=None)
-        parts = (self.bits, self.symmetric, self.granularity, self.scale_dtype)
-        if any(part is not None for part in parts):
+        if any(getattr(self, part) is not None for part in _PARTS):
             base = attrs.evolve(base, scheme=None)
         return Settings(
             bits=_first(self.bits, base.bits),
             symmetric=_first(self.symmetric, base.symmetric),
             granularity=_first(self.granularity, base.granularity),
             scale_dtype=_first(self.scale_dtype, base.scale_dtype),
+            outliers=_first(self.outliers, base.outliers),
             scheme=_first(self.scheme, base.scheme),
             observer=_first(self.observer, base.observer),
             rounding=_first(self.rounding, base.rounding),
@@ -250,12 +258,15 @@ class Settings:
         )
 
     def _activations(self, has_data: bool) -> Activations:
-        """Return what was asked for; of 8 bits without a scheme static or dynamic, else float."""
+        """Return what was asked for; of 8 bits without a scheme static or dynamic, else float.
+
+        Dynamic where columns are kept apart: calibrated ranges hold the inputs of those too.
+        """
         if self.activations is not None:
             return self.activations
         if self.scheme is not None or self.width != 8:
             return Activations()
-        return Activations("static" if has_data else "dynamic")
+        return Activations("static" if has_data and self.outliers is None else "dynamic")
 
     def _scheme(self, shape: Shape) -> Scheme:
         """Return the scheme.
@@ -273,7 +284,8 @@ class Settings:
             group = PerGroup(DEFAULT_GROUP)
             granularity = group if low and group.refuse(shape) is None else PerChannel()
         symmetric = not low if self.symmetric is None else self.symmetric
-        return Affine(self.width, symmetric, granularity, self.scale_dtype or torch.float16)
+        grid = Affine(self.width, symmetric, granularity, self.scale_dtype or torch.float16)
+        return grid if self.outliers is None else Outliers(grid, self.outliers)
 
 
 _EXPECTED: Mapping[str, tuple[type, str]] = {
@@ -284,6 +296,7 @@ _EXPECTED: Mapping[str, tuple[type, str]] = {
     "activations": (Activations, 'activations("dynamic")'),
     "activation_observer": (RangeEstimator, "observer(activations=MinMax())"),
 }
+_PARTS = ("bits", "symmetric", "granularity", "scale_dtype", "outliers")
 _MODES = ("dynamic", "static", None)
 _WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
 
@@ -323,6 +336,10 @@ def _named(said: Granularity | str, names: Mapping[str, Granularity], what: str)
             f"{what} is {', '.join(map(repr, names))} or a Granularity, not {said!r}"
         )
     return found
+
+
+def _columns(config: Config | None, kinds: Kinds | None) -> OutlierColumns | None:
+    return OutlierColumns.from_config(config, kinds) if config is not None else None
 
 
 def _first(one: T | None, other: T | None) -> T | None:

@@ -31,6 +31,7 @@ class QuantizeOptions(ModelOptions):
     granularity: str | None
     group_size: int | None
     scale_dtype: str | None
+    outliers: str | None
     observer: str | None
     rounding: str | None
     only: list[str]

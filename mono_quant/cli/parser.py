@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from mono_quant.calibration import DEFAULT_SAMPLES
 from mono_quant.cli import commands
+from mono_quant.cli.values import AUTO
 from mono_quant.errors import ConfigurationError
 from mono_quant.speed import NO_DIFFERENCE
 from mono_quant.version import __version__
@@ -157,6 +158,14 @@ def _add_grid(grid: _ArgumentGroup) -> None:
     )
     grid.add_argument("--group-size", type=int, metavar="N", help="values in a group (default: 64)")
     grid.add_argument("--scale-dtype", metavar="DTYPE", help="float16, bfloat16 or float32")
+    grid.add_argument(
+        "--outliers",
+        nargs="?",
+        const=AUTO,
+        metavar="N",
+        help="keep N columns of each weight in float16; without N those that stand out, or "
+        "times=10,at_most=4",
+    )
     grid.add_argument("--scheme", metavar="STRATEGY", help="a whole grid in place of the above")
     grid.add_argument(
         "--observer", metavar="STRATEGY", help="how ranges are found: minmax, mse, auto, ..."

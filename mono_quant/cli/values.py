@@ -23,9 +23,13 @@ from mono_quant.errors import ConfigurationError, UnknownKindError
 from mono_quant.numerics.granularity import Granularity
 from mono_quant.observers import create_observer
 from mono_quant.quantizer import Quantizer
+from mono_quant.schemes import OutlierColumns
 from mono_quant.selection import Selector
 
 StrategyT = TypeVar("StrategyT", bound=Configurable)
+
+AUTO = "auto"
+"""The word for the columns that stand out, however many."""
 
 _OF_TYPE = "type:"
 _IN_OVERRIDE = (
@@ -34,6 +38,7 @@ _IN_OVERRIDE = (
     "granularity",
     "group_size",
     "scale_dtype",
+    "outliers",
     "scheme",
     "observer",
     "rounding",
@@ -62,6 +67,8 @@ def build_quantizer(options: QuantizeOptions) -> Quantizer:
         quantizer = quantizer.group_size(options.group_size)
     if options.scale_dtype is not None:
         quantizer = quantizer.scale_dtype(as_dtype(options.scale_dtype))
+    if options.outliers is not None:
+        quantizer = quantizer.outliers(_outliers(options.outliers))
     if options.observer is not None:
         quantizer = quantizer.observer(_observer(options.observer))
     if options.rounding is not None:
@@ -174,6 +181,14 @@ def _granularity(text: str) -> Granularity | str:
     return text
 
 
+def _outliers(text: str) -> OutlierColumns | int:
+    """Return how many columns, those that stand out of ``auto``, or a rule ``times=10,...``."""
+    if text.isdecimal():
+        return int(text)
+    rule = {} if text == AUTO else _pairs(text)
+    return OutlierColumns.from_config({**rule, "kind": OutlierColumns.kind})
+
+
 def _selector(text: str) -> Selector:
     """Return a name pattern, or the class of ``type:Linear`` or ``type:package.module:Class``."""
     if not text.startswith(_OF_TYPE):
@@ -206,6 +221,7 @@ def _override(quantizer: Quantizer, text: str) -> Quantizer:
         granularity=_granularity(named["granularity"]) if "granularity" in said else None,
         group_size=_whole(said, "group_size", text),
         scale_dtype=as_dtype(named["scale_dtype"]) if "scale_dtype" in said else None,
+        outliers=_outliers(named["outliers"]) if "outliers" in said else None,
         scheme=_strategy(Scheme.from_config, Scheme, named["scheme"]) if "scheme" in said else None,
         observer=_observer(named["observer"]) if "observer" in said else None,
         rounding=_rounding(named["rounding"]) if "rounding" in said else None,

@@ -76,12 +76,13 @@ def gather_for(
         if recipe is None or data is None:  # the plan has refused what needs data without any
             continue
         static = recipe.activations.mode == "static"
-        if recipe.rounding.needs or static:
+        of_rows = tuple(dict.fromkeys((*recipe.rounding.needs, *recipe.grid.scheme.uses)))
+        if of_rows or static:
             known = wanted.get(weight.path, Wanted(weight.maker, {}, {}))
             observers = (recipe.observer,) if static else ()
             wanted[weight.path] = Wanted(
                 weight.maker,
-                {**known.of_rows, weight.name: recipe.rounding.needs},
+                {**known.of_rows, weight.name: of_rows},
                 {**known.of_inputs, weight.name: observers},
             )
     if not wanted or data is None:

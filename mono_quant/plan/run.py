@@ -20,6 +20,8 @@ from mono_quant.report import LayerReport
 from mono_quant.settings import Recipe
 from mono_quant.transforms.edits import put
 
+_MATRIX = 2
+
 
 def quantize_weights(
     model: ModelT,
@@ -109,11 +111,13 @@ def rounded(
             layer=weight.path,
         )
     try:
-        q = recipe.rounding.round(stack, recipe.grid, statistics)
+        scheme, q = recipe.grid.scheme.rounded(
+            stack, recipe.rounding, recipe.grid.observer, statistics
+        )
     except InputError as reason:
         raise InputError(f"{weight.key} cannot be quantized: {reason}") from reason
-    scheme = recipe.grid.scheme
-    error = WeightError.of(stack, q, scheme)
+    apart = q.qparams.extra.get(scheme.columns_apart) if scheme.columns_apart else None
+    error = WeightError.of(stack, q, scheme, apart)
     why = (
         recipe.grid.observer.remark(stack, scheme, q.qparams)
         if q.qparams.scale is not None
@@ -124,6 +128,7 @@ def rounded(
         weight.kept,
         scheme.remark(q),
         f"{dead} of {error.by_row.numel()} rows are all zero" if dead else None,
+        _met_by_all(weight) if apart is not None else None,
     )
     packed = PackedTensor.pack(q, scheme, weight.layout, view.native.dtype, consume=True)
     row = LayerReport(
@@ -147,6 +152,21 @@ def rounded(
         kernel=weight.kernel,
     )
     return packed, row
+
+
+def _met_by_all(weight: WeightPlan) -> str | None:
+    """Return that the inputs of columns which are kept apart are quantized all the same, or None."""
+    recipe = cast("Recipe", weight.recipe)  # only weights with a recipe come here
+    if recipe.activations.mode is None:
+        return None
+    if len(weight.layout.native) != _MATRIX:
+        return "the inputs of its outlier columns are quantized, as those of matrices are not"
+    if recipe.activations.mode == "static":
+        return (
+            "the inputs of its outlier columns are quantized, on the range of all; "
+            'activations="dynamic" leaves them out'
+        )
+    return None
 
 
 def activation_of(weight: WeightPlan, gathered: Gathered) -> Activation | None:

@@ -27,6 +27,7 @@ _WORTH_DB = 6.0
 _UNEVEN_DB = 12.0
 """What ranges for each token have to gain, two bits, before nothing else speaks for them."""
 _GROUPS = (32, 16, 8)
+_MATRIX = 2
 
 
 def warnings_of(report: Report, damages: Sequence[Damage] = ()) -> tuple[str, ...]:
@@ -130,13 +131,15 @@ def _outliers(report: Report) -> list[str]:
             )
         if (row.outliers or 0) >= _OUTLIER and along == row.columns:
             size = next((size for size in _GROUPS if row.columns % size == 0), None)
-            mend = (
-                f"scales for groups keep them apart: override({row.name!r}, group_size={size})"
+            groups = (
+                f"scales for groups keep more of them apart: override({row.name!r}, "
+                f"group_size={size})"
                 if size is not None
-                else f"no groups fit its rows of {row.columns}: override({row.name!r}, bits=16)"
+                else f"no groups fit its rows of {row.columns}"
             )
             columns.append(
-                f"{row.name} has columns {row.outliers:.0f} times the median one; {mend}"
+                f"{row.name} has columns {row.outliers:.0f} times the median one; a few are kept "
+                f"in float16 by override({row.name!r}, outliers=OutlierColumns()); {groups}"
             )
     return [*_first(columns, "weights have such columns"), *_first(rows, "weights have such rows")]
 
@@ -162,7 +165,8 @@ def _inputs(report: Report) -> list[str]:
                     f"the values, {_percent(one.cut_energy)} of their energy; {_mend(one)}"
                 )
             elif seen := _stretches(one, damaged):
-                stretched.append(f"the inputs of {one.name} {' and '.join(seen)}; {_mend(one)}")
+                mend = _mend(one, matrix=len(row.shape) == _MATRIX)
+                stretched.append(f"the inputs of {one.name} {' and '.join(seen)}; {mend}")
     return [
         *_first(dead, "inputs did not move"),
         *_first(cut, "inputs are cut off"),
@@ -207,9 +211,14 @@ def _stretches(one: InputReport, damaged: bool) -> list[str]:
     return seen
 
 
-def _mend(one: InputReport) -> str:
+def _mend(one: InputReport, *, matrix: bool = False) -> str:
     """Return the calls that leave less error, by how much; or the one that leaves none."""
     calls = []
+    if matrix and (one.outliers or 0) >= _OUTLIER:
+        calls.append(
+            "a few columns in float16 leave their inputs in float: "
+            f'override({one.name!r}, outliers=OutlierColumns(), activations="dynamic")'
+        )
     if (one.uncut_gain_db or 0) >= _WORTH_DB:
         calls.append(
             f"the whole range would leave {one.uncut_gain_db:.0f} dB less error: "

@@ -305,6 +305,8 @@ def _check_shapes(key: str, packed: PackedTensor) -> None:
         dtype = tensors[name].dtype
         if not (dtype.is_floating_point if floating[name] else dtype == scheme.stored_dtype):
             raise CorruptCheckpointError(f"{name} of {key!r} is of {dtype}")
+    if reason := scheme.refuse_parts(tensors, layout.stack):
+        raise CorruptCheckpointError(f"{key!r} is no {scheme.describe()}: {reason}")
     count = math.prod(layout.stack)
     moved = sorted(layout.order) == list(range(len(layout.split)))
     if not moved or math.prod(layout.native) != count or math.prod(layout.split) != count:
