@@ -7,7 +7,7 @@ import attrs
 import torch
 
 from mono_quant.base import Grid, Observer, RangeEstimator, Rounding, Scheme
-from mono_quant.configurable import Config, Configurable, Kinds, as_dtype, encode, register
+from mono_quant.configurable import Config, Configurable, Json, Kinds, as_dtype, encode, register
 from mono_quant.errors import ConfigurationError
 from mono_quant.numerics.granularity import (
     Granularity,
@@ -194,8 +194,6 @@ class Settings:
                 raise ConfigurationError(f"{name} is a mapping with a kind, not {value!r}")
             return value
 
-        number = config.get("outliers")
-        columns = number if isinstance(number, int) else _columns(described("outliers"), kinds)
         granularity, scheme = described("granularity"), described("scheme")
         observer, rounding = described("observer"), described("rounding")
         activations, watcher = described("activations"), described("activation_observer")
@@ -204,7 +202,7 @@ class Settings:
             symmetric=symmetric,
             granularity=Granularity.from_config(granularity, kinds) if granularity else None,
             scale_dtype=as_dtype(str(dtype)) if dtype is not None else None,
-            outliers=columns,
+            outliers=_columns(config.get("outliers"), kinds),
             scheme=Scheme.from_config(scheme, kinds) if scheme else None,
             observer=RangeEstimator.from_config(observer, kinds) if observer else None,
             rounding=Rounding.from_config(rounding, kinds) if rounding else None,
@@ -229,7 +227,7 @@ class Settings:
             symmetric=_first(self.symmetric, base.symmetric),
             granularity=_first(self.granularity, base.granularity),
             scale_dtype=_first(self.scale_dtype, base.scale_dtype),
-            outliers=_first(self.outliers, base.outliers),
+            outliers=self.outliers if self.outliers is not None else base.outliers,
             scheme=_first(self.scheme, base.scheme),
             observer=_first(self.observer, base.observer),
             rounding=_first(self.rounding, base.rounding),
@@ -338,8 +336,12 @@ def _named(said: Granularity | str, names: Mapping[str, Granularity], what: str)
     return found
 
 
-def _columns(config: Config | None, kinds: Kinds | None) -> OutlierColumns | None:
-    return OutlierColumns.from_config(config, kinds) if config is not None else None
+def _columns(said: Json, kinds: Kinds | None) -> OutlierColumns | int | None:
+    if said is None or isinstance(said, int):
+        return said
+    if not isinstance(said, Mapping):
+        raise ConfigurationError(f"outliers is a number or a mapping with a kind, not {said!r}")
+    return OutlierColumns.from_config(said, kinds)
 
 
 def _first(one: T | None, other: T | None) -> T | None:

@@ -16,8 +16,8 @@ from typing import NoReturn
 
 from mono_quant.calibration import DEFAULT_SAMPLES
 from mono_quant.cli import commands
-from mono_quant.cli.values import AUTO
 from mono_quant.errors import ConfigurationError
+from mono_quant.schemes import OutlierColumns
 from mono_quant.speed import NO_DIFFERENCE
 from mono_quant.version import __version__
 
@@ -161,10 +161,10 @@ def _add_grid(grid: _ArgumentGroup) -> None:
     grid.add_argument(
         "--outliers",
         nargs="?",
-        const=AUTO,
+        const=OutlierColumns.kind,
         metavar="N",
-        help="keep N columns of each weight in float16; without N those that stand out, or "
-        "times=10,at_most=4",
+        help="keep N columns of each weight in float16; without a number those that stand out, or "
+        "outlier_columns:times=10,at_most=4",
     )
     grid.add_argument("--scheme", metavar="STRATEGY", help="a whole grid in place of the above")
     grid.add_argument(

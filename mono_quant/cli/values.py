@@ -28,9 +28,6 @@ from mono_quant.selection import Selector
 
 StrategyT = TypeVar("StrategyT", bound=Configurable)
 
-AUTO = "auto"
-"""The word for the columns that stand out, however many."""
-
 _OF_TYPE = "type:"
 _IN_OVERRIDE = (
     "bits",
@@ -182,11 +179,10 @@ def _granularity(text: str) -> Granularity | str:
 
 
 def _outliers(text: str) -> OutlierColumns | int:
-    """Return how many columns, those that stand out of ``auto``, or a rule ``times=10,...``."""
+    """Return how many columns of each weight, or the rule that finds them."""
     if text.isdecimal():
         return int(text)
-    rule = {} if text == AUTO else _pairs(text)
-    return OutlierColumns.from_config({**rule, "kind": OutlierColumns.kind})
+    return _strategy(OutlierColumns.from_config, OutlierColumns, text)
 
 
 def _selector(text: str) -> Selector:

@@ -155,7 +155,7 @@ def rounded(
 
 
 def _met_by_all(weight: WeightPlan) -> str | None:
-    """Return that the inputs of columns which are kept apart are quantized all the same, or None."""
+    """Return that inputs of the columns kept apart are quantized all the same, or None."""
     recipe = cast("Recipe", weight.recipe)  # only weights with a recipe come here
     if recipe.activations.mode is None:
         return None

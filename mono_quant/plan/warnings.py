@@ -135,7 +135,7 @@ def _outliers(report: Report) -> list[str]:
                 f"scales for groups keep more of them apart: override({row.name!r}, "
                 f"group_size={size})"
                 if size is not None
-                else f"no groups fit its rows of {row.columns}"
+                else f"no groups fit its rows of {row.columns}: override({row.name!r}, bits=16)"
             )
             columns.append(
                 f"{row.name} has columns {row.outliers:.0f} times the median one; a few are kept "

@@ -102,7 +102,7 @@ def _check_scheme(_: object, __: object, scheme: object) -> None:
 
 
 def _check_columns(instance: object, attribute: object, columns: "OutlierColumns | int") -> None:
-    if columns is None or not isinstance(columns, OutlierColumns | int):
+    if not isinstance(columns, OutlierColumns | int):
         raise ConfigurationError(
             f"outlier columns are OutlierColumns() or a number, not {columns!r}"
         )
