@@ -40,12 +40,20 @@ RULES: Mapping[str, OutlierColumns] = {
 
 def main() -> None:
     """Print a table of a made-up Linear, then one for each real model."""
-    print(
-        f"A Linear of {WIDTH} x {WIDTH}, {ROWS} rows of noise, {len(LOUD)} channels of it louder:\n"
+    print(f"A Linear of {WIDTH} x {WIDTH}, {ROWS} rows, {len(LOUD)} channels louder than others:\n")
+    more = "with outliers()"
+    columns = (
+        "louder by",
+        "inputs",
+        "SQNR, dB",
+        more,
+        "bits/weight",
+        more,
+        "time over float",
+        more,
     )
-    columns = ("channels louder by", "inputs", "SQNR, dB", "with outliers()", "bits/weight")
-    print_table((*columns, "with outliers()", "time over float", "with outliers()"), _made_up())
-    for title, columns, rows in (
+    print_table(columns, _made_up())
+    tables: tuple[tuple[str, tuple[str, ...], Callable[[], Iterator[tuple[str, ...]]]], ...] = (
         (
             "SmolLM2, columns chosen on 512 tokens of documentation, measured on 512 of news",
             ("setting", "bits/weight", "layers", "perplexity", "KL, nats", "top-1", "SQNR, dB"),
