@@ -1,5 +1,6 @@
 """A few columns in half precision beside a grid for the rest."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar
@@ -50,7 +51,7 @@ class ColumnPeaks(Statistic[Tensor]):
 
 
 def _check_times(_: object, __: object, times: float) -> None:
-    if not 1 <= times < float("inf"):
+    if type(times) not in (int, float) or not 1 <= times < math.inf:
         raise ConfigurationError(f"an outlier is 1 or more times the median, not {times!r}")
 
 
@@ -74,7 +75,7 @@ class OutlierColumns(Configurable):
     """
 
     kind: ClassVar[str] = "outlier_columns"
-    times: float = attrs.field(default=6.0, converter=float, validator=_check_times)
+    times: float = attrs.field(default=6.0, validator=_check_times)
     at_most: int | None = attrs.field(default=None, validator=_check_count)
 
     def limit(self, length: int) -> int:
@@ -190,7 +191,8 @@ class Outliers(Scheme):
     ) -> tuple[Scheme, QTensor]:
         """Return the weight with its columns kept, and the scheme with their number.
 
-        The rounding sees a weight that has zeros there. Without any, grid and weight are plain.
+        The rounding sees a weight that has zeros there; what it makes of those, to make up for
+        errors elsewhere, is added to the columns. Without any, grid and weight are plain.
         """
         peaks = statistics.state(_PEAKS) if _PEAKS in statistics else None
         columns = self._chosen(weight, peaks)
@@ -198,7 +200,10 @@ class Outliers(Scheme):
             return self.scheme.rounded(weight, rounding, observer, statistics)
         rest = _without(weight, columns)
         scheme, q = self.scheme.rounded(rest, rounding, observer, statistics)
-        extra = {**q.qparams.extra, **_kept(weight, columns)}
+        zeros = scheme.fake_quantize(weight.new_zeros(1).expand_as(weight), q.qparams)
+        moved = scheme.dequantize(q) - zeros  # by what makes up for other columns' errors
+        moved[..., columns] += weight[..., columns]
+        extra = {**q.qparams.extra, **_kept(moved, columns)}
         found = replace(q, qparams=replace(q.qparams, extra=extra))
         return Outliers(scheme, len(columns)), found
 

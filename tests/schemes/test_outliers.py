@@ -186,6 +186,39 @@ def test_a_rounding_sees_the_grid_and_a_weight_without_the_columns() -> None:
     assert same_bits(scheme.dequantize(q), expected.dequantize(same))
 
 
+@register
+@attrs.frozen
+class MakingUp(Rounding):
+    """Rounds a weight to whose columns something was added, as one does that makes up for errors.
+
+    Attributes:
+        by: what it adds.
+    """
+
+    kind = "tests.making_up"
+    by: float = 0.5
+
+    def round(self, weight: Tensor, grid: Grid, statistics: Statistics) -> QTensor:
+        return grid.scheme.quantize(weight + self.by, grid.qparams(weight))
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_what_a_rounding_adds_to_make_up_for_errors_is_added_to_the_columns(grid: Scheme) -> None:
+    stack = weight(3, by=10)
+    scheme, q = Outliers(grid).rounded(stack, MakingUp(), MinMax(), Statistics())
+    others, alone = grid.rounded(_zeroed(stack), MakingUp(), MinMax(), Statistics())
+    added = others.dequantize(alone)[..., 3]
+    assert 0.2 < added.mean() < 0.8
+    found = scheme.dequantize(q)[..., 3]
+    torch.testing.assert_close(found, stack[..., 3] + added, rtol=1e-3, atol=1e-2)
+
+
+def _zeroed(stack: Tensor) -> Tensor:
+    rest = stack.clone()
+    rest[..., 3] = 0
+    return rest
+
+
 def test_a_grid_by_itself_chooses_by_the_weight() -> None:
     stack, grid = weight(3), Grid(Outliers(), MinMax())
     q = RoundToNearest().round(stack, grid, Statistics())
