@@ -133,6 +133,17 @@ class Scheme(Configurable, ABC):
         """
         return self, rounding.round(weight, Grid(self, observer), statistics)
 
+    def ranged(self, x: Tensor, qparams: QParams) -> "tuple[Tensor, Scheme, QParams]":
+        """Return what a range was found for: values, grid, and the parameters that came out.
+
+        A scheme that treats some of the values apart leaves those out.
+
+        Args:
+            x: the stack that was rounded.
+            qparams: as `rounded` returned them.
+        """
+        return x, self, qparams
+
     def dynamic_qparams(self, x: Tensor) -> QParams:
         """Return parameters that cover the values of `x`, an activation as it comes.
 

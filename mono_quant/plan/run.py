@@ -119,7 +119,7 @@ def rounded(
     apart = q.qparams.extra.get(scheme.columns_apart) if scheme.columns_apart else None
     error = WeightError.of(stack, q, scheme, apart)
     why = (
-        recipe.grid.observer.remark(stack, scheme, q.qparams)
+        recipe.grid.observer.remark(*scheme.ranged(stack, q.qparams))
         if q.qparams.scale is not None
         else None
     )
@@ -160,7 +160,7 @@ def _met_by_all(weight: WeightPlan) -> str | None:
     if recipe.activations.mode is None:
         return None
     if len(weight.layout.native) != _MATRIX:
-        return "the inputs of its outlier columns are quantized, as those of matrices are not"
+        return "the inputs of its outlier columns are quantized: only those of a matrix stay float"
     if recipe.activations.mode == "static":
         return (
             "the inputs of its outlier columns are quantized, on the range of all; "

@@ -207,6 +207,11 @@ class Outliers(Scheme):
         found = replace(q, qparams=replace(q.qparams, extra=extra))
         return Outliers(scheme, len(columns)), found
 
+    def ranged(self, x: Tensor, qparams: QParams) -> tuple[Tensor, Scheme, QParams]:
+        """Return zeros for the columns, and the grid with its parameters."""
+        rest = _without(x, qparams.extra[COLUMNS])
+        return self.scheme.ranged(rest, _of_grid(qparams))
+
     def extra_of_rows(self, extra: Mapping[str, Tensor], rows: Tensor) -> Mapping[str, Tensor]:
         """Return those rows of the columns too."""
         of_grid = self.scheme.extra_of_rows(_others(extra), rows)

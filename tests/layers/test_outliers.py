@@ -376,6 +376,19 @@ def test_the_report_says_how_many_columns_and_which_layers_have_none() -> None:
     assert not any("channel" in line for line in report.warnings)
 
 
+@pytest.mark.parametrize("observer", ["auto", "mse"])
+def test_an_observer_says_of_the_grid_what_it_would_without_the_columns(observer: str) -> None:
+    source, quiet = linear(), linear()
+    with torch.no_grad():
+        source.weight[:, 9] *= 200
+        quiet.weight[:, 9] = 0
+    quantizer = WEIGHTS_ALONE.bits(4).granularity("channel").observer(weights=observer)
+    (found,) = quantizer.apply(source).report.quantized
+    (expected,) = quantizer.apply(quiet).report.quantized
+    assert found.scheme != expected.scheme
+    assert found.ranges == expected.ranges
+
+
 def test_the_plan_says_what_there_may_be_at_most() -> None:
     row = layer_rows(Quantizer().outliers(), linear())["weight"]
     assert row.scheme is not None
