@@ -22,7 +22,7 @@ from mono_quant.kernels.fp16 import FP16, Fp16
 from mono_quant.kernels.int4 import INT4, PANEL_BLOCKS, Int4, PanelBlocks
 from mono_quant.kernels.integer import INTEGER, Integer
 from mono_quant.kernels.ops import followed, gradient_asked, untraced
-from mono_quant.kernels.outliers import DECOMPOSED, DECOMPOSED_TRACED
+from mono_quant.kernels.outliers import DECOMPOSED, DECOMPOSED_TRACED, Decomposed
 from mono_quant.kernels.packed_convolution import PACKED_CONVOLUTION, PackedConvolution
 from mono_quant.kernels.reference import Reference
 from mono_quant.kernels.sequences import INTEGER_STEPS, IntegerSteps
@@ -248,6 +248,7 @@ __all__ = [
     "REFERENCE",
     "VARIABLE",
     "Blocks",
+    "Decomposed",
     "Fp16",
     "Int4",
     "Integer",
