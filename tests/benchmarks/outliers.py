@@ -146,8 +146,17 @@ def _speaker() -> Iterator[tuple[str, ...]]:
     for name, quantizer in {
         "8 bits": fitted,
         **{f"outliers={n}": fitted.override(FIRST, outliers=n) for n in (2, 4, 8, 12, 16, 20)},
+        **{
+            f'outliers={n}, activations="float"': fitted.override(
+                FIRST, outliers=n, activations="float"
+            )
+            for n in (12, 16)
+        },
         "group_size=8": fitted.override(FIRST, group_size=8),
         "group_size=8, outliers=8": fitted.override(FIRST, group_size=8, outliers=8),
+        'group_size=8, activations="float"': fitted.override(
+            FIRST, group_size=8, activations="float"
+        ),
         "bits=16": fitted.override(FIRST, bits=16),
     }.items():
         result = quantizer.apply(speaker(), progress=False)
