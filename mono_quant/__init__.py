@@ -114,6 +114,8 @@ try:
         Float8,
         FloatCast,
         Microscaling,
+        OutlierColumns,
+        Outliers,
         create_scheme,
     )
     from mono_quant.serializers import SafetensorsSerializer, TorchSerializer, read_state_dict
@@ -191,6 +193,8 @@ __all__ = [
     "MovingAverage",
     "Observer",
     "Operation",
+    "OutlierColumns",
+    "Outliers",
     "Outline",
     "PackedTensor",
     "PerChannel",

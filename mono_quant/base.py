@@ -56,6 +56,12 @@ class Scheme(Configurable, ABC):
     Kernels then never decode a whole weight at once.
     """
 
+    columns_apart: ClassVar[str | None] = None
+    """Name of the tensor that lists columns which are kept beside the codes; None if none are.
+
+    Where the inputs of a matrix are quantized as they come, those of these columns stay float.
+    """
+
     @property
     @abstractmethod
     def granularity(self) -> Granularity:
@@ -154,6 +160,36 @@ class Scheme(Configurable, ABC):
         """
         return self
 
+    @property
+    def uses(self) -> "tuple[AnyStatistic, ...]":
+        """Statistics of the weight's inputs that `rounded` looks at, where any reached it."""
+        return ()
+
+    def rounded(
+        self,
+        weight: Tensor,
+        rounding: "Rounding",
+        observer: "RangeEstimator",
+        statistics: "Statistics",
+    ) -> "tuple[Scheme, QTensor]":
+        """Return a stack ``[G, out, in]`` as `rounding` rounds it, and the grid that it is on.
+
+        A scheme that treats some of the values apart overrides this, and returns itself as it came
+        out for this weight.
+        """
+        return self, rounding.round(weight, Grid(self, observer), statistics)
+
+    def ranged(self, x: Tensor, qparams: QParams) -> "tuple[Tensor, Scheme, QParams]":
+        """Return what a range was found for: values, grid, and the parameters that came out.
+
+        A scheme that treats some of the values apart leaves those out.
+
+        Args:
+            x: the stack that was rounded.
+            qparams: as `rounded` returned them.
+        """
+        return x, self.holding(qparams.extra), qparams
+
     def dynamic_qparams(self, x: Tensor) -> QParams:
         """Return parameters that cover the values of `x`, an activation as it comes.
 
@@ -200,6 +236,15 @@ class Scheme(Configurable, ABC):
         if scale is not None and not scale.dtype.is_floating_point:
             return f"scale is of {scale.dtype}"
         return None
+
+    def extra_of_rows(self, extra: Mapping[str, Tensor], rows: Tensor) -> Mapping[str, Tensor]:
+        """Return `QParams.extra` for some rows of a single matrix: as it is, if it is of no rows.
+
+        Args:
+            extra: of the whole matrix.
+            rows: their places, ``int64 [n]``.
+        """
+        return extra
 
     def describe(self) -> str:
         """Return the scheme in a few words, for reports."""
@@ -310,26 +355,28 @@ class PackedTensor:
         stored = self.tensors["codes"][0].index_select(0, flat)  # refuses indices out of range
         codes = _unpack_codes(stored, self.scheme, length)
         block = self.block_size
-        qparams = self._qparams(block, places=flat // block[1])
+        qparams = self._qparams(block, flat)
         values = self.scheme.dequantize(QTensor(codes[None], qparams, self.dtype))
         return values.reshape(*indices.shape, length).to(dtype or self.dtype)
 
-    def _qparams(self, block: Shape, places: Tensor | None = None) -> QParams:
+    def _qparams(self, block: Shape, rows: Tensor | None = None) -> QParams:
         counts = block_counts(self.layout.stack, block)
         scale = self.tensors.get("scale")
         zero_point = self.tensors.get("zero_point")
         if zero_point is not None and not zero_point.is_floating_point():
             count = torch.Size(counts).numel()
             zero_point = _unpack_codes(zero_point, self.scheme, count).reshape(counts)
-        if places is not None:
-            block = (1, 1, block[2])
-            scale = scale.index_select(1, places) if scale is not None else None
-            zero_point = zero_point.index_select(1, places) if zero_point is not None else None
-        extra = {
+        extra: Mapping[str, Tensor] = {
             name: tensor
             for name, tensor in self.tensors.items()
             if name not in {"codes", "scale", "zero_point"}
         }
+        if rows is not None:
+            places = rows // block[1]
+            block = (1, 1, block[2])
+            scale = scale.index_select(1, places) if scale is not None else None
+            zero_point = zero_point.index_select(1, places) if zero_point is not None else None
+            extra = self.scheme.extra_of_rows(extra, rows) if extra else extra
         return QParams(scale, zero_point, block, extra)
 
 
@@ -341,11 +388,14 @@ class Activation:
         scheme: the grid; its granularity is of rows of inputs (see `Operation.rows`).
         scale: calibrated, ``float32`` of one value; None where it is found anew for each input.
         zero_point: the code of zero, of one value, or None for a symmetric grid or a dynamic one.
+        apart: features that stay float, ``int64 [k]``, of a dynamic one; None if there are none.
+            The weight says so, which keeps their columns apart too.
     """
 
     scheme: Scheme
     scale: Tensor | None = None
     zero_point: Tensor | None = None
+    apart: Tensor | None = None
 
     @property
     def mode(self) -> str:
@@ -361,10 +411,23 @@ class Activation:
     def qparams(self, x: Tensor) -> QParams:
         """Return the parameters for `x`, an input as rows ``[..., features]``."""
         if self.scale is None:
-            return self.scheme.dynamic_qparams(x)
+            return self.scheme.dynamic_qparams(self.rest(x))
         ones = (1,) * x.dim()
         zero_point = self.zero_point.reshape(ones) if self.zero_point is not None else None
         return QParams(self.scale.reshape(ones), zero_point, tuple(x.shape))
+
+    def sparing(self, features: Tensor | None) -> "Activation":
+        """Return how inputs are quantized but for these features, which stay as they are.
+
+        A calibrated range was found with all of them, and stays that of all.
+        """
+        if features is None or self.scale is not None:
+            return self
+        return Activation(self.scheme, apart=features)
+
+    def rest(self, x: Tensor) -> Tensor:
+        """Return an input ``[..., features]`` with zeros for the features that stay float."""
+        return x if self.apart is None else x.index_fill(-1, self.apart, 0)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Return rows `x` on the grid, in float32 or wider; its gradient is that of `x` itself.
@@ -377,6 +440,8 @@ class Activation:
         values = x.detach()
         on_grid = self.scheme.fake_quantize(values, self.qparams(values)).to(x.dtype)
         on_grid = on_grid.masked_fill_(values.isnan(), math.nan)  # no code stands for it
+        if self.apart is not None:
+            on_grid = on_grid.index_copy(-1, self.apart, values.index_select(-1, self.apart))
         return x + (on_grid - x).detach() if x.requires_grad else on_grid
 
     def describe(self) -> str:

@@ -23,6 +23,7 @@ from mono_quant.numerics.granularity import Granularity, PerGroup
 from mono_quant.observers import create_observer
 from mono_quant.plan.request import ACTIONS, OnlyIfFaster, Request
 from mono_quant.plan.written import GRAPH, calls_of, config_of, request_from
+from mono_quant.schemes import OutlierColumns
 from mono_quant.selection import Selector, check_selector
 from mono_quant.settings import Activations, Settings, granularity_of_inputs, granularity_of_weights
 from mono_quant.speed import NO_DIFFERENCE
@@ -101,8 +102,27 @@ class Builder:
         """Store scales as float16 (the default), bfloat16 or float32. **Replaces**."""
         return self._settings(attrs.evolve(self._request.settings, scale_dtype=dtype))
 
+    def outliers(self, columns: OutlierColumns | int | None = None) -> Self:
+        """Keep the few columns of a weight that stand out in float16 (LLM.int8()). **Replaces**.
+
+        The grid then need not reach for them. They are chosen by the weights, and by the inputs
+        where `fit` gave data; their inputs stay float where those of other columns are quantized
+        dynamically, which they then are at 8 bits unless you say otherwise.
+
+        Args:
+            columns: which stand out: by default those that are 6 times the median column, at most a
+                sixteenth of all; a number means so many in each weight.
+
+        Raises:
+            ConfigurationError: a scheme was asked for before; say ``Outliers(scheme)`` there.
+        """
+        chosen = OutlierColumns() if columns is None else columns
+        return self._settings(attrs.evolve(self._request.settings, outliers=chosen))
+
     def scheme(self, scheme: Scheme) -> Self:
-        """Use this grid, in place of bits, symmetry, granularity and scale dtype. **Replaces**.
+        """Use this grid, in place of bits, symmetry, granularity, scale dtype and outliers.
+
+        **Replaces**.
 
         Raises:
             ConfigurationError: one of those was asked for before.
@@ -215,6 +235,7 @@ class Builder:
         group_size: int | None = None,
         scale_dtype: torch.dtype | None = None,
         float_zero_point: bool | None = None,
+        outliers: OutlierColumns | int | None = None,
         scheme: Scheme | None = None,
         observer: RangeEstimator | str | None = None,
         rounding: Rounding | None = None,
@@ -234,6 +255,7 @@ class Builder:
             group_size: see above.
             scale_dtype: see above.
             float_zero_point: see above.
+            outliers: which columns, or how many.
             scheme: see above.
             observer: for the weights; an observer or its name.
             rounding: see above.
@@ -249,6 +271,7 @@ class Builder:
             granularity=granularity_of_weights(granularity) if granularity is not None else wanted,
             scale_dtype=scale_dtype,
             float_zero_point=float_zero_point,
+            outliers=outliers,
             scheme=scheme,
             observer=_observer(observer),
             rounding=rounding,

@@ -7,7 +7,7 @@ import attrs
 import torch
 
 from mono_quant.base import Grid, Observer, RangeEstimator, Rounding, Scheme
-from mono_quant.configurable import Config, Configurable, Kinds, as_dtype, encode, register
+from mono_quant.configurable import Config, Configurable, Json, Kinds, as_dtype, encode, register
 from mono_quant.errors import ConfigurationError
 from mono_quant.numerics.granularity import (
     Granularity,
@@ -19,7 +19,7 @@ from mono_quant.numerics.granularity import (
 )
 from mono_quant.observers import MSE, MinMax
 from mono_quant.rounding import LearnedRounding, RoundToNearest
-from mono_quant.schemes import Affine, FittedCodebook, FloatCast
+from mono_quant.schemes import Affine, FittedCodebook, FloatCast, OutlierColumns, Outliers
 
 T = TypeVar("T")
 
@@ -119,6 +119,7 @@ class Settings:
         granularity: which values share one scale.
         scale_dtype: dtype of the scales.
         float_zero_point: whether zero points are floats.
+        outliers: which columns are kept in half precision beside the grid; a number means so many.
         scheme: a whole scheme, in place of the five above.
         observer: how the range of weights is found.
         rounding: how grid points are chosen.
@@ -134,6 +135,7 @@ class Settings:
         default=None, converter=attrs.converters.optional(as_dtype)
     )
     float_zero_point: bool | None = None
+    outliers: OutlierColumns | int | None = None
     scheme: Scheme | None = None
     observer: RangeEstimator | None = None
     rounding: Rounding | None = None
@@ -151,6 +153,9 @@ class Settings:
             value: object = getattr(self, name)
             if value is not None and not isinstance(value, expected):
                 raise ConfigurationError(f"{call} takes an instance, not {value!r}")
+        if self.quality is not None and self.quality not in QUALITIES:
+            known = ", ".join(map(repr, QUALITIES))
+            raise ConfigurationError(f"quality is {known}, not {self.quality!r}")
         said = [name for name in _PARTS if getattr(self, name) is not None]
         if self.scheme is not None and said:
             raise ConfigurationError(
@@ -165,6 +170,8 @@ class Settings:
             raise ConfigurationError("bits(16) is a cast: its activations cannot be quantized")
         if self.scheme is None and self.bits != 16:  # which refuses what no grid can have
             self._affine(self.granularity or PerChannel())
+        if self.outliers is not None:
+            Outliers(columns=self.outliers)  # which refuses what names no columns
         watcher = self.activation_observer
         if watcher is not None and not isinstance(watcher, Observer):
             raise ConfigurationError(
@@ -210,6 +217,7 @@ class Settings:
             granularity=Granularity.from_config(granularity, kinds) if granularity else None,
             scale_dtype=as_dtype(str(dtype)) if dtype is not None else None,
             float_zero_point=floats,
+            outliers=_columns(config.get("outliers"), kinds),
             scheme=Scheme.from_config(scheme, kinds) if scheme else None,
             observer=RangeEstimator.from_config(observer, kinds) if observer else None,
             rounding=Rounding.from_config(rounding, kinds) if rounding else None,
@@ -240,6 +248,7 @@ class Settings:
             granularity=_first(self.granularity, base.granularity),
             scale_dtype=_first(self.scale_dtype, base.scale_dtype),
             float_zero_point=_first(self.float_zero_point, base.float_zero_point),
+            outliers=self.outliers if self.outliers is not None else base.outliers,
             scheme=_first(self.scheme, base.scheme),
             observer=_first(self.observer, base.observer),
             rounding=_first(self.rounding, base.rounding),
@@ -275,12 +284,15 @@ class Settings:
         return learned or RoundToNearest()
 
     def _activations(self, has_data: bool) -> Activations:
-        """Return what was asked for; of 8 bits without a scheme static or dynamic, else float."""
+        """Return what was asked for; of 8 bits without a scheme static or dynamic, else float.
+
+        Dynamic where columns are kept apart: calibrated ranges hold the inputs of those too.
+        """
         if self.activations is not None:
             return self.activations
         if self.scheme is not None or self.width != 8:
             return Activations()
-        return Activations("static" if has_data else "dynamic")
+        return Activations("static" if has_data and self.outliers is None else "dynamic")
 
     def _scheme(self, shape: Shape) -> Scheme:
         """Return the scheme.
@@ -302,7 +314,8 @@ class Settings:
         if granularity is None:
             group = PerGroup(DEFAULT_GROUP)
             granularity = group if low and group.refuse(shape) is None else PerChannel()
-        return self._affine(granularity)
+        grid = self._affine(granularity)
+        return grid if self.outliers is None else Outliers(grid, self.outliers)
 
     def _affine(self, granularity: Granularity) -> Affine:
         floats = self.float_zero_point or False
@@ -324,7 +337,7 @@ _EXPECTED: Mapping[str, tuple[type, str]] = {
     "activations": (Activations, 'activations("dynamic")'),
     "activation_observer": (RangeEstimator, "observer(activations=MinMax())"),
 }
-_PARTS = ("bits", "symmetric", "granularity", "scale_dtype", "float_zero_point")
+_PARTS = ("bits", "symmetric", "granularity", "scale_dtype", "float_zero_point", "outliers")
 """Settings that a scheme fixes."""
 
 _MODES = ("dynamic", "static", None)
@@ -366,6 +379,14 @@ def _named(said: Granularity | str, names: Mapping[str, Granularity], what: str)
             f"{what} is {', '.join(map(repr, names))} or a Granularity, not {said!r}"
         )
     return found
+
+
+def _columns(said: Json, kinds: Kinds | None) -> OutlierColumns | int | None:
+    if said is None or isinstance(said, int):
+        return said
+    if not isinstance(said, Mapping):
+        raise ConfigurationError(f"outliers is a number or a mapping with a kind, not {said!r}")
+    return OutlierColumns.from_config(said, kinds)
 
 
 def _first(one: T | None, other: T | None) -> T | None:

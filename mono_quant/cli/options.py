@@ -32,6 +32,7 @@ class QuantizeOptions(ModelOptions):
     group_size: int | None
     scale_dtype: str | None
     float_zero_point: bool | None
+    outliers: str | None
     observer: str | None
     rounding: str | None
     only: list[str]

@@ -17,6 +17,7 @@ from typing import NoReturn
 from mono_quant.calibration import DEFAULT_SAMPLES
 from mono_quant.cli import commands
 from mono_quant.errors import ConfigurationError
+from mono_quant.schemes import OutlierColumns
 from mono_quant.speed import NO_DIFFERENCE
 from mono_quant.version import __version__
 
@@ -162,6 +163,14 @@ def _add_grid(grid: _ArgumentGroup) -> None:
         action="store_const",
         const=True,
         help="zero points are floats in the dtype of the scales, as --rounding hqq wants them",
+    )
+    grid.add_argument(
+        "--outliers",
+        nargs="?",
+        const=OutlierColumns.kind,
+        metavar="N",
+        help="keep N columns of each weight in float16; without a number those that stand out, or "
+        "outlier_columns:times=10,at_most=4",
     )
     grid.add_argument(
         "--scheme",

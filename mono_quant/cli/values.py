@@ -23,7 +23,7 @@ from mono_quant.errors import ConfigurationError, UnknownKindError
 from mono_quant.numerics.granularity import Granularity
 from mono_quant.observers import create_observer
 from mono_quant.quantizer import Quantizer
-from mono_quant.schemes import create_scheme
+from mono_quant.schemes import OutlierColumns, create_scheme
 from mono_quant.selection import Selector
 
 StrategyT = TypeVar("StrategyT", bound=Configurable)
@@ -36,6 +36,7 @@ _IN_OVERRIDE = (
     "group_size",
     "scale_dtype",
     "float_zero_point",
+    "outliers",
     "scheme",
     "observer",
     "rounding",
@@ -66,6 +67,8 @@ def build_quantizer(options: QuantizeOptions) -> Quantizer:
         quantizer = quantizer.scale_dtype(as_dtype(options.scale_dtype))
     if options.float_zero_point is not None:
         quantizer = quantizer.float_zero_point(options.float_zero_point)
+    if options.outliers is not None:
+        quantizer = quantizer.outliers(_outliers(options.outliers))
     if options.observer is not None:
         quantizer = quantizer.observer(_observer(options.observer))
     if options.rounding is not None:
@@ -195,6 +198,13 @@ def _granularity(text: str) -> Granularity | str:
     return text
 
 
+def _outliers(text: str) -> OutlierColumns | int:
+    """Return how many columns of each weight, or the rule that finds them."""
+    if text.isdecimal():
+        return int(text)
+    return _strategy(OutlierColumns.from_config, OutlierColumns, text)
+
+
 def _selector(text: str) -> Selector:
     """Return a name pattern, or the class of ``type:Linear`` or ``type:package.module:Class``."""
     if not text.startswith(_OF_TYPE):
@@ -225,6 +235,7 @@ def _override(quantizer: Quantizer, text: str) -> Quantizer:
         group_size=_whole(said, "group_size", text),
         scale_dtype=as_dtype(named["scale_dtype"]) if "scale_dtype" in said else None,
         float_zero_point=_truth(said, "float_zero_point", text),
+        outliers=_outliers(named["outliers"]) if "outliers" in said else None,
         scheme=_scheme(named["scheme"]) if "scheme" in said else None,
         observer=_observer(named["observer"]) if "observer" in said else None,
         rounding=_rounding(named["rounding"]) if "rounding" in said else None,

@@ -22,6 +22,7 @@ from mono_quant.kernels.fp16 import FP16, Fp16
 from mono_quant.kernels.int4 import INT4, PANEL_BLOCKS, Int4, PanelBlocks
 from mono_quant.kernels.integer import INTEGER, Integer
 from mono_quant.kernels.ops import followed, gradient_asked, untraced
+from mono_quant.kernels.outliers import DECOMPOSED, DECOMPOSED_TRACED, Decomposed
 from mono_quant.kernels.packed_convolution import PACKED_CONVOLUTION, PackedConvolution
 from mono_quant.kernels.reference import Reference
 from mono_quant.kernels.sequences import INTEGER_STEPS, IntegerSteps
@@ -43,6 +44,7 @@ KERNELS: tuple[Kernel, ...] = (
     PANEL_BLOCKS,
     FP16,
     BLOCKS,
+    DECOMPOSED,
     REFERENCE,
 )
 """All that may be chosen; the last one can do everything."""
@@ -177,7 +179,8 @@ def _traceable(
     exporting = getattr(torch.compiler, "is_exporting", None)  # torch 2.6 has none
     if exporting is None or exporting() or gradient_asked(*others) or not _fastest_wanted():
         return REFERENCE
-    kernels: tuple[Kernel, ...] = (INTEGER_TRACED, ROW_TRACED) if rows == 1 else (INTEGER_TRACED,)
+    traced: tuple[Kernel, ...] = (INTEGER_TRACED, DECOMPOSED_TRACED)
+    kernels = (*traced, ROW_TRACED) if rows == 1 else traced
     able = (kernel for kernel in kernels if kernel.supports(spec, device, dtype) is None)
     return next(able, REFERENCE)
 
@@ -245,6 +248,7 @@ __all__ = [
     "REFERENCE",
     "VARIABLE",
     "Blocks",
+    "Decomposed",
     "Fp16",
     "Int4",
     "Integer",

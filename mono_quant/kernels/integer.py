@@ -94,6 +94,8 @@ def refuse_inputs(activation: Activation | None) -> str | None:
     """Return why inputs cannot be digits, or None: floats and affine grids can."""
     if activation is None:
         return None
+    if activation.apart is not None:
+        return "some of the inputs stay float"
     scheme = activation.scheme
     known = type(scheme) is Affine and type(scheme.granularity) in (PerTensor, PerToken)
     codes = isinstance(scheme, Affine) and not scheme.float_zero_point

@@ -169,7 +169,9 @@ class QuantizedLayer(QuantizedModule):
 
     def _activation(self, name: str) -> Activation | None:
         found = cast("QuantizedInput | None", self.quantized_inputs._modules.get(name))
-        return found.activation if found is not None else None
+        if found is None:
+            return None
+        return found.activation.sparing(self._holder(name).columns_apart)
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         """Pickle and copy by the two classes that made this one, which may have no name."""

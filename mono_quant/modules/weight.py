@@ -62,6 +62,7 @@ _LOCK = threading.RLock()
 """Held while codes change their order, so that nobody finds a weight without any."""
 
 _SCALES = ("scale", "zero_point")
+_MATRIX = 2
 
 _OPAQUE: "weakref.WeakSet[QuantizedWeight]" = weakref.WeakSet()
 """Weights that were held in an order that `torch.compile` cannot trace."""
@@ -116,6 +117,14 @@ class QuantizedWeight(_Fixed):
             with _LOCK:
                 codes = self._restored()
         return self._with(codes)
+
+    @property
+    def columns_apart(self) -> Tensor | None:
+        """Columns of a matrix whose inputs stay float where they are quantized as they come."""
+        name = self.scheme.columns_apart
+        if name is None or len(self.layout.native) != _MATRIX:
+            return None
+        return self._buffers[name]
 
     def peek(self) -> PackedTensor:
         """Return the weight to read once: codes in another order stay so, and are copied back.

@@ -76,6 +76,11 @@ class BlockRun:
         if self._twin is None or stage.path is None:
             return NOTHING
         self._twin.reach(stage)
+        self.changes += [
+            Change(weight.key, f"{weight.key} is rounded apart from its block: {why}", done=False)
+            for weight in stage.weights
+            if isinstance(_rounding(weight), BlockRounding) and (why := _unfit(weight))
+        ]
         found: dict[str, QTensor] = {}
         targets: Kept | None = None
         for rounding, weights in _asked(stage.weights).items():
@@ -136,11 +141,23 @@ class BlockRun:
 
 
 def _asked(todo: Sequence[WeightPlan]) -> Mapping[BlockRounding, list[WeightPlan]]:
-    """Return the weights that are fitted in blocks, by their rounding; not those made of others."""
+    """Return the weights that are fitted in blocks, by their rounding."""
     found: dict[BlockRounding, list[WeightPlan]] = {}
     for weight in todo:
-        rounding: Rounding | None = weight.recipe.rounding if weight.recipe is not None else None
-        plain = weight.sources == (weight.key,) and weight.tied_to is None
-        if isinstance(rounding, BlockRounding) and plain:
+        rounding = _rounding(weight)
+        if isinstance(rounding, BlockRounding) and _unfit(weight) is None and not weight.tied_to:
             found.setdefault(rounding, []).append(weight)
     return found
+
+
+def _rounding(weight: WeightPlan) -> Rounding | None:
+    return weight.recipe.rounding if weight.recipe is not None else None
+
+
+def _unfit(weight: WeightPlan) -> str | None:
+    """Return why a weight cannot be changed in a block that is run, or None."""
+    if weight.sources != (weight.key,):
+        return "it is made of other parameters"
+    if weight.recipe is not None and weight.recipe.grid.scheme.columns_apart is not None:
+        return "some of its columns are kept apart"
+    return None

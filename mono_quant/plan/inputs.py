@@ -92,6 +92,8 @@ class InputUse:
     def of(cls, x: Tensor, dim: int | None, activation: Activation) -> "InputUse | None":
         """Return what one input tells; None for an empty one, indices, NaN or infinity.
 
+        Features that stay float count as zeros.
+
         Args:
             x: the input, as the layer's operation takes it.
             dim: the dimension of its channels, if that is known.
@@ -99,6 +101,7 @@ class InputUse:
         """
         if not x.numel() or not x.is_floating_point():
             return None
+        x = activation.rest(x)
         low, high = (float(end) for end in torch.aminmax(x))
         if not math.isfinite(low) or not math.isfinite(high):
             return None

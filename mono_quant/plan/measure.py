@@ -68,12 +68,13 @@ def wanted_of(todo: Iterable[WeightPlan]) -> Mapping[str, Wanted]:
         if recipe is None:
             continue
         static = recipe.activations.mode == "static"
-        if recipe.rounding.needs or static:
+        of_rows = tuple(dict.fromkeys((*recipe.rounding.needs, *recipe.grid.scheme.uses)))
+        if of_rows or static:
             known = wanted.get(weight.path, Wanted(weight.maker, {}, {}))
             observers = (recipe.observer,) if static else ()
             wanted[weight.path] = Wanted(
                 weight.maker,
-                {**known.of_rows, weight.name: recipe.rounding.needs},
+                {**known.of_rows, weight.name: of_rows},
                 {**known.of_inputs, weight.name: observers},
             )
     return wanted

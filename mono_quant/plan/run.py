@@ -27,6 +27,8 @@ from mono_quant.report import LayerReport
 from mono_quant.settings import Recipe
 from mono_quant.transforms.edits import put
 
+_MATRIX = 2
+
 
 class LayerRun(Generic[ModelT]):
     """A working copy whose layers are quantized, some at a time.
@@ -177,13 +179,17 @@ def rounded(
             layer=weight.path,
         )
     try:
-        q = given or recipe.rounding.round(stack, recipe.grid, statistics)
+        scheme = recipe.grid.scheme
+        if given is None:
+            scheme, q = scheme.rounded(stack, recipe.rounding, recipe.grid.observer, statistics)
+        else:
+            q = given
     except InputError as reason:
         raise InputError(f"{weight.key} cannot be quantized: {reason}") from reason
-    scheme = recipe.grid.scheme
-    error = WeightError.of(stack, q, scheme)
+    apart = q.qparams.extra.get(scheme.columns_apart) if scheme.columns_apart else None
+    error = WeightError.of(stack, q, scheme, apart)
     why = (
-        recipe.grid.observer.remark(stack, scheme.holding(q.qparams.extra), q.qparams)
+        recipe.grid.observer.remark(*scheme.ranged(stack, q.qparams))
         if q.qparams.scale is not None
         else None
     )
@@ -192,6 +198,7 @@ def rounded(
         weight.kept,
         scheme.remark(q),
         f"{dead} of {error.by_row.numel()} rows are all zero" if dead else None,
+        _met_by_all(weight) if apart is not None else None,
     )
     packed = PackedTensor.pack(q, scheme, weight.layout, view.native.dtype, consume=True)
     row = LayerReport(
@@ -215,6 +222,21 @@ def rounded(
         kernel=weight.kernel,
     )
     return packed, row
+
+
+def _met_by_all(weight: WeightPlan) -> str | None:
+    """Return that inputs of the columns kept apart are quantized all the same, or None."""
+    recipe = cast("Recipe", weight.recipe)  # only weights with a recipe come here
+    if recipe.activations.mode is None:
+        return None
+    if len(weight.layout.native) != _MATRIX:
+        return "the inputs of its outlier columns are quantized: only those of a matrix stay float"
+    if recipe.activations.mode == "static":
+        return (
+            "the inputs of its outlier columns are quantized, on the range of all; "
+            'activations="dynamic" leaves them out'
+        )
+    return None
 
 
 def activation_of(weight: WeightPlan, gathered: Gathered) -> Activation | None:

@@ -26,6 +26,7 @@ _WORTH_DB = 6.0
 """What other ranges have to gain before they are advised."""
 _UNEVEN_DB = 12.0
 """What ranges for each token have to gain, two bits, before nothing else speaks for them."""
+_MATRIX = 2
 
 
 def warnings_of(
@@ -130,7 +131,8 @@ def _outliers(report: Report) -> list[str]:
             )
         if has_outlier_columns(row):
             columns.append(
-                f"{row.name} has columns {row.outliers:.0f} times the median one; {_apart(row)}"
+                f"{row.name} has columns {row.outliers:.0f} times the median one; a few are kept "
+                f"in float16 by override({row.name!r}, outliers=OutlierColumns()); {_apart(row)}"
             )
     return [*_first(columns, "weights have such columns"), *_first(rows, "weights have such rows")]
 
@@ -168,7 +170,8 @@ def _inputs(report: Report) -> list[str]:
                     f"the values, {_percent(one.cut_energy)} of their energy; {_mend(one)}"
                 )
             elif seen := _stretches(one, damaged):
-                stretched.append(f"the inputs of {one.name} {' and '.join(seen)}; {_mend(one)}")
+                mend = _mend(one, matrix=len(row.shape) == _MATRIX)
+                stretched.append(f"the inputs of {one.name} {' and '.join(seen)}; {mend}")
     return [
         *_first(dead, "inputs did not move"),
         *_first(cut, "inputs are cut off"),
@@ -213,9 +216,14 @@ def _stretches(one: InputReport, damaged: bool) -> list[str]:
     return seen
 
 
-def _mend(one: InputReport) -> str:
+def _mend(one: InputReport, *, matrix: bool = False) -> str:
     """Return the calls that leave less error, by how much; or the one that leaves none."""
     calls = []
+    if matrix and (one.outliers or 0) >= OUTLIER:
+        calls.append(
+            "a few columns in float16 leave their inputs in float: "
+            f'override({one.name!r}, outliers=OutlierColumns(), activations="dynamic")'
+        )
     if (one.uncut_gain_db or 0) >= _WORTH_DB:
         calls.append(
             f"the whole range would leave {one.uncut_gain_db:.0f} dB less error: "

@@ -24,14 +24,18 @@ class WeightError:
         signal: sum of the squared values of each column, ``float64 [G, in]``.
         noise: sum of the squared errors of each column.
         by_row: sum of the squared values of each row, ``float64 [G, out]``.
+        apart: columns that share no scale with others, ``int64 [k]``; None if there are none.
     """
 
     signal: Tensor
     noise: Tensor
     by_row: Tensor
+    apart: Tensor | None = None
 
     @classmethod
-    def of(cls, stack: Tensor, q: QTensor, scheme: Scheme) -> "WeightError":
+    def of(
+        cls, stack: Tensor, q: QTensor, scheme: Scheme, apart: Tensor | None = None
+    ) -> "WeightError":
         """Return the error of `q` against `stack`, some rows at a time.
 
         Where rows have scales of their own, the dequantized weight never exists as a whole. Squared
@@ -49,7 +53,7 @@ class WeightError:
             signal += squares.sum(1)
             by_row[:, part] = squares.sum(2)
             noise += (exact - values).square_().sum(1)
-        return cls(signal, noise, by_row)
+        return cls(signal, noise, by_row, apart)
 
     @property
     def rows(self) -> int:
@@ -91,10 +95,15 @@ class WeightError:
 
     @property
     def outliers(self) -> float | None:
-        """Root mean square of the largest column over that of the median one; None as above."""
+        """Root mean square of the largest column over that of the median one; None as above.
+
+        Columns that are kept apart are not counted.
+        """
         if self.signal.shape[0] != 1 or self.rows < _ENOUGH_ROWS:
             return None
-        return _over_median(self.signal)
+        if self.apart is None:
+            return _over_median(self.signal)
+        return _over_median(self.signal.index_fill(-1, self.apart, 0))
 
     @property
     def row_outliers(self) -> float | None:

@@ -18,6 +18,7 @@ NAMES = (
     "activations_peers",
     "activations_text",
     "activations_speech",
+    "outliers",
     "advice",
     "convolutions",
     "decoder",

@@ -89,30 +89,32 @@ def tokens() -> Tensor:
 @cache
 def float_logits() -> Tensor:
     """Return the float model's logits of the tokens."""
-    return _logits(language_model())
+    return logits(language_model())
 
 
 @torch.no_grad()
-def _logits(model: nn.Module) -> Tensor:
+def logits(model: nn.Module) -> Tensor:
+    """Return a model's logits of the tokens."""
     return torch.cat([model(ids) for ids in torch.split(tokens(), 1)])
 
 
 def _smollm2() -> Iterator[tuple[str, ...]]:
-    yield ("float", "", *_judged(float_logits()).values())
+    yield ("float", "", *judged(float_logits()).values())
     for found in dynamic(language_model(), in_blocks, {"symmetric weights": DYNAMIC}):
         if found.model is None:
             yield (found.package, found.setting, found.reason, "", "", "")
             continue
-        yield (found.package, found.setting, *_judged(_logits(found.model)).values())
+        yield (found.package, found.setting, *judged(logits(found.model)).values())
 
 
-def _judged(logits: Tensor) -> Mapping[str, str]:
+def judged(found: Tensor) -> Mapping[str, str]:
+    """Return perplexity, KL, agreement and SQNR of logits of the tokens, beside the float ones."""
     reference = float_logits()
-    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten())
-    one, other = (x.double().log_softmax(dim=-1) for x in (reference, logits))
+    loss = functional.cross_entropy(found[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten())
+    one, other = (x.double().log_softmax(dim=-1) for x in (reference, found))
     kl = functional.kl_div(other, one, log_target=True, reduction="none").sum(dim=-1).mean()
-    same = (logits.argmax(dim=-1) == reference.argmax(dim=-1)).double().mean()
-    distance = "" if logits is reference else f"{sqnr([reference], [logits]):.2f}"
+    same = (found.argmax(dim=-1) == reference.argmax(dim=-1)).double().mean()
+    distance = "" if found is reference else f"{sqnr([reference], [found]):.2f}"
     return {
         "perplexity": f"{loss.exp():.2f}",
         "kl": f"{kl:.4f}",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from mono_quant import MSE, MinMax, Percentile, Quantizer, Report
+from mono_quant import MSE, MinMax, OutlierColumns, Percentile, Quantizer, Report
 from mono_quant.demo import encode, lee_documents
 from tests.benchmarks import activations_speech, activations_text, activations_vision
 from tests.benchmarks.measure import print_table
@@ -18,7 +18,8 @@ from tests.models import AssetUnavailable, resemblyzer
 
 ROUNDS = 3
 CALL = re.compile(
-    r"override\('(?P<name>[^']+)', (?:activations=\"(?P<mode>\w+)\"|(?P<whole>activation_observer))"
+    r"override\('(?P<name>[^']+)', (?P<outliers>outliers=OutlierColumns\(\), )?"
+    r"(?:activations=\"(?P<mode>\w+)\"|(?P<whole>activation_observer))"
 )
 STATIC = Quantizer().activations("static")
 Loaded = tuple[nn.Module, list[object]]
@@ -83,7 +84,9 @@ def followed(quantizer: Quantizer, report: Report) -> Quantizer:
             if call["whole"]:
                 quantizer = quantizer.override(call["name"], activation_observer=MinMax())
             else:
-                quantizer = quantizer.override(call["name"], activations=call["mode"])
+                kept = OutlierColumns() if call["outliers"] else None
+                mode = call["mode"]
+                quantizer = quantizer.override(call["name"], outliers=kept, activations=mode)
     return quantizer
 
 

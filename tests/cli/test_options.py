@@ -19,6 +19,8 @@ from mono_quant import (
     FloatCast,
     Microscaling,
     MinMax,
+    OutlierColumns,
+    Outliers,
     PerGroup,
     Quantizer,
     RoundToNearest,
@@ -61,6 +63,17 @@ AFFINE_JSON = '{"kind": "affine", "bits": 6, "granularity": {"kind": "per_group"
         ),
         (["--override", "a:scheme=nf4"], Quantizer().override("a", scheme=Codebook.nf4())),
         (["--scheme", AFFINE_JSON], Quantizer().scheme(Affine(6, granularity=PerGroup(32)))),
+        (["--outliers"], Quantizer().outliers()),
+        (["--bits", "4", "--outliers", "3"], Quantizer().bits(4).outliers(3)),
+        (
+            ["--outliers", "outlier_columns:times=10,at_most=4"],
+            Quantizer().outliers(OutlierColumns(10, 4)),
+        ),
+        (
+            ["--override", "a:outliers=3", "--override", "b:outliers=outlier_columns"],
+            Quantizer().override("a", outliers=3).override("b", outliers=OutlierColumns()),
+        ),
+        (["--scheme", "outliers:columns=3"], Quantizer().scheme(Outliers(columns=3))),
         (["--observer", "minmax"], Quantizer().observer(MinMax())),
         (
             ["--observer", "mse:steps=100,smallest=0.5"],

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mono_quant import MinMax, Quantizer
+from mono_quant import MinMax, OutlierColumns, Quantizer
 from mono_quant.cli.words import data_in_options, in_options
 from tests.cli.conftest import SMALL, Monoquant
 
@@ -21,6 +21,9 @@ SAME: dict[str, Quantizer] = {
         "0", activation_observer=MinMax()
     ),
     "override('0', bits=8, symmetric=True)": Quantizer().override("0", bits=8, symmetric=True),
+    "override('0', outliers=OutlierColumns(), activations=\"dynamic\")": Quantizer().override(
+        "0", outliers=OutlierColumns(), activations="dynamic"
+    ),
     "skip('0')": Quantizer().skip("0"),
     "skip('it\\'s (one)')": Quantizer().skip("it's (one)"),
     "activations(None)": Quantizer().activations(None),

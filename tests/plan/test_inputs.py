@@ -13,6 +13,7 @@ from mono_quant import (
     Auto,
     InputReport,
     MinMax,
+    OutlierColumns,
     Percentile,
     QuantizationResult,
     QuantizedModule,
@@ -252,8 +253,9 @@ def test_a_channel_that_stretches_every_token_is_warned_of_and_the_advice_helps(
     with torch.no_grad():
         model[0].get_parameter("weight")[:, 9] = 0
     (line,) = lines(DYNAMIC, model, x, "have a channel")
-    assert line.endswith("leave them in float: override('0.weight', activations=\"float\")")
-    mended = DYNAMIC.override("0.weight", activations="float")
+    call = "override('0.weight', outliers=OutlierColumns(), activations=\"dynamic\")"
+    assert line.endswith(f"a few columns in float16 leave their inputs in float: {call}")
+    mended = DYNAMIC.override("0.weight", outliers=OutlierColumns(), activations="dynamic")
     assert output_db(mended, model, x) > output_db(DYNAMIC, model, x) + 10
     assert not lines(mended, model, x, "have a channel")
 

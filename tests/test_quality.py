@@ -1,0 +1,111 @@
+"""What `quality` chooses, and that whatever is said wins over it."""
+
+import pytest
+import torch
+from torch import nn
+
+from mono_quant import (
+    MSE,
+    Affine,
+    ConfigurationError,
+    FittedCodebook,
+    LearnedRounding,
+    MinMax,
+    PerGroup,
+    Quantizer,
+    RoundToNearest,
+)
+from mono_quant.settings import QUALITIES, Recipe, Settings
+from tests.helpers import noise
+
+TABLE = FittedCodebook(4, PerGroup(32), torch.float8_e4m3fn)
+SHAPE = (1, 64, 64)
+DATA = [noise(16, 64, seed=place) for place in range(4)]
+
+
+def recipe(*, has_data: bool = True, **said: object) -> Recipe:
+    return Settings(**{"bits": 4, **said}).recipe(SHAPE, has_data)  # type: ignore[arg-type]  # as said
+
+
+@pytest.mark.parametrize("quality", QUALITIES)
+def test_it_chooses_a_table_in_fine_groups_and_ranges_of_least_error(quality: str) -> None:
+    found = recipe(quality=quality)
+    assert found.grid.scheme == TABLE
+    assert found.grid.observer == MSE()
+
+
+@pytest.mark.parametrize("quality", QUALITIES)
+def test_without_data_every_quality_rounds_to_nearest(quality: str) -> None:
+    assert recipe(quality=quality, has_data=False).rounding == RoundToNearest()
+
+
+def test_with_data_the_better_ones_learn() -> None:
+    assert recipe(quality="fast").rounding == RoundToNearest()
+    balanced, best = (recipe(quality=name).rounding for name in ("balanced", "best"))
+    assert isinstance(balanced, LearnedRounding)
+    assert isinstance(best, LearnedRounding)
+    assert balanced.rounding_rate == 0 < best.rounding_rate
+    assert balanced.steps < best.steps
+
+
+def test_what_is_said_wins() -> None:
+    grid = recipe(quality="best", granularity=PerGroup(16)).grid
+    assert grid.scheme == Affine(4, symmetric=False, granularity=PerGroup(16))
+    assert recipe(quality="best", rounding=RoundToNearest()).rounding == RoundToNearest()
+    assert recipe(quality="best", observer=MinMax()).grid.observer == MinMax()
+    assert recipe(quality="best", symmetric=True).grid.scheme == Affine(4, granularity=PerGroup(64))
+
+
+def test_rows_that_groups_do_not_divide_have_a_scale_for_each_channel() -> None:
+    found = Settings(bits=4, quality="fast").recipe((1, 8, 27))
+    assert found.grid.scheme == Affine(4, symmetric=False)
+
+
+def test_eight_bits_keep_their_grid_and_their_inputs() -> None:
+    found = recipe(bits=8, quality="fast")
+    assert found.grid.scheme == Affine(8)
+    assert found.activations.mode == "static"
+    assert found.observer == MSE()
+
+
+def test_casts_are_casts() -> None:
+    assert recipe(bits=16, quality="best").rounding == RoundToNearest()
+
+
+def test_an_unknown_one_is_refused_with_the_names() -> None:
+    with pytest.raises(ConfigurationError, match="quality is 'fast', 'balanced', 'best', not 'b"):
+        Quantizer().quality("better")
+
+
+def test_it_is_written_down_and_pastes_back() -> None:
+    quantizer = Quantizer().bits(3).quality("balanced")
+    assert repr(quantizer) == "Quantizer().bits(3).quality('balanced')"
+    assert repr(Quantizer.from_config(quantizer.to_config())) == repr(quantizer)
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).eval()
+
+
+def test_the_plan_says_what_was_chosen_and_what_that_takes() -> None:
+    said = Quantizer().bits(4).quality("balanced").fit(DATA).plan(net()).explain()
+    assert "quality 'balanced': 2 weights by GPTQ, block after block, in about three runs" in said
+    assert "each block in 16 steps of one batch" in said
+    assert "ranges by MSE(" in said
+
+
+def test_the_plan_says_that_there_is_nothing_to_learn_from() -> None:
+    said = Quantizer().bits(4).quality("best").plan(net()).explain()
+    assert "quality 'best' learns from data, of which fit(data) gave none" in said
+    assert "learns from data" not in Quantizer().bits(4).quality("fast").plan(net()).explain()
+
+
+def test_better_ones_are_better() -> None:
+    found = [
+        Quantizer().bits(3).quality(name).fit(DATA).apply(net()).report.output_sqnr_db
+        for name in QUALITIES
+    ]
+    fast, balanced, best = (one if one is not None else 0.0 for one in found)
+    assert fast + 1 < balanced
+    assert balanced - 0.2 < best  # on the data of its own, which is little
