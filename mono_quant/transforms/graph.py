@@ -72,6 +72,23 @@ class Source:
     text: str
 
 
+@attrs.frozen
+class Reach:
+    """The layers that see the output of a module, each element with its factor.
+
+    Between the module and a layer are only steps that pass a scale on: what moves, repeats, sums or
+    averages elements, products with other tensors, ReLU. Which channel of a layer's input comes
+    from which channel of the output is not said.
+
+    Attributes:
+        layers: their dotted names, in the order in which they are called.
+        reason: who else sees the output, so that it cannot be scaled; None if nobody does.
+    """
+
+    layers: tuple[str, ...] = ()
+    reason: str | None = None
+
+
 @attrs.frozen(eq=False)
 class View:
     """A model's calls, for one way of calling it.
@@ -80,6 +97,7 @@ class View:
         calls: how often each module is called.
         chains: what follows each module that is called once.
         sources: where the input of each module comes from that is called once.
+        reaches: which layers see the output of each module that is called once.
         matrices: modules whose input is known to be a matrix ``[N, C]``.
         misused: why the parameters of a module cannot be changed, by its name.
     """
@@ -87,6 +105,7 @@ class View:
     calls: Mapping[str, int]
     chains: Mapping[str, Chain]
     sources: Mapping[str, Source]
+    reaches: Mapping[str, Reach] = attrs.field(factory=dict)
     matrices: frozenset[str] = frozenset()
     misused: Mapping[str, str] = attrs.field(factory=dict)
 
@@ -127,6 +146,19 @@ class Graph:
             return Source(None, reason)
         found = self._agreed(path, lambda view: view.sources[path])
         return found or Source(None, "its input depends on how the model is called")
+
+    def reach(self, path: str) -> Reach:
+        """Return which layers see the output of a module, and why it cannot be scaled if so."""
+        if (reason := self._uncertain(path)) is not None:
+            return Reach((), reason)
+        found = self._agreed(path, lambda view: view.reaches.get(path, Reach((), self.reason)))
+        if found is None:
+            return Reach((), "who sees its output depends on how the model is called")
+        if found.reason is None:
+            for layer in found.layers:
+                if not self.together(path, layer):
+                    return Reach(found.layers, f"{layer!r} is also called without it")
+        return found
 
     def calls(self, path: str) -> int:
         """Return how often a module is called at most, as far as it is known."""

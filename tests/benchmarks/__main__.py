@@ -17,6 +17,7 @@ NAMES = (
     "activations_peers",
     "activations_text",
     "activations_speech",
+    "scaling",
     "advice",
     "convolutions",
     "decoder",
