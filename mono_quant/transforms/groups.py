@@ -154,6 +154,10 @@ class _Search:
                 self._try([link for link in links if self._fits(link)])
         left = [path for path in wanted if path not in self._found]
         why = {path: self._reasons.get(path) or self._graph.source(path).text for path in left}
+        others = {weight.rpartition(".")[0] for weight in self._context.targets}
+        for path in sorted(others.difference(wanted)):
+            kind = type(self._model.get_submodule(path)).__name__
+            why[path] = f"scales are moved into Linears and convolutions, not into a {kind}"
         return tuple(dict.fromkeys(self._found.values())), why
 
     def _links(self, wanted: Iterable[str]) -> list[Link]:

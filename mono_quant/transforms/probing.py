@@ -261,14 +261,15 @@ def _along(values: Tensor, x: Tensor, dim: int) -> Tensor:
 def _completed(channels: Tensor, unseen: Tensor, size: int) -> Tensor | None:
     """Return channels of which some were all zero on the data, or None where they are not known.
 
-    Where all others come one by one from their namesakes, so do they.
+    Where all others are in order, each as often as the next, so are they: directly behind the
+    module, or flattened.
     """
     if not bool(unseen.any()):
         return channels
-    same = torch.arange(len(channels))
-    if len(channels) != size or not torch.equal(channels[~unseen], same[~unseen]):
-        return None
-    return same
+    times, rest = divmod(len(channels), size)
+    in_order = torch.arange(size).repeat_interleave(times)
+    fits = not rest and torch.equal(channels[~unseen], in_order[~unseen])
+    return in_order if fits else None
 
 
 def _same(one: Sequence[Sequence[Tensor]], other: Sequence[Sequence[Tensor]]) -> bool:

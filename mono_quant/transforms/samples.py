@@ -1,5 +1,6 @@
 """What layers are given on the example data: a sample of it, and how large each channel is."""
 
+import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -47,14 +48,14 @@ def inputs_of(
     if context.outputs is None:
         return {}
     seen = {path: _Seen() for path in layers}
-    taken: dict[tuple[int, int, int], Rows] = {}
+    taken = _Taken()
 
     def see(
         path: str, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
         given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         if given is not None and given.numel():
-            seen[path].add(module, given.detach(), id(given), taken)
+            seen[path].add(module, given, taken)
 
     with ExitStack() as hooks:
         for path in seen:
@@ -62,8 +63,25 @@ def inputs_of(
             handle = module.register_forward_pre_hook(partial(see, path), with_kwargs=True)
             hooks.callback(handle.remove)
         for _ in context.outputs(model):
-            taken.clear()
+            pass
     return {path: one.found() for path, one in seen.items() if one.count}
+
+
+class _Taken:
+    """The rows that were last taken of a tensor, for others that are given the same one."""
+
+    def __init__(self) -> None:
+        """None was taken yet."""
+        self._of: weakref.ref[Tensor] | None = None
+        self._places = (0, 0)
+        self._rows: Rows = ()
+
+    def rows(self, given: Tensor, rows: Tensor, first: int, step: int) -> Rows:
+        """Return copies of every `step`-th of the rows of `given`, in float32."""
+        if self._of is None or self._of() is not given or self._places != (first, step):
+            self._of, self._places = weakref.ref(given), (first, step)
+            self._rows = tuple(one.clone() for one in rows[first::step].to(torch.float32))
+        return self._rows
 
 
 class _Seen:
@@ -82,11 +100,9 @@ class _Seen:
         self._sum: Tensor | float = 0.0
         self._peak: Tensor | None = None
 
-    def add(
-        self, layer: nn.Module, x: Tensor, key: int, taken: dict[tuple[int, int, int], Rows]
-    ) -> None:
-        """Take note of an input; `taken` holds what other layers took of that of the same key."""
-        rows = _rows(layer, x)  # [n, in, *positions]
+    def add(self, layer: nn.Module, given: Tensor, taken: _Taken) -> None:
+        """Take note of an input."""
+        rows = _rows(layer, given.detach())  # [n, in, *positions]
         sizes = rows.abs()
         others = [place for place in range(rows.dim()) if place != 1]
         self._sum = self._sum + sizes.sum(others, dtype=torch.float64).to("cpu")
@@ -95,11 +111,7 @@ class _Seen:
         self._values += rows.numel() // rows.shape[1]
         first = -self.count % self._step
         self.count += len(rows)
-        held = taken.get((key, first, self._step))
-        if held is None:
-            held = tuple(one.clone() for one in rows[first :: self._step].to(torch.float32))
-            taken[key, first, self._step] = held
-        self._rows += held
+        self._rows += taken.rows(given, rows, first, self._step)
         while len(self._rows) > max(1, min(ROWS, _VALUES // rows[0].numel())):
             self._rows = self._rows[::2]
             self._step *= 2
