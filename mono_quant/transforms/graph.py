@@ -130,7 +130,7 @@ class Graph:
 
     def chain(self, path: str) -> Chain:
         """Return what follows a module, or why that is not known."""
-        if (reason := self._uncertain(path)) is not None:
+        if (reason := self.uncertain(path)) is not None:
             return Chain(reason=reason)
         found = self._agreed(path, lambda view: view.chains[path])
         if found is None:
@@ -142,14 +142,14 @@ class Graph:
 
     def source(self, path: str) -> Source:
         """Return where the input of a module comes from, as far as it is known."""
-        if (reason := self._uncertain(path)) is not None:
+        if (reason := self.uncertain(path)) is not None:
             return Source(None, reason)
         found = self._agreed(path, lambda view: view.sources[path])
         return found or Source(None, "its input depends on how the model is called")
 
     def reach(self, path: str) -> Reach:
         """Return which layers see the output of a module, and why it cannot be scaled if so."""
-        if (reason := self._uncertain(path)) is not None:
+        if (reason := self.uncertain(path)) is not None:
             return Reach((), reason)
         found = self._agreed(path, lambda view: view.reaches.get(path, Reach((), self.reason)))
         if found is None:
@@ -159,6 +159,17 @@ class Graph:
                 if not self.together(path, layer):
                     return Reach(found.layers, f"{layer!r} is also called without it")
         return found
+
+    def uncertain(self, path: str) -> str | None:
+        """Return why a module's one call is not all that its parameters are for, or None."""
+        if not self.views:
+            return self.reason
+        for view in self.views:
+            if path in view.misused:
+                return view.misused[path]
+            if (count := view.calls.get(path, 0)) > 1:
+                return f"it is called {count} times"
+        return None if self._where(path) else "the model does not call it"
 
     def calls(self, path: str) -> int:
         """Return how often a module is called at most, as far as it is known."""
@@ -172,16 +183,6 @@ class Graph:
         """Return whether a module's input is known to be a matrix ``[N, C]``."""
         called = [view for view in self.views if view.calls.get(path)]
         return bool(called) and all(path in view.matrices for view in called)
-
-    def _uncertain(self, path: str) -> str | None:
-        if not self.views:
-            return self.reason
-        for view in self.views:
-            if path in view.misused:
-                return view.misused[path]
-            if (count := view.calls.get(path, 0)) > 1:
-                return f"it is called {count} times"
-        return None if self._where(path) else "the model does not call it"
 
     def _where(self, path: str) -> list[int]:
         """Return the numbers of the views in which a module is called."""

@@ -201,6 +201,8 @@ class _Search:
         if reason is not None:
             return reason
         for layer in link.layers:
+            if (reason := self._graph.uncertain(layer)) is not None:
+                return f"of {layer!r}: {reason}"
             reason = watched(model, source, layer) or refuse(model, layer, source)
             if reason is not None:
                 return reason

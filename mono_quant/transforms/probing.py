@@ -214,7 +214,10 @@ class _Run:
         self, clean: "_Run", context: TransformContext, outputs: Sequence[Sequence[Tensor]]
     ) -> str | None:
         """Run the model and return what is not as it was in a clean run, or None."""
-        after = self.outputs(context)
+        try:
+            after = self.outputs(context)
+        except Exception as error:  # of anybody's code, which may check what it is given
+            return f"the model fails on the data once its output is scaled ({error})"
         for layer, exponents in self.exponents.items():
             if not bool((exponents.frac() == 0).all()) or self.sums[layer] != clean.sums[layer]:
                 return _NO_FACTOR.format(layer)

@@ -62,7 +62,7 @@ class InputScaling(Transform):
         found = self._search(model, context, groups)
         changes, undos = _apply(model, found)
         if undos and not agree(before, outputs_of(model, context, batches)):
-            for undo in undos:
+            for undo in reversed(undos):
                 undo()
             changes = []
             for one in found:

@@ -125,6 +125,16 @@ REFUSED: dict[str, tuple[Callable[[Three, Tensor], object], str, str]] = {
         "a",
         "of 'norm': a factor of it does not reach 'a' as it is, on the data",
     ),
+    "a weight that is read": (
+        lambda m, x: m.a(m.norm(x)) + m.a.weight.sum(),
+        "a",
+        "of 'a': sum() reads its weight",
+    ),
+    "a norm whose weight is read": (
+        lambda m, x: m.a(m.norm(x)) * m.norm.weight,
+        "a",
+        "its input comes from 'norm'",
+    ),
     "the input of the model": (lambda m, x: m.a(x), "a", "its input comes from the model's input"),
 }
 
@@ -220,6 +230,20 @@ def test_a_model_that_is_not_the_same_twice_cannot_be_tried() -> None:
     (reason,) = Probe(model, TransformContext(outputs), {}).channels([link]).values()
     assert isinstance(reason, str)
     assert "two runs on the same data are not equal to the bit" in reason
+
+
+def test_a_model_that_fails_on_what_is_tried_is_left_alone() -> None:
+    def checking(model: Three, x: Tensor) -> object:
+        hidden = model.norm(x)
+        if hidden.abs().max() > 100:
+            raise RuntimeError("too large")
+        return model.a(hidden)
+
+    model = Three(checking).double().eval()
+    groups, reasons = find_groups(model, aimed(model, FOUR, noise(9, WIDTH).double()))
+    assert groups == ()
+    assert "the model fails on the data once its output is scaled" in reasons["a"]
+    assert "too large" in reasons["a"]
 
 
 def test_half_precision_is_tried_within_its_range() -> None:

@@ -27,6 +27,7 @@ from mono_quant.transforms.groups import find_groups
 from mono_quant.transforms.objective import Consumer
 from mono_quant.transforms.samples import ROWS, inputs_of
 from tests.helpers import noise, same_tensors
+from tests.transforms.models import ModelT
 from tests.transforms.wirings import DYNAMIC, FOUR, STATIC, WIDTH, WIRINGS, Gated, aimed
 
 METHODS: dict[str, tuple[Transform, Target]] = {
@@ -37,16 +38,16 @@ METHODS: dict[str, tuple[Transform, Target]] = {
 }
 
 
-def uneven(model: nn.Module) -> nn.Module:
+def uneven(model: ModelT) -> ModelT:
     """Return a model in float64 whose inputs and weights have channels of very different sizes."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
-                parameter *= torch.randn(len(parameter)).exp()
+                parameter.mul_(torch.randn(len(parameter)).exp())
             else:
                 columns = torch.randn(1, parameter.shape[1], *[1] * (parameter.dim() - 2))
-                parameter *= columns.exp()
+                parameter.mul_(columns.exp())
     return model.double().eval()
 
 
@@ -289,7 +290,8 @@ def test_what_cannot_be_scaled_is_reported_by_the_layers() -> None:
 def test_what_changes_the_outputs_is_taken_back() -> None:
     class Deep(Gated):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) + self.state_dict()["norm.weight"].square().sum()
+            result: Tensor = super().forward(x) + self.state_dict()["norm.weight"].square().sum()
+            return result
 
     model, x = uneven(Deep()), outliers(50, WIDTH)
     before = copy.deepcopy(model)
