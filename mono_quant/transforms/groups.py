@@ -153,12 +153,20 @@ class _Search:
                 ]
                 self._try([link for link in links if self._fits(link)])
         left = [path for path in wanted if path not in self._found]
-        why = {path: self._reasons.get(path) or self._graph.source(path).text for path in left}
+        why = {path: self._reasons.get(path) or self._why(path) for path in left}
         others = {weight.rpartition(".")[0] for weight in self._context.targets}
         for path in sorted(others.difference(wanted)):
             kind = type(self._model.get_submodule(path)).__name__
             why[path] = f"scales are moved into Linears and convolutions, not into a {kind}"
         return tuple(dict.fromkeys(self._found.values())), why
+
+    def _why(self, layer: str) -> str:
+        """Return why a layer that is in no link cannot be scaled."""
+        source = self._graph.source(layer)
+        if source.path is None or source.path not in self._gains:
+            return source.text
+        reason = self._graph.reach(source.path).reason
+        return f"of {source.path!r}: {reason}" if reason is not None else source.text
 
     def _links(self, wanted: Iterable[str]) -> list[Link]:
         """Return what the graph knows, each layer in one link; take note of what it refuses."""
@@ -195,8 +203,9 @@ class _Search:
             reason = refuse(model, source, link.layers[0])
             target = self._context.targets.get(weight_of(source))
             if reason is None and target is not None:
-                block = target.grid.scheme.granularity.block_size(layout_of(module).stack)
-                if block[:2] != (1, 1):
+                scheme = target.grid.scheme
+                block = scheme.granularity.block_size(layout_of(module).stack)
+                if scheme.code_bits is not None and block[:2] != (1, 1):
                     reason = f"rows of {source!r} share a scale, so that it would be rounded worse"
         if reason is not None:
             return reason

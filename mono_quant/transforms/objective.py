@@ -1,5 +1,6 @@
 """The error that quantizing leaves in what layers return, for scales that are tried."""
 
+import math
 from collections.abc import Sequence
 
 import attrs
@@ -8,9 +9,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mono_quant.base import Target
+from mono_quant.numerics.extremes import all_finite
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.transforms.groups import Group
-from mono_quant.transforms.rescaling import Rescaling, dimensions, layout_of
+from mono_quant.transforms.rescaling import layout_of, matrices
 from mono_quant.transforms.samples import Inputs
 
 
@@ -30,30 +32,39 @@ class Consumer:
     target: Target
     inputs: Inputs
 
-    def error(self, scale: Tensor, sample: Tensor, exact: Tensor) -> SquaredError:
-        """Return the error of its outputs with its inputs divided by `scale`, columns multiplied.
+    def errors(self, scales: Sequence[Tensor]) -> list[SquaredError]:
+        """Return the error of its outputs with its inputs divided by each of some scales.
 
-        The weight is rounded to the nearest point of its grid, and so are inputs that will be.
+        Columns are multiplied by it; the weight is rounded to the nearest point of its grid, and
+        so are inputs that will be.
 
         Args:
-            scale: of its input channels, ``float64 [in]``.
-            sample: inputs.
-            exact: what the float layer returns for them.
-        """
-        layout = layout_of(self.layer)
-        weight = Rescaling(inputs=scale).parameters(self.layer)[0].to(torch.float32)
-        stack = layout.to_stack(weight)
-        grid = self.target.grid
-        rounded = grid.scheme.fake_quantize(stack, grid.qparams(stack))
-        shape = [1, -1, *[1] * (sample.dim() - 2)]
-        x = sample / scale.to(sample.device, sample.dtype).reshape(shape)
-        activation = self.target.activation(x)
-        if activation is not None:
-            spatial = dimensions(self.layer)
-            x = activation.fake_quantize(x.flatten(1) if spatial else x).reshape(x.shape)
-        return SquaredError.between(exact, self.outputs(x, layout.to_native(rounded)))
+            scales: of its input channels, ``float64 [in]``.
 
-    def outputs(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        Returns:
+            one for each; of noise NaN where a weight would not be finite.
+        """
+        sample = torch.stack(self.inputs.rows)
+        exact = self._outputs(sample)
+        layout, grid = layout_of(self.layer), self.target.grid
+        weight = matrices(self.layer, self.layer.get_parameter("weight").detach().float())
+        groups, _, columns, _ = weight.shape  # [groups, out / groups, in / groups, kernel]
+        found: list[SquaredError] = []
+        for scale in scales:
+            factors = scale.to(weight.device, weight.dtype)
+            stack = (weight * factors.reshape(groups, 1, columns, 1)).reshape(layout.stack)
+            if not all_finite(stack):
+                found.append(SquaredError(1.0, math.nan))
+                continue
+            rounded = grid.scheme.fake_quantize(stack, grid.qparams(stack))
+            x = sample / factors.reshape(-1, *[1] * (sample.dim() - 2))
+            activation = self.target.activation(x)
+            if activation is not None:
+                x = activation.fake_quantize(x.flatten(1)).reshape(x.shape)
+            found.append(SquaredError.between(exact, self._outputs(x, layout.to_native(rounded))))
+        return found
+
+    def _outputs(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Return what the layer returns for inputs in float32, with another weight if one is given.
 
         Args:
@@ -87,10 +98,8 @@ class Objective:
         """
         totals = [0.0] * len(scales)
         for consumer in self.consumers:
-            sample = torch.stack(consumer.inputs.rows)
-            exact = consumer.outputs(sample)
-            for place, scale in enumerate(scales):
-                found = consumer.error(self.group.spread(scale, consumer.path), sample, exact)
+            spread = [self.group.spread(scale, consumer.path) for scale in scales]
+            for place, found in enumerate(consumer.errors(spread)):
                 if found.signal:
                     totals[place] += found.noise / found.signal / len(self.consumers)
         return totals

@@ -133,7 +133,7 @@ REFUSED: dict[str, tuple[Callable[[Three, Tensor], object], str, str]] = {
     "a norm whose weight is read": (
         lambda m, x: m.a(m.norm(x)) * m.norm.weight,
         "a",
-        "its input comes from 'norm'",
+        "of 'norm': mul() reads its weight",
     ),
     "the input of the model": (lambda m, x: m.a(x), "a", "its input comes from the model's input"),
 }

@@ -15,6 +15,7 @@ from mono_quant import (
     CalibrationError,
     Change,
     ConfigurationError,
+    InputError,
     Quantizer,
     SmoothQuant,
     Target,
@@ -193,6 +194,18 @@ def test_scales_are_those_of_the_papers() -> None:
         torch.testing.assert_close(scale, expected)
     assert list(SmoothQuant(0.3).scales(group, consumers)) == [0.3]
     assert list(SmoothQuant(steps=2).scales(group, consumers)) == [0, 0.5, 1]
+
+
+def test_a_weight_that_is_not_finite_is_left_for_the_plan_to_name() -> None:
+    model = Gated().eval()
+    with torch.no_grad():
+        model.up.weight[0, 0] = float("nan")
+    quantizer = Quantizer().bits(4).group_size(8).only("gate", "up").transform(AWQ())
+    x = noise(9, WIDTH)
+    (change,) = AWQ().apply(copy.deepcopy(model), behind_norm(model, FOUR, x))
+    assert "no scale that was tried lessens their error" in change.text
+    with pytest.raises(InputError, match=r"up\.weight holds NaN"):
+        quantizer.fit(x, forward=lambda model, batch: torch.ones(1)).apply(model, progress=False)
 
 
 def test_channels_that_are_never_used_keep_their_scale() -> None:
