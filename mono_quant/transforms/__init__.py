@@ -8,6 +8,8 @@ from mono_quant.transforms.equalize import EqualizeLayers
 from mono_quant.transforms.fold import FoldBatchNorm
 from mono_quant.transforms.following import FollowingActivation, activations
 from mono_quant.transforms.graph import Chain, Graph, Reach
+from mono_quant.transforms.groups import Group
+from mono_quant.transforms.objective import Consumer
 from mono_quant.transforms.scaling import InputScaling
 from mono_quant.transforms.smooth import SmoothQuant
 from mono_quant.transforms.tracing import trace
@@ -16,10 +18,12 @@ __all__ = [
     "AWQ",
     "BiasCorrection",
     "Chain",
+    "Consumer",
     "EqualizeLayers",
     "FoldBatchNorm",
     "FollowingActivation",
     "Graph",
+    "Group",
     "InputScaling",
     "Nonlinearity",
     "Reach",
