@@ -45,6 +45,7 @@ try:
         Serializer,
         Statistic,
         Statistics,
+        Target,
         Transform,
         TransformContext,
         WeightRecord,
@@ -121,13 +122,20 @@ try:
     from mono_quant.serializers import SafetensorsSerializer, TorchSerializer, read_state_dict
     from mono_quant.settings import Activations
     from mono_quant.speed import LayerSpeed, Speed
-    from mono_quant.transforms import BiasCorrection, EqualizeLayers, FoldBatchNorm
+    from mono_quant.transforms import (
+        AWQ,
+        BiasCorrection,
+        EqualizeLayers,
+        FoldBatchNorm,
+        SmoothQuant,
+    )
     from mono_quant.version import __version__
 finally:
     if _COLLECTING:
         gc.enable()
 
 __all__ = [
+    "AWQ",
     "GPTQ",
     "HQQ",
     "MSE",
@@ -219,9 +227,11 @@ __all__ = [
     "Scheme",
     "Serializer",
     "SlowPathWarning",
+    "SmoothQuant",
     "Speed",
     "Statistic",
     "Statistics",
+    "Target",
     "TorchSerializer",
     "Transform",
     "TransformContext",

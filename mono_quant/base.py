@@ -397,6 +397,19 @@ class Activation:
     zero_point: Tensor | None = None
     apart: Tensor | None = None
 
+    @classmethod
+    def calibrated(
+        cls, scheme: Scheme, observer: "Observer[StateT]", state: StateT
+    ) -> "Activation":
+        """Return a static one, whose range `observer` finds in what it has seen.
+
+        Raises:
+            InputError: the range is not finite.
+        """
+        low, high = observer.calculate_range(state, scheme)
+        qparams = scheme.calculate_qparams(low.reshape(1), high.reshape(1), block_size=(1,))
+        return cls(scheme, qparams.scale, qparams.zero_point)
+
     @property
     def mode(self) -> str:
         """Either "static" (calibrated) or "dynamic"."""
@@ -714,6 +727,27 @@ class Change:
     edits: tuple[Edit, ...] = ()
 
 
+@attrs.frozen
+class Target:
+    """How one weight is going to be quantized, and the inputs that meet it.
+
+    Attributes:
+        grid: of the weight.
+        inputs: the grid of its inputs; None where they stay float.
+        observer: how the range of static inputs is found; None where each input has its own.
+    """
+
+    grid: Grid
+    inputs: Scheme | None = None
+    observer: Observer[object] | None = None
+
+    def activation(self, x: Tensor) -> Activation | None:
+        """Return how inputs like `x` will be quantized, if it is all that is seen; None: not."""
+        if self.inputs is None or self.observer is None:
+            return Activation(self.inputs) if self.inputs is not None else None
+        return Activation.calibrated(self.inputs, self.observer, self.observer.observe(x))
+
+
 @attrs.frozen(eq=False)
 class TransformContext:
     """What a transform may ask for beside the model.
@@ -721,9 +755,13 @@ class TransformContext:
     Attributes:
         outputs: runs a model on the example data, in eval mode, and yields the tensors that it
             returns for each batch; None where there is no data.
+        targets: what is going to be done to each weight that will be quantized, by its dotted name.
+        progress: show a progress bar where the output is a terminal.
     """
 
     outputs: Callable[[nn.Module], Iterator[Sequence[Tensor]]] | None = None
+    targets: Mapping[str, Target] = attrs.field(factory=dict)
+    progress: bool = False
 
 
 WITHOUT_DATA = TransformContext()
@@ -740,6 +778,8 @@ class Transform(Configurable, ABC):
     """
 
     __slots__ = ()
+    needs_data: ClassVar[bool] = False
+    """Whether a plan without data refuses it."""
 
     @abstractmethod
     def apply(self, model: nn.Module, context: TransformContext = WITHOUT_DATA) -> Sequence[Change]:

@@ -26,8 +26,8 @@ from mono_quant.layers import BUILT_IN_LAYERS
 from mono_quant.modules import QuantizedInput, QuantizedLayer, QuantizedWeight, tie
 from mono_quant.transforms.activation import computes_in_place
 from mono_quant.transforms.edits import edits_of, put, repeat
+from mono_quant.transforms.nodes import hooked
 from mono_quant.transforms.rescaling import watched
-from mono_quant.transforms.tracing import hooked
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 

@@ -6,7 +6,7 @@ from typing import ClassVar, TypeVar, cast
 import attrs
 import torch
 
-from mono_quant.base import Grid, Observer, RangeEstimator, Rounding, Scheme
+from mono_quant.base import Grid, Observer, RangeEstimator, Rounding, Scheme, Target
 from mono_quant.configurable import Config, Configurable, Json, Kinds, as_dtype, encode, register
 from mono_quant.errors import ConfigurationError
 from mono_quant.numerics.granularity import (
@@ -107,6 +107,16 @@ class Recipe:
     rounding: Rounding
     activations: Activations = attrs.field(factory=Activations)
     observer: Observer[object] = attrs.field(factory=MinMax)
+
+    @property
+    def target(self) -> Target:
+        """The same in the words of the contract, without the rounding."""
+        mode = self.activations.mode
+        return Target(
+            self.grid,
+            self.activations.scheme if mode is not None else None,
+            self.observer if mode == "static" else None,
+        )
 
 
 @attrs.frozen

@@ -4,6 +4,11 @@ import math
 from collections.abc import Sequence
 
 
+def joined(names: Sequence[str]) -> str:
+    """Return names as words: a, b and c."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
 def format_db(decibels: float) -> str:
     """Return decibels with one decimal; "exact" for an infinite ratio."""
     return "exact" if decibels == math.inf else f"{decibels:.1f} dB"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import mono_quant
 from mono_quant import (
+    AWQ,
     MSE,
     Affine,
     Codebook,
@@ -40,6 +41,7 @@ from mono_quant import (
     Rounding,
     RoundToNearest,
     Scheme,
+    SmoothQuant,
     UnknownKindError,
 )
 from mono_quant.configurable import (
@@ -65,6 +67,8 @@ VARIED: list[Configurable] = [
     PerGroup(128),
     MSE(steps=10, smallest=0.25),
     EqualizeLayers(sweeps=3),
+    AWQ(steps=3),
+    SmoothQuant(alpha=0.25, steps=4),
     MovingAverage(momentum=0.5),
     Histogram(bins=100),
     Percentile(p=99.0),

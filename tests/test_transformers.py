@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from mono_quant import Quantizer, SlowPathWarning, load_model
+from mono_quant import AWQ, Quantizer, SlowPathWarning, TransformContext, load_model
+from mono_quant.calibration import CalibrationData
+from mono_quant.transforms.groups import find_groups
+from tests.transforms.wirings import FOUR, targets_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -83,3 +86,26 @@ def test_a_model_that_reads_a_weight_by_attribute_works_and_is_warned_of() -> No
         result = Quantizer().fit([batch]).apply(source)
     assert result.report.output_sqnr_db is not None
     assert result.report.output_sqnr_db > 25
+
+
+def test_channels_of_llama_are_scaled_as_the_data_shows_since_its_code_cannot_be_traced() -> None:
+    torch.manual_seed(0)
+    model = llama().double()
+    data = CalibrationData.bind([{"input_ids": IDS}])
+    context = TransformContext(data.outputs, targets_of(model, FOUR))
+    groups, _ = find_groups(model, context)
+    layer = "model.layers.1"
+    found = {one.source: one.layers for one in groups if one.source.startswith(layer)}
+    assert found == {
+        f"{layer}.input_layernorm": tuple(f"{layer}.self_attn.{one}_proj" for one in "qkv"),
+        f"{layer}.post_attention_layernorm": (f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"),
+        f"{layer}.self_attn.v_proj": (f"{layer}.self_attn.o_proj",),
+        f"{layer}.mlp.up_proj": (f"{layer}.mlp.down_proj",),
+    }
+    with torch.no_grad():
+        before = model(IDS).logits
+        changes = AWQ(steps=4).apply(model, context)
+        after = model(IDS).logits
+    assert sum(one.done for one in changes) > 4
+    assert all("only the data shows" in one.text for one in changes if one.done)
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-6)  # its norms compute in float32

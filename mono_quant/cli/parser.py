@@ -229,7 +229,7 @@ def _add_inputs(inputs: _ArgumentGroup) -> None:
         action="append",
         default=[],
         metavar="STRATEGY",
-        help="equalize_layers, bias_correction, ...; repeatable",
+        help="awq, smooth_quant:alpha=0.5, equalize_layers, bias_correction, ...; repeatable",
     )
     inputs.add_argument(
         "--on-damage",

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from mono_quant.transforms import activation
 from mono_quant.transforms.graph import IDLE
-from mono_quant.transforms.tracing import hooked
+from mono_quant.transforms.nodes import hooked
 
 Pair = tuple[int, int]
 

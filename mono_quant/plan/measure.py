@@ -34,10 +34,16 @@ from mono_quant.transforms.edits import mark
 
 
 def transform(
-    model: nn.Module, transforms: Iterable[Transform], data: CalibrationData | None
+    model: nn.Module,
+    transforms: Iterable[Transform],
+    todo: Iterable[WeightPlan],
+    data: CalibrationData | None,
+    progress: bool = False,
 ) -> tuple[Change, ...]:
     """Apply transforms to a float model and return what they did, noted in the model too."""
-    context = TransformContext(data.outputs if data is not None else None)
+    outputs = data.outputs if data is not None else None
+    targets = {one.key: one.recipe.target for one in todo if one.recipe is not None}
+    context = TransformContext(outputs, targets, progress)
     return _noted(model, (one.apply(model, context) for one in transforms))
 
 

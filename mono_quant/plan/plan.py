@@ -147,7 +147,7 @@ class Plan(Generic[ModelT]):
             if data is not None:
                 kept.add_all(data.outputs(self._model, label and "float outputs"))
         work = self._model if in_place else copy_structure(self._model)
-        changes = transform(work, self._transforms(), data)
+        changes = transform(work, self._transforms(), todo, data, progress)
         compared = data is not None or bool(request.corrections)
         floats = copy_structure(work) if compared and not in_place else None
         if sequential is None:

@@ -6,7 +6,7 @@ import attrs
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from mono_quant.base import Container, QuantizedModule
+from mono_quant.base import Container, Correction, QuantizedModule, Transform
 from mono_quant.calibration import check_tuple
 from mono_quant.checkpoint import ModelT, check_supported
 from mono_quant.configurable import Config, dtype_name
@@ -50,9 +50,10 @@ def resolve(model: ModelT, request: Request, config: Config) -> Plan[ModelT]:
 def _check_data(request: Request, todo: Sequence[WeightPlan]) -> None:
     if request.data is not None:
         return
-    for correction in request.corrections:
-        if correction.needs_data:
-            raise CalibrationError(f"{correction!r} needs data", Mend.DATA)
+    changing: tuple[Transform | Correction, ...] = (*request.transforms, *request.corrections)
+    for change in changing:
+        if change.needs_data:
+            raise CalibrationError(f"{change!r} needs data", Mend.DATA)
     needy = [
         weight
         for weight in todo

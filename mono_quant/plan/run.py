@@ -250,9 +250,7 @@ def activation_of(weight: WeightPlan, gathered: Gathered) -> Activation | None:
     if recipe.observer not in gathered.inputs:
         return None
     state = gathered.inputs.state(recipe.observer)
-    low, high = recipe.observer.calculate_range(state, scheme)
-    qparams = scheme.calculate_qparams(low.reshape(1), high.reshape(1), block_size=(1,))
-    return Activation(scheme, qparams.scale, qparams.zero_point)
+    return Activation.calibrated(scheme, recipe.observer, state)
 
 
 def _input_reason(weight: WeightPlan, gathered: Gathered) -> str | None:

@@ -67,7 +67,9 @@ class EqualizeLayers(Transform):
             return (Change("", f"no layer is equalized: {graph.reason}", done=False),)
         before = outputs_of(model, context, 1)
         pairs = [pair for path, _ in model.named_modules() if (pair := _pair(model, path, graph))]
-        refused = {pair: reason for pair in pairs if (reason := _unfit(model, pair)) is not None}
+        refused = {
+            pair: reason for pair in pairs if (reason := _unfit(model, graph, pair)) is not None
+        }
         while todo := [pair for pair in pairs if pair not in refused]:
             scales = self._balance(model, todo)
             undos, failed = _rescale(model, scales)
@@ -131,10 +133,12 @@ def _pair(model: nn.Module, path: str, graph: Graph) -> _Pair | None:
     return _Pair(path, chain.then, chain.activation)
 
 
-def _unfit(model: nn.Module, pair: _Pair) -> str | None:
+def _unfit(model: nn.Module, graph: Graph, pair: _Pair) -> str | None:
     """Return why a pair cannot be equalized, or None."""
     if pair.activation is not None and not pair.activation.homogeneous:
         return f"between them is {pair.activation}, which does not pass a scale on"
+    if (reason := graph.uncertain(pair.second)) is not None:
+        return f"of {pair.second!r}: {reason}"
     for path, partner in (pair.paths, pair.paths[::-1]):
         if (reason := refuse(model, path, partner)) is not None:
             return reason

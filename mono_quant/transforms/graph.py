@@ -72,6 +72,23 @@ class Source:
     text: str
 
 
+@attrs.frozen
+class Reach:
+    """The layers that see the output of a module, each element with its factor.
+
+    Between the module and a layer are only steps that pass a scale on: what moves, repeats, sums or
+    averages elements, products with other tensors, ReLU. Which channel of a layer's input comes
+    from which channel of the output is not said.
+
+    Attributes:
+        layers: their dotted names, in the order in which they are called.
+        reason: who else sees the output, so that it cannot be scaled; None if nobody does.
+    """
+
+    layers: tuple[str, ...] = ()
+    reason: str | None = None
+
+
 @attrs.frozen(eq=False)
 class View:
     """A model's calls, for one way of calling it.
@@ -80,6 +97,7 @@ class View:
         calls: how often each module is called.
         chains: what follows each module that is called once.
         sources: where the input of each module comes from that is called once.
+        reaches: which layers see the output of each module that is called once.
         matrices: modules whose input is known to be a matrix ``[N, C]``.
         misused: why the parameters of a module cannot be changed, by its name.
     """
@@ -87,6 +105,7 @@ class View:
     calls: Mapping[str, int]
     chains: Mapping[str, Chain]
     sources: Mapping[str, Source]
+    reaches: Mapping[str, Reach] = attrs.field(factory=dict)
     matrices: frozenset[str] = frozenset()
     misused: Mapping[str, str] = attrs.field(factory=dict)
 
@@ -111,7 +130,7 @@ class Graph:
 
     def chain(self, path: str) -> Chain:
         """Return what follows a module, or why that is not known."""
-        if (reason := self._uncertain(path)) is not None:
+        if (reason := self.uncertain(path)) is not None:
             return Chain(reason=reason)
         found = self._agreed(path, lambda view: view.chains[path])
         if found is None:
@@ -123,10 +142,34 @@ class Graph:
 
     def source(self, path: str) -> Source:
         """Return where the input of a module comes from, as far as it is known."""
-        if (reason := self._uncertain(path)) is not None:
+        if (reason := self.uncertain(path)) is not None:
             return Source(None, reason)
         found = self._agreed(path, lambda view: view.sources[path])
         return found or Source(None, "its input depends on how the model is called")
+
+    def reach(self, path: str) -> Reach:
+        """Return which layers see the output of a module, and why it cannot be scaled if so."""
+        if (reason := self.uncertain(path)) is not None:
+            return Reach((), reason)
+        found = self._agreed(path, lambda view: view.reaches.get(path, Reach((), self.reason)))
+        if found is None:
+            return Reach((), "who sees its output depends on how the model is called")
+        if found.reason is None:
+            for layer in found.layers:
+                if not self.together(path, layer):
+                    return Reach(found.layers, f"{layer!r} is also called without it")
+        return found
+
+    def uncertain(self, path: str) -> str | None:
+        """Return why a module's one call is not all that its parameters are for, or None."""
+        if not self.views:
+            return self.reason
+        for view in self.views:
+            if path in view.misused:
+                return view.misused[path]
+            if (count := view.calls.get(path, 0)) > 1:
+                return f"it is called {count} times"
+        return None if self._where(path) else "the model does not call it"
 
     def calls(self, path: str) -> int:
         """Return how often a module is called at most, as far as it is known."""
@@ -140,16 +183,6 @@ class Graph:
         """Return whether a module's input is known to be a matrix ``[N, C]``."""
         called = [view for view in self.views if view.calls.get(path)]
         return bool(called) and all(path in view.matrices for view in called)
-
-    def _uncertain(self, path: str) -> str | None:
-        if not self.views:
-            return self.reason
-        for view in self.views:
-            if path in view.misused:
-                return view.misused[path]
-            if (count := view.calls.get(path, 0)) > 1:
-                return f"it is called {count} times"
-        return None if self._where(path) else "the model does not call it"
 
     def _where(self, path: str) -> list[int]:
         """Return the numbers of the views in which a module is called."""

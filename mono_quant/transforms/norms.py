@@ -8,8 +8,8 @@ from torch.nn.parameter import is_lazy
 
 from mono_quant.base import QuantizedModule
 from mono_quant.transforms.graph import NORMS
+from mono_quant.transforms.nodes import hooked
 from mono_quant.transforms.rescaling import Rescaling
-from mono_quant.transforms.tracing import hooked
 
 
 def unfit(norm: nn.Module) -> str | None:

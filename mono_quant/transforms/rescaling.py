@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from mono_quant.base import QuantizedModule
 from mono_quant.numerics.values import Layout
 from mono_quant.transforms.graph import LAYERS
-from mono_quant.transforms.tracing import hooked
+from mono_quant.transforms.nodes import hooked
 
 Undo = Callable[[], None]
 
@@ -41,7 +41,7 @@ def dimensions(layer: nn.Module) -> int:
 
 def matrices(layer: nn.Module, weight: Tensor) -> Tensor:
     """Return a weight as ``[groups, out / groups, in / groups, kernel]``."""
-    layout = _layout(layer)
+    layout = layout_of(layer)
     inputs = widths(layer)[0] // layout.stack[0]
     return layout.to_stack(weight).reshape(*layout.stack[:2], inputs, -1)
 
@@ -57,19 +57,23 @@ def refuse(model: nn.Module, path: str, partner: str) -> str | None:
     layer = model.get_submodule(path)
     if isinstance(layer, QuantizedModule):
         return f"{path!r} is quantized"
-    names = ("weight", "bias")
-    parameters: dict[str, nn.Parameter | None] = {n: layer._parameters.get(n) for n in names}
-    weight = parameters["weight"]
-    if weight is None or (parameters["bias"] is None and layer.bias is not None):
+    weight, bias = (layer._parameters.get(name) for name in ("weight", "bias"))
+    if weight is None or (bias is None and layer.bias is not None):
         return f"the weight or bias of {path!r} is computed from other parameters"
     if weight.is_meta or is_lazy(weight):
         return f"{path!r} has no values yet"
     if not weight.is_floating_point():
         return f"the weight of {path!r} is {weight.dtype}"
-    for name, parameter in parameters.items():
-        if parameter is not None and (other := _shared(model, layer, parameter)) is not None:
+    return shared(model, path) or watched(model, path, partner)
+
+
+def shared(model: nn.Module, path: str) -> str | None:
+    """Return which parameter of a module another one has as well, in words, or None."""
+    module = model.get_submodule(path)
+    for name, parameter in module.named_parameters(recurse=False):
+        if (other := _other_owner(model, module, parameter)) is not None:
             return f"the {name} of {path!r} is also that of {other!r}"
-    return watched(model, path, partner)
+    return None
 
 
 def watched(model: nn.Module, path: str, partner: str) -> str | None:
@@ -131,7 +135,7 @@ class Rescaling:
         """Return weight and bias in float64, where the device has it."""
         old = layer.get_parameter("weight").detach()
         wide = torch.float32 if old.device.type == "mps" else torch.float64
-        layout = _layout(layer)
+        layout = layout_of(layer)
         weight = matrices(layer, old.to(wide))  # [groups, out / groups, in / groups, kernel]
         groups, rows, columns, _ = weight.shape
         bias = layer._parameters.get("bias")
@@ -177,14 +181,15 @@ class Rescaling:
         return None
 
 
-def _layout(layer: nn.Module) -> Layout:
+def layout_of(layer: nn.Module) -> Layout:
+    """Return how the weight of one of `LAYERS` is seen as a stack of matrices."""
     shape = tuple(layer.get_parameter("weight").shape)
     if isinstance(layer, TRANSPOSED):
         return Layout.transposed(shape, layer.groups)
     return Layout.grouped(shape, layer.groups if isinstance(layer, nn.modules.conv._ConvNd) else 1)
 
 
-def _shared(model: nn.Module, layer: nn.Module, parameter: nn.Parameter) -> str | None:
+def _other_owner(model: nn.Module, layer: nn.Module, parameter: nn.Parameter) -> str | None:
     """Return the dotted name of another module that has a parameter, or None."""
     for path, module in model.named_modules():
         if module is not layer and any(one is parameter for one in module._parameters.values()):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mono_quant.base import TransformContext
 from mono_quant.numerics.metrics import times_written
-from mono_quant.transforms.graph import Chain, Graph, Source, View
+from mono_quant.transforms.graph import LAYERS, Chain, Graph, Reach, Source, View
 from mono_quant.transforms.tracing import is_leaf
 
 
@@ -44,36 +44,54 @@ def agree(before: Sequence[Sequence[Tensor]], after: Sequence[Sequence[Tensor]])
     return all(_close(x, y) for one, other in pairs for x, y in zip(one, other, strict=True))
 
 
-def watch(model: nn.Module, context: TransformContext, batches: int) -> tuple[View, ...]:
+def watch(
+    model: nn.Module,
+    context: TransformContext,
+    batches: int,
+    steps: frozenset[str] = frozenset(),
+) -> tuple[View, ...]:
     """Return what some batches show, a view for each; no proof, for functions are not seen.
 
     A module follows another if the tensor that it is given is the very tensor that the other one
     returned, which nothing has written to since.
+
+    Args:
+        model: the model.
+        context: with data; without, nothing is seen.
+        batches: how many are run.
+        steps: as for `trace`.
     """
     if context.outputs is None:
         return ()
     views: list[View] = []
-    with _Watch(model).attached() as watched:
+    with _Watch(model, steps).attached() as watched:
         for _ in islice(context.outputs(model), batches):
             views.append(watched.view())
             watched.clear()
     return tuple(views)
 
 
-def seen(model: nn.Module, context: TransformContext, reason: str, batches: int) -> Graph:
+def seen(
+    model: nn.Module,
+    context: TransformContext,
+    reason: str,
+    batches: int,
+    steps: frozenset[str] = frozenset(),
+) -> Graph:
     """Return the graph of a model that cannot be traced, for `reason`, as far as data shows it."""
     if context.outputs is None:
         why = f"{reason}, and without example data it cannot be watched; give some with fit(data)"
         return Graph((), why)
-    return Graph(watch(model, context, batches), reason)
+    return Graph(watch(model, context, batches, steps), reason)
 
 
 class _Watch:
     """Hooks on every module that is one step, and what they saw of one batch."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, steps: frozenset[str]) -> None:
         """Watch `model`, once attached."""
         self._model = model
+        self._steps = steps
         self.clear()
 
     def clear(self) -> None:
@@ -88,7 +106,8 @@ class _Watch:
         """Watch as long as the context lasts."""
         with ExitStack() as hooks:
             for path, module in self._model.named_modules():
-                if is_leaf(module) and not isinstance(module, torch.jit.ScriptModule):
+                step = is_leaf(module) or path in self._steps
+                if step and not isinstance(module, torch.jit.ScriptModule):
                     hooks.callback(
                         module.register_forward_pre_hook(
                             partial(self._given, path), with_kwargs=True
@@ -111,7 +130,21 @@ class _Watch:
             if giver is not None
         }
         flat = {path for path, dims in self._dims.items() if dims == {2}}
-        return View(self._calls, chains, sources, frozenset(flat))
+        reaches = {path: self._reach(path) for path in self._calls}
+        return View(self._calls, chains, sources, reaches, frozenset(flat))
+
+    def _reach(self, path: str) -> Reach:
+        takers = [taker for giver, taker in self._edges if giver == path]
+        if not takers:
+            return Reach((), "its output goes to no module")
+        others = [one for one in takers if not isinstance(self._model.get_submodule(one), LAYERS)]
+        if others:
+            return Reach((), f"its output feeds {others[0]!r}")
+        if often := [one for one in takers if self._calls[one] > 1]:
+            return Reach((), f"{often[0]!r} is called {self._calls[often[0]]} times")
+        return Reach(
+            tuple(dict.fromkeys(takers)), None if takers else "its output goes to no module"
+        )
 
     def _chain(self, path: str, takers: Mapping[str, int], after: Mapping[str, str]) -> Chain:
         if takers[path] > 1:

@@ -19,6 +19,7 @@ NAMES = (
     "activations_text",
     "activations_speech",
     "outliers",
+    "scaling",
     "advice",
     "convolutions",
     "decoder",

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mono_quant import (
+    AWQ,
     HQQ,
     MSE,
     Affine,
@@ -24,6 +25,7 @@ from mono_quant import (
     PerGroup,
     Quantizer,
     RoundToNearest,
+    SmoothQuant,
     load_model,
 )
 from tests.cli.conftest import SMALL, Monoquant
@@ -123,6 +125,10 @@ AFFINE_JSON = '{"kind": "affine", "bits": 6, "granularity": {"kind": "per_group"
         (
             ["--transform", "bias_correction", "--transform", "equalize_layers:sweeps=3"],
             Quantizer().transform(BiasCorrection(), EqualizeLayers(sweeps=3)),
+        ),
+        (
+            ["--transform", "awq", "--transform", "smooth_quant:alpha=0.5"],
+            Quantizer().transform(AWQ(), SmoothQuant(0.5)),
         ),
         (["--on-damage", "keep"], Quantizer().on_damage("keep")),
         (

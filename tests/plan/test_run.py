@@ -10,12 +10,18 @@ from torch.nn.utils import parametrizations
 
 from mono_quant import (
     Affine,
+    Change,
+    Grid,
     InputError,
+    MinMax,
     PerGroup,
     QuantizationResult,
     QuantizedModule,
     Quantizer,
+    Target,
+    TransformContext,
 )
+from mono_quant.base import WITHOUT_DATA
 from tests.helpers import (
     Doubled,
     noise,
@@ -169,6 +175,38 @@ def test_a_transform_is_applied_to_a_copy_and_leaves_the_source_alone() -> None:
     assert same_tensors(model, before)
     for place in (0, 2):
         assert same_bits(dequantized(result, place), dequantized(plain, place) * 2)
+
+
+def test_a_transform_is_told_what_will_be_done_to_each_weight_and_its_inputs() -> None:
+    told: dict[str, Target] = {}
+
+    class Listening(Doubled):
+        def apply(self, model: nn.Module, context: TransformContext = WITHOUT_DATA) -> list[Change]:
+            told.update(context.targets)
+            return super().apply(model, context)
+
+    model, x = mlp(), noise(8, 128)
+    quantizer = Quantizer().override("2", bits=4, group_size=32).transform(Listening())
+    result = quantizer.fit(x).apply(model, progress=False)
+    assert set(told) == {"0.weight", "2.weight"}
+    assert told["2.weight"] == Target(Grid(Affine(4, False, PerGroup(32)), MinMax()))
+    assert told["2.weight"].activation(x) is None
+
+    static = told["0.weight"]
+    assert static.grid.scheme == Affine(8)
+    assert static.observer == MinMax()
+    layer, foreseen = result.model.get_submodule("0"), static.activation(x)
+    assert isinstance(layer, QuantizedModule)
+    assert foreseen is not None
+    made = layer.activations()["weight"]
+    assert foreseen.describe() == made.describe() == "static 8-bit asymmetric per-tensor"
+    for name, tensor in made.tensors.items():
+        assert torch.equal(foreseen.tensors[name], tensor)
+
+    Quantizer().skip("2").transform(Listening()).apply(model, progress=False)
+    dynamic = told["0.weight"].activation(x)
+    assert dynamic is not None
+    assert dynamic.describe() == "dynamic 8-bit asymmetric per-token"
 
 
 def test_a_transform_reaches_what_stays_float() -> None:

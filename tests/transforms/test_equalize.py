@@ -170,6 +170,22 @@ def test_a_tied_weight_is_left_alone() -> None:
     assert "the weight of '0' is also that of '2'" in change.text
 
 
+def test_a_second_weight_that_code_reads_is_left_alone() -> None:
+    class Read(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.b(self.a(x)) + self.b.weight.sum()
+            return result
+
+    model = Read()
+    result, (change,) = equalized(model)
+    assert same_tensors(model, result)
+    assert change.text == "a and b are not equalized: of 'b': sum() reads its weight"
+
+
 def test_what_would_overflow_is_left_alone_and_the_rest_is_done() -> None:
     layers = [nn.Linear(8, 8) for _ in range(4)]
     model = nn.Sequential(layers[0], layers[1], nn.ReLU6(), layers[2], layers[3]).half()
