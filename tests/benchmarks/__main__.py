@@ -7,6 +7,7 @@ from tests.benchmarks.measure import machine
 
 NAMES = (
     "accuracy",
+    "methods",
     "models",
     "memory",
     "imports",
