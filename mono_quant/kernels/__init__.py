@@ -23,6 +23,7 @@ from mono_quant.kernels.int4 import INT4, PANEL_BLOCKS, Int4, PanelBlocks
 from mono_quant.kernels.integer import INTEGER, Integer
 from mono_quant.kernels.ops import followed, gradient_asked, untraced
 from mono_quant.kernels.packed_convolution import PACKED_CONVOLUTION, PackedConvolution
+from mono_quant.kernels.packed_linear import PACKED_LINEAR, PackedLinear
 from mono_quant.kernels.reference import Reference
 from mono_quant.kernels.sequences import INTEGER_STEPS, IntegerSteps
 from mono_quant.kernels.store import STORE
@@ -37,6 +38,7 @@ REFERENCE: Kernel = Reference()
 KERNELS: tuple[Kernel, ...] = (
     INTEGER,
     INTEGER_STEPS,
+    PACKED_LINEAR,
     PACKED_CONVOLUTION,
     INTEGER_CONVOLUTION,
     INT4,
@@ -251,6 +253,7 @@ __all__ = [
     "IntegerConvolution",
     "IntegerSteps",
     "PackedConvolution",
+    "PackedLinear",
     "PanelBlocks",
     "Reference",
     "remembered_bytes",

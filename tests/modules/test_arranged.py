@@ -53,6 +53,8 @@ MATRICES = {
 KINDS = {
     **MATRICES,
     "taps": Kind("integer", DYNAMIC, CONV, IMAGES),
+    "packed rows": Kind("onednn", DYNAMIC, LINEAR, ROWS),
+    "packed rows, asymmetric": Kind("onednn", DYNAMIC.asymmetric(), LINEAR, ROWS),
     "oneDNN": Kind("onednn", DYNAMIC, CONV, IMAGES),
     "oneDNN, asymmetric": Kind("onednn", DYNAMIC.asymmetric(), CONV, IMAGES),
 }
@@ -65,11 +67,13 @@ def _no_gradients() -> Iterator[None]:
         yield
 
 
-def missing(kernel: str) -> str | None:
+def missing(kind: Kind) -> str | None:
     """Return why this machine cannot run a kernel, or None."""
+    kernel = kind.kernel
     if kernel == "int4":
         return str(int4_panel()) if isinstance(int4_panel(), str) else None
-    refuse = {"fp16": fp16_refusal, "integer": int_mm_refusal, "onednn": onednn.refuse_conv}
+    packed = onednn.refuse_linear if kind.source is LINEAR else onednn.refuse_conv
+    refuse = {"fp16": fp16_refusal, "integer": int_mm_refusal, "onednn": packed}
     return refuse[kernel]()
 
 
@@ -116,7 +120,7 @@ def moved(layer: nn.Module) -> bool:
 @pytest.fixture(params=KINDS)
 def ran(request: pytest.FixtureRequest) -> Iterator[Ran]:
     kind = KINDS[request.param]
-    if why := missing(kind.kernel):
+    if why := missing(kind):
         pytest.skip(why)
     made = kind.quantizer.apply(kind.source(), progress=False).model
     assert isinstance(made, QuantizedLayer)
@@ -388,7 +392,7 @@ def test_tied_layers_share_one_arranged_weight(kind: Kind) -> None:
             found: Tensor = self.two(self.one(x))
             return found
 
-    if why := missing(kind.kernel):
+    if why := missing(kind):
         pytest.skip(why)
     model = kind.quantizer.apply(Twins(), progress=False).model
     x = noise(2, LENGTH)
