@@ -11,6 +11,7 @@ from mono_quant.kernels.digits import (
     Factor,
     digits_of_codes,
     digits_of_floats,
+    digits_on_one_grid,
     parts,
     rows_of,
 )
@@ -49,9 +50,14 @@ class Integer:
     ) -> Tensor:
         """Return ``x @ weight.T + bias``, ``[..., out]`` in the dtype of `x`."""
         rows = flat(x, spec.layout.stack[2])
-        if not has_finite_sum(rows):
+        alike = digits_on_one_grid(rows, spec.activation) if spec.activation is not None else None
+        if alike is None and not has_finite_sum(rows):
             return BLOCKS(spec, x, weight, bias)
         factor = _factor(weight, bias)
+        if alike is not None:
+            out = rows.new_empty(len(rows), spec.layout.stack[1])
+            factor.product(alike, out)
+            return shaped(out, None, x)
         qparams = spec.activation.qparams(rows) if spec.activation is not None else None
         out = rows.new_empty(len(rows), spec.layout.stack[1])
         for place in parts(len(rows), AT_ONCE * torch.get_num_threads()):

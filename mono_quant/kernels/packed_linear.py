@@ -17,6 +17,7 @@ from mono_quant.kernels.digits import (
     Digits,
     digits_of_codes,
     digits_of_floats,
+    digits_on_one_grid,
     parts,
     rows_of,
 )
@@ -116,10 +117,13 @@ class PackedLinear(ArrangingKernel[PackedRows]):
     ) -> Tensor:
         """Return ``x @ weight.T + bias``, ``[..., out]`` in the dtype of `x`."""
         activation, rows = spec.activation, flat(x, spec.layout.stack[2])
+        added = bias.to(torch.float32) if bias is not None else None
+        alike = digits_on_one_grid(rows, activation) if activation is not None else None
+        if alike is not None:
+            return shaped(_product(alike, weight, added), None, x)
         qparams = activation.qparams(rows) if activation is not None else None
         if not _is_finite(rows, activation, qparams):
             return BLOCKS(spec, x, weight.unpacked(), bias)
-        added = bias.to(torch.float32) if bias is not None else None
         out: Tensor | None = None
         for place in parts(len(rows), AT_ONCE * torch.get_num_threads()):
             if activation is None or qparams is None:

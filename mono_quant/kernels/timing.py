@@ -1,8 +1,8 @@
-"""Which kernel is fastest here for a weight of this shape and so many rows of inputs."""
+"""What kernels take here for a weight of this shape and so many rows of inputs."""
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 
@@ -31,8 +31,10 @@ def bucket(rows: int) -> int:
     return min(LARGEST_BATCH, 1 << max(0, rows - 1).bit_length())
 
 
-def fastest(kernels: Sequence[Kernel], spec: KernelSpec, dtype: torch.dtype, rows: int) -> Kernel:
-    """Return the fastest of `kernels`, each of which supports `spec`.
+def seconds(
+    kernels: Sequence[Kernel], spec: KernelSpec, dtype: torch.dtype, rows: int
+) -> Mapping[str, float]:
+    """Return what a call of each of `kernels` takes, by name; each supports `spec`.
 
     Measured on made-up codes the first time, remembered for this process and this machine: the
     answer is the same for all weights of a shape, so two models of one process agree to the bit.
@@ -43,23 +45,30 @@ def fastest(kernels: Sequence[Kernel], spec: KernelSpec, dtype: torch.dtype, row
         dtype: of the inputs.
         rows: how many inputs the weight meets at once.
     """
-    if len(kernels) == 1:
-        return kernels[0]
     batch = bucket(rows)
-    names = "/".join(kernel.name for kernel in kernels)
+    named = {kernel.name: kernel for kernel in kernels}
     spec = _shortened(spec)
     inputs = None if spec.activation is None else (spec.activation.mode, spec.activation.scheme)
     what = _what(tuple(spec.layout.stack), spec.scheme, inputs) + _how(spec)
-    key = f"{names}: {what}, {dtype}, {batch} rows, {torch.get_num_threads()} threads"
-    found = STORE.get(key)
-    named = {kernel.name: kernel for kernel in kernels}
-    if found not in named:
+    threads = torch.get_num_threads()
+    key = f"{'/'.join(named)}: {what}, {dtype}, {batch} rows, {threads} threads"
+    found = _read(STORE.get(key))
+    if found.keys() != named.keys():
         with torch.device("cpu"):  # whatever the default
             x, weight = _inputs(spec, batch).to(dtype), _made_up(spec)
         with torch.no_grad():
-            found = min(named, key=lambda name: _seconds(named[name], spec, x, weight))
-        STORE.set(key, found)
-    return named[found]
+            found = {name: _seconds(one, spec, x, weight) for name, one in named.items()}
+        STORE.set(key, ", ".join(f"{name} {taken:.3g}" for name, taken in found.items()))
+    return found
+
+
+def _read(text: str | None) -> dict[str, float]:
+    """Return times by name from how they are stored; nothing if it is no such text."""
+    words = [one.rpartition(" ") for one in text.split(", ")] if text else []
+    try:
+        return {name: float(taken) for name, _, taken in words}
+    except ValueError:
+        return {}
 
 
 @lru_cache(maxsize=1024)  # it is asked for at every call, and takes as long as a small layer

@@ -17,7 +17,7 @@ from mono_quant.base import (
     KernelSpec,
     PackedTensor,
 )
-from mono_quant.kernels import remembered_bytes
+from mono_quant.kernels import memory, remembered_bytes
 from mono_quant.kernels.ops import untraced
 
 
@@ -117,6 +117,14 @@ class QuantizedWeight(_Fixed):
                 codes = self._restored()
         return self._with(codes)
 
+    def read(self) -> PackedTensor:
+        """Return `packed` for a kernel: the other order stays beside it where memory is double."""
+        codes = self._buffers["codes"]
+        if codes is None:
+            with _LOCK:
+                codes = self._restored(keep=memory.is_double())
+        return self._with(codes)
+
     def peek(self) -> PackedTensor:
         """Return the weight to read once: codes in another order stay so, and are copied back.
 
@@ -191,10 +199,12 @@ class QuantizedWeight(_Fixed):
 
     def _found(self, kernel: ArrangingKernel[ArrangedT]) -> ArrangedT | None:
         """Return what is held, if `kernel` reads it and nothing it was made of has changed."""
-        held = self._held
-        if held is None or self._buffers["codes"] is not None:
+        held, codes = self._held, self._buffers["codes"]
+        if held is None:
             return None
         source = held.source()
+        if codes is not None and (source is not codes or not memory.is_double()):
+            return None
         if source is not None and source._version != held.written:
             return None
         for name, (tensor, written) in held.scales.items():
@@ -216,8 +226,12 @@ class QuantizedWeight(_Fixed):
             _OPAQUE.add(self)
         return arranged
 
-    def _restored(self) -> Tensor:
-        """Put canonical codes back, under the lock, and return them."""
+    def _restored(self, keep: bool = False) -> Tensor:
+        """Put canonical codes back, under the lock, and return them.
+
+        Args:
+            keep: what took their place, beside them.
+        """
         codes, held = self._buffers["codes"], self._held
         if codes is None:
             assert held is not None  # codes are one or the other
@@ -226,7 +240,8 @@ class QuantizedWeight(_Fixed):
                 with torch.inference_mode(False):
                     codes = held.arranged.canonical()
             self._buffers["codes"] = codes
-            self._held = None
+            kept = attrs.evolve(held, source=weakref.ref(codes), written=codes._version)
+            self._held = kept if keep else None
         return codes
 
     @untraced
@@ -240,7 +255,7 @@ class QuantizedWeight(_Fixed):
             if self in _OPAQUE:
                 self._pinned = True
             for weight in list(_OPAQUE):
-                weight._restored()
+                weight._settle()
         return True
 
     def _settle(self) -> None:

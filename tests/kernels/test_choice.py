@@ -131,6 +131,17 @@ def test_what_was_timed_is_kept_in_a_file(
     assert len(timed) == 2
 
 
+def test_times_that_a_file_makes_up_are_ignored(
+    made: QuantizedLayer, timed: list[tuple[str, int]]
+) -> None:
+    chosen(made)
+    text = store.path().read_text(encoding="utf-8")
+    store.path().write_text(text.replace("blocks 1", "blocks fast"), encoding="utf-8")
+    STORE.forget()
+    assert chosen(made) == "blocks"
+    assert len(timed) == 4
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": 1}', "\0", "[" * 10_000])
 def test_a_file_that_is_no_such_file_is_ignored(
     made: QuantizedLayer, timed: list[tuple[str, int]], text: str
@@ -149,7 +160,7 @@ def test_a_kernel_that_a_file_makes_up_is_ignored(
 ) -> None:
     chosen(made)
     text = store.path().read_text(encoding="utf-8")
-    store.path().write_text(text.replace('"blocks"', '"turbo"'), encoding="utf-8")
+    store.path().write_text(text.replace(", blocks ", ", turbo "), encoding="utf-8")
     STORE.forget()
     assert chosen(made) == "blocks"
     assert len(timed) == 4
@@ -319,3 +330,20 @@ def test_a_trial_that_could_not_be_held_is_not_remembered(monkeypatch: pytest.Mo
 def test_the_trial_of_the_integer_product_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_TRIAL", "import os; os.abort()")
     assert str(ops.int_mm_refusal()).startswith("the integer product failed on trial: ")
+
+
+def test_memory_is_one_of_two_words_from_the_call_or_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert not kernels.memory.is_double()
+    with kernels.memory("double"):
+        assert kernels.memory.is_double()
+        with kernels.memory("single"):
+            assert not kernels.memory.is_double()
+    monkeypatch.setenv(kernels.memory.variable, "double")
+    assert kernels.memory.is_double()
+    with kernels.memory("single"):
+        assert not kernels.memory.is_double()
+    with pytest.raises(ConfigurationError, match="no amount of memory 'triple', only double"):
+        kernels.memory("triple")
+    assert kernels.use.current is kernels.memory.current is None
