@@ -17,7 +17,7 @@ from mono_quant.kernels.blocks import BLOCKS, Blocks
 from mono_quant.kernels.codes import remembered_bytes
 from mono_quant.kernels.convolution import INTEGER_CONVOLUTION, IntegerConvolution
 from mono_quant.kernels.fp16 import FP16, Fp16
-from mono_quant.kernels.int4 import INT4, PANEL_BLOCKS, Int4, PanelBlocks
+from mono_quant.kernels.int4 import INT4, PANEL_BLOCKS, PANEL_BYTES, Int4, PanelBlocks, PanelBytes
 from mono_quant.kernels.integer import INTEGER, Integer
 from mono_quant.kernels.ops import followed, gradient_asked, untraced
 from mono_quant.kernels.packed_convolution import PACKED_CONVOLUTION, PackedConvolution
@@ -43,6 +43,7 @@ KERNELS: tuple[Kernel, ...] = (
     INTEGER_CONVOLUTION,
     INT4,
     PANEL_BLOCKS,
+    PANEL_BYTES,
     FP16,
     BLOCKS,
     REFERENCE,
@@ -274,6 +275,7 @@ __all__ = [
     "PackedConvolution",
     "PackedLinear",
     "PanelBlocks",
+    "PanelBytes",
     "Reference",
     "memory",
     "remembered_bytes",

@@ -177,6 +177,25 @@ def digits_on_one_grid(rows: Tensor, activation: Activation) -> Digits | None:
     return Digits(codes, torch.full((1, 1), zero, dtype=torch.int32), unit)
 
 
+def digits_of_inputs(rows: Tensor, activation: Activation) -> Digits | None:
+    """Return the codes of ``rows [M, in]``; None where there is no row or one is not finite."""
+    alike = digits_on_one_grid(rows, activation)
+    if alike is not None:
+        return alike
+    qparams = activation.qparams(rows)
+    if not are_finite(rows, activation, qparams):
+        return None
+    return digits_of_codes(rows, activation.scheme, qparams, None)
+
+
+def are_finite(rows: Tensor, activation: Activation | None, qparams: QParams | None) -> bool:
+    """Return whether there are values and each is finite; where a range was found, it tells."""
+    if activation is None or qparams is None or activation.scale is not None:
+        return has_finite_sum(rows)
+    assert qparams.scale is not None  # an Affine has one
+    return bool(rows.numel()) and has_finite_sum(qparams.scale)
+
+
 def digits_of_floats(rows: Tensor) -> Digits:
     """Return three digits of each of ``rows [M, in]``."""
     _, exponent = torch.frexp(rows.abs().amax(1, keepdim=True))  # |x| < 2^exponent, [M, 1]

@@ -8,13 +8,14 @@ import attrs
 import torch
 from torch import Tensor
 
-from mono_quant.base import Activation, Arranged, ArrangingKernel, KernelSpec, PackedTensor
+from mono_quant.base import Arranged, ArrangingKernel, KernelSpec, PackedTensor
 from mono_quant.kernels import onednn
 from mono_quant.kernels.blocks import BLOCKS
-from mono_quant.kernels.codes import flat, has_finite_sum, refuse, shaped
+from mono_quant.kernels.codes import flat, refuse, shaped
 from mono_quant.kernels.digits import (
     AT_ONCE,
     Digits,
+    are_finite,
     digits_of_codes,
     digits_of_floats,
     digits_on_one_grid,
@@ -23,7 +24,6 @@ from mono_quant.kernels.digits import (
 )
 from mono_quant.kernels.integer import refuse_inputs, refuse_weight
 from mono_quant.kernels.ops import unfollowed
-from mono_quant.numerics.values import QParams
 
 _MIDDLE = 128  # what is taken off codes of inputs whose rows have zero points of their own
 _TOP = 255
@@ -122,7 +122,7 @@ class PackedLinear(ArrangingKernel[PackedRows]):
         if alike is not None:
             return shaped(_product(alike, weight, added), None, x)
         qparams = activation.qparams(rows) if activation is not None else None
-        if not _is_finite(rows, activation, qparams):
+        if not are_finite(rows, activation, qparams):
             return BLOCKS(spec, x, weight.unpacked(), bias)
         out: Tensor | None = None
         for place in parts(len(rows), AT_ONCE * torch.get_num_threads()):
@@ -137,14 +137,6 @@ class PackedLinear(ArrangingKernel[PackedRows]):
             out[place].copy_(found)
         assert out is not None  # a part that is not all is followed by others
         return shaped(out, None, x)
-
-
-def _is_finite(rows: Tensor, activation: Activation | None, qparams: QParams | None) -> bool:
-    """Return whether there are values and each is finite; where a range was found, it tells."""
-    if activation is None or qparams is None or activation.scale is not None:
-        return has_finite_sum(rows)
-    assert qparams.scale is not None  # an Affine has one
-    return has_finite_sum(qparams.scale) and bool(rows.numel())
 
 
 def _product(x: Digits, weight: PackedRows, bias: Tensor | None) -> Tensor:
