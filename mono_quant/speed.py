@@ -97,11 +97,12 @@ def take_turns(
         for place in (turn % 2, 1 - turn % 2):
             if before is not None:
                 before[place]()
-            taken[place].append(_timed(calls[place], device))
+            taken[place].append(timed(calls[place], device))
     return Turns(*map(tuple, taken))
 
 
-def _timed(call: Callable[[], object], device: torch.device) -> float:
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of a call, until its work on `device` is done."""
     _finish(device)
     start = time.perf_counter()
     call()

@@ -16,6 +16,7 @@ from mono_quant.base import Arranged, ArrangingKernel, Kernel, KernelSpec, Opera
 from mono_quant.kernels.blocks import BLOCKS, Blocks
 from mono_quant.kernels.codes import remembered_bytes
 from mono_quant.kernels.convolution import INTEGER_CONVOLUTION, IntegerConvolution
+from mono_quant.kernels.cuda import CUDA_INT4, CUDA_INTEGER, CudaInt4, CudaInteger
 from mono_quant.kernels.fp16 import FP16, Fp16
 from mono_quant.kernels.int4 import INT4, PANEL_BLOCKS, PANEL_BYTES, Int4, PanelBlocks, PanelBytes
 from mono_quant.kernels.integer import INTEGER, Integer
@@ -45,13 +46,15 @@ KERNELS: tuple[Kernel, ...] = (
     PANEL_BLOCKS,
     PANEL_BYTES,
     FP16,
+    CUDA_INTEGER,
+    CUDA_INT4,
     BLOCKS,
     REFERENCE,
 )
 """All that may be chosen; the last one can do everything."""
 
 _RIVALLED = (Recurrence, Convolution)
-"""Where the reference may be the fastest: it decodes a weight that is used many times over."""
+"""Where the reference may be the fastest on a CPU: it decodes a weight that is used many times."""
 
 _USUAL = (1, 8, 64)
 """Rows of inputs for which the order of a matrix's codes is chosen: tokens, and few sequences."""
@@ -146,20 +149,24 @@ def select(
     batch, threads = bucket(rows), torch.get_num_threads()
     kernel = choice.fastest.get((arrange is not None, batch, threads))
     if kernel is None:
-        kernel = _remembered(choice, spec, dtype, (arrange is not None, batch, threads))
+        kernel = _remembered(choice, spec, device, dtype, (arrange is not None, batch, threads))
     if isinstance(kernel, ArrangingKernel) and (arrange is None or not arrange()):
-        kernel = _remembered(choice, spec, dtype, (False, batch, threads))
+        kernel = _remembered(choice, spec, device, dtype, (False, batch, threads))
     return kernel
 
 
 def _remembered(
-    choice: "_Choice", spec: KernelSpec, dtype: torch.dtype, key: tuple[bool, int, int]
+    choice: "_Choice",
+    spec: KernelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    key: tuple[bool, int, int],
 ) -> Kernel:
     """Return the fastest for a key of `_Choice.fastest`, remembered there."""
     kernel = choice.fastest.get(key)
     if kernel is None:
         able = tuple(one for one in choice.able if key[0] or _order(one) is None)
-        kernel = _fastest(able, spec, dtype, key[1]) if able else REFERENCE
+        kernel = _fastest(able, spec, device, dtype, key[1]) if able else REFERENCE
         choice.fastest[key] = kernel
     return kernel
 
@@ -214,23 +221,32 @@ def _able(
 
 
 def _fastest(
-    kernels: tuple[Kernel, ...], spec: KernelSpec, dtype: torch.dtype, rows: int
+    kernels: tuple[Kernel, ...],
+    spec: KernelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
 ) -> Kernel:
     """Return the fastest of some kernels, one at least, and where it may be, the reference."""
-    rivalled = isinstance(spec.operation, _RIVALLED) and use.named() is None
+    rivalled = isinstance(spec.operation, _RIVALLED) or device.type != "cpu"
+    rivalled = rivalled and use.named() is None
     timed = (*kernels, REFERENCE) if rivalled else kernels
     if len(timed) == 1:
         return timed[0]
-    orders = _orders(kernels, timed, spec, dtype)
+    orders = _orders(kernels, timed, spec, device, dtype)
     able = [kernel for kernel in timed if kernel is REFERENCE or _order(kernel) in orders]
     if len(able) == 1:
         return able[0]
-    taken = seconds(timed, spec, dtype, rows)
+    taken = seconds(timed, spec, device, dtype, rows)
     return min(able, key=lambda kernel: taken[kernel.name])
 
 
 def _orders(
-    kernels: tuple[Kernel, ...], timed: tuple[Kernel, ...], spec: KernelSpec, dtype: torch.dtype
+    kernels: tuple[Kernel, ...],
+    timed: tuple[Kernel, ...],
+    spec: KernelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> set[type[Arranged] | None]:
     """Return the order of codes that serves some batches best; two where they may be kept and pay.
 
@@ -241,7 +257,7 @@ def _orders(
     if len(orders) == 1:
         return orders
     batches = (LARGEST_BATCH,) if isinstance(spec.operation, Convolution) else _USUAL
-    taken = [seconds(timed, spec, dtype, rows) for rows in batches]
+    taken = [seconds(timed, spec, device, dtype, rows) for rows in batches]
 
     def best(order: type[Arranged] | None) -> list[float]:
         names = [kernel.name for kernel in kernels if _order(kernel) is order]
@@ -267,6 +283,8 @@ __all__ = [
     "REFERENCE",
     "VARIABLE",
     "Blocks",
+    "CudaInt4",
+    "CudaInteger",
     "Fp16",
     "Int4",
     "Integer",

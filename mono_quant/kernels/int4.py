@@ -38,7 +38,9 @@ class _OnPanels(ArrangingKernel[Panels]):
         Scales per group of a multiple of 32 columns, per channel or per tensor; a number of rows
         that panels divide.
         """
-        reason = refuse(spec, device, dtype) or _refuse(spec) or refuse_inputs(spec.activation)
+        reason = (
+            refuse(spec, device, dtype) or refuse_four_bits(spec) or refuse_inputs(spec.activation)
+        )
         if reason is not None:
             return reason
         half = int4_panel()
@@ -54,7 +56,7 @@ class _OnPanels(ArrangingKernel[Panels]):
             raise RuntimeError(half)
         scale, zeros = scales_and_zeros(weight)
         _, rows, length = weight.layout.stack
-        group = _group(weight.block_size[2])
+        group = group_of(weight.block_size[2])
         offset = (_CENTRE - zeros) * scale
         pairs = torch.stack([scale, offset], -1).to(torch.bfloat16).transpose(0, 1)
         repeats = length // group // pairs.shape[0]
@@ -257,19 +259,20 @@ def _pieces(length: int, size: int) -> Iterator[tuple[int, int]]:
             yield start, min(start + _LONGEST, run + size)
 
 
-def _refuse(spec: KernelSpec) -> str | None:
+def refuse_four_bits(spec: KernelSpec) -> str | None:
+    """Return why torch's product with 4-bit weights, on any device, cannot read one, or None."""
     scheme = spec.scheme
     if type(scheme) is not Affine or scheme.bits != 4:
         return f"the weight is {scheme.describe()}"
     if type(scheme.granularity) not in (PerTensor, PerChannel, PerGroup):
         return f"the weight's scales are {scheme.granularity.describe()}"
     columns = scheme.granularity.block_size(spec.layout.stack)[2]
-    if not _group(columns):
+    if not group_of(columns):
         return f"{columns} columns share a scale, which is no multiple of {_GROUPS[-1]}"
     return None
 
 
-def _group(columns: int) -> int:
+def group_of(columns: int) -> int:
     """Return the largest group that torch's product knows and that divides `columns`, or 0."""
     return next((size for size in _GROUPS if columns % size == 0), 0)
 

@@ -1,7 +1,6 @@
 """What kernels take here for a weight of this shape and so many rows of inputs."""
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -17,6 +16,7 @@ from mono_quant.numerics.packing import packed_length
 from mono_quant.operations import Convolution
 from mono_quant.recurrence import Recurrence
 from mono_quant.schemes import Affine
+from mono_quant.speed import timed
 
 LARGEST_BATCH = 512
 """Batches beyond this are served as this one is."""
@@ -32,7 +32,11 @@ def bucket(rows: int) -> int:
 
 
 def seconds(
-    kernels: Sequence[Kernel], spec: KernelSpec, dtype: torch.dtype, rows: int
+    kernels: Sequence[Kernel],
+    spec: KernelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
 ) -> Mapping[str, float]:
     """Return what a call of each of `kernels` takes, by name; each supports `spec`.
 
@@ -42,6 +46,7 @@ def seconds(
     Args:
         kernels: with names of their own; at least one.
         spec: of an `Affine` or cast weight.
+        device: where it is to be computed.
         dtype: of the inputs.
         rows: how many inputs the weight meets at once.
     """
@@ -50,11 +55,12 @@ def seconds(
     spec = _shortened(spec)
     inputs = None if spec.activation is None else (spec.activation.mode, spec.activation.scheme)
     what = _what(tuple(spec.layout.stack), spec.scheme, inputs) + _how(spec)
-    threads = torch.get_num_threads()
-    key = f"{'/'.join(named)}: {what}, {dtype}, {batch} rows, {threads} threads"
+    threads = f"{torch.get_num_threads()} threads"
+    place = threads if device.type == "cpu" else torch.cuda.get_device_name(device)
+    key = f"{'/'.join(named)}: {what}, {dtype}, {batch} rows, {place}"
     found = _read(STORE.get(key))
     if found.keys() != named.keys():
-        with torch.device("cpu"):  # whatever the default
+        with torch.device(device):  # whatever the default
             x, weight = _inputs(spec, batch).to(dtype), _made_up(spec)
         with torch.no_grad():
             found = {name: _seconds(one, spec, x, weight) for name, one in named.items()}
@@ -133,9 +139,7 @@ def _seconds(kernel: Kernel, spec: KernelSpec, x: Tensor, weight: PackedTensor) 
     call()  # what only the first call does is not counted
     best, spent, repeats = float("inf"), 0.0, 0
     while repeats < _REPEATS and spent < _ENOUGH_S:
-        start = time.perf_counter()
-        call()
-        taken = time.perf_counter() - start
+        taken = timed(call, x.device)
         best, spent, repeats = min(best, taken), spent + taken, repeats + 1
     return best
 

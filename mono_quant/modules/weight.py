@@ -161,13 +161,13 @@ class QuantizedWeight(_Fixed):
             return True
         if held is not None and held.source() is not codes:
             return False
-        return (
-            type(codes) is Tensor
-            and codes.device.type == "cpu"
-            and codes.is_contiguous()
-            and not codes.is_shared()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            and not any(self.get_buffer(name).is_inference() for name in self._names)
-        )
+        if type(codes) is not Tensor or not codes.is_contiguous():
+            return False
+        # memory of a GPU counts as shared, all of it
+        shared = codes.device.type == "cpu" and codes.is_shared()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        known = codes.device.type in ("cpu", "cuda")
+        written = not any(self.get_buffer(name).is_inference() for name in self._names)
+        return known and not shared and written
 
     def arranged(self, kernel: ArrangingKernel[ArrangedT], spec: KernelSpec) -> ArrangedT:
         """Return the weight as `kernel` reads it for `spec`, which it then is the only copy of."""
