@@ -4,7 +4,6 @@ Kernels differ in how they round, within what float32 arithmetic allows, so whic
 of what makes results repeatable: `use` fixes it.
 """
 
-import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -12,8 +11,9 @@ import attrs
 import torch
 from torch import Tensor
 
-from mono_quant.base import Arranged, ArrangingKernel, Kernel, KernelSpec, Operation, Scheme
+from mono_quant.base import ArrangingKernel, Kernel, KernelSpec, Operation, Scheme
 from mono_quant.kernels.blocks import BLOCKS, Blocks
+from mono_quant.kernels.choice import fastest, order_of
 from mono_quant.kernels.codes import remembered_bytes
 from mono_quant.kernels.convolution import INTEGER_CONVOLUTION, IntegerConvolution
 from mono_quant.kernels.cuda import CUDA_INT4, CUDA_INTEGER, CudaInt4, CudaInteger
@@ -27,12 +27,11 @@ from mono_quant.kernels.reference import Reference
 from mono_quant.kernels.sequences import INTEGER_STEPS, IntegerSteps
 from mono_quant.kernels.store import STORE
 from mono_quant.kernels.switches import Switch, memory
-from mono_quant.kernels.timing import LARGEST_BATCH, bucket, seconds
+from mono_quant.kernels.timing import bucket
 from mono_quant.kernels.traced import INTEGER_TRACED, ROW_TRACED
 from mono_quant.numerics.values import Layout
 from mono_quant.operations import Convolution, MatrixProduct
 from mono_quant.recurrence import Recurrence
-from mono_quant.speed import NO_DIFFERENCE
 
 REFERENCE: Kernel = Reference()
 
@@ -55,9 +54,6 @@ KERNELS: tuple[Kernel, ...] = (
 
 _RIVALLED = (Recurrence, Convolution)
 """Where the reference may be the fastest on a CPU: it decodes a weight that is used many times."""
-
-_USUAL = (1, 8, 64)
-"""Rows of inputs for which the order of a matrix's codes is chosen: tokens, and few sequences."""
 
 VARIABLE = "MONO_QUANT_KERNEL"
 """Environment variable that holds the name of a kernel, where `use` did not say one."""
@@ -165,7 +161,7 @@ def _remembered(
     """Return the fastest for a key of `_Choice.fastest`, remembered there."""
     kernel = choice.fastest.get(key)
     if kernel is None:
-        able = tuple(one for one in choice.able if key[0] or _order(one) is None)
+        able = tuple(one for one in choice.able if key[0] or order_of(one) is None)
         kernel = _fastest(able, spec, device, dtype, key[1]) if able else REFERENCE
         choice.fastest[key] = kernel
     return kernel
@@ -228,54 +224,12 @@ def _fastest(
     rows: int,
 ) -> Kernel:
     """Return the fastest of some kernels, one at least, and where it may be, the reference."""
-    rivalled = isinstance(spec.operation, _RIVALLED) or device.type != "cpu"
-    rivalled = rivalled and use.named() is None
-    timed = (*kernels, REFERENCE) if rivalled else kernels
-    if len(timed) == 1:
-        return timed[0]
-    orders = _orders(kernels, timed, spec, device, dtype)
-    able = [kernel for kernel in timed if kernel is REFERENCE or _order(kernel) in orders]
-    if len(able) == 1:
-        return able[0]
-    taken = seconds(timed, spec, device, dtype, rows)
-    return min(able, key=lambda kernel: taken[kernel.name])
-
-
-def _orders(
-    kernels: tuple[Kernel, ...],
-    timed: tuple[Kernel, ...],
-    spec: KernelSpec,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> set[type[Arranged] | None]:
-    """Return the order of codes that serves some batches best; two where they may be kept and pay.
-
-    By the product of their times. The second order is the canonical one, and pays if one of the
-    batches is faster by more than what may be chance.
-    """
-    orders = {_order(kernel) for kernel in kernels}
-    if len(orders) == 1:
-        return orders
-    batches = (LARGEST_BATCH,) if isinstance(spec.operation, Convolution) else _USUAL
-    taken = [seconds(timed, spec, device, dtype, rows) for rows in batches]
-
-    def best(order: type[Arranged] | None) -> list[float]:
-        names = [kernel.name for kernel in kernels if _order(kernel) is order]
-        return [min(times[name] for name in names) for times in taken]
-
-    times = {order: best(order) for order in orders}
-    chosen = min(orders, key=lambda order: math.prod(times[order]))
-    if not memory.is_double() or None not in orders:
-        return {chosen}
-    pairs = {order: list(map(min, times[order], times[None])) for order in orders}
-    paired = min(orders, key=lambda order: math.prod(pairs[order]))
-    gains = (one / two for one, two in zip(times[chosen], pairs[paired], strict=True))
-    return {paired, None} if max(gains) > 1 + NO_DIFFERENCE else {chosen}
-
-
-def _order(kernel: Kernel) -> type[Arranged] | None:
-    """Return the order of codes that a kernel reads; None for the canonical one."""
-    return kernel.arrangement if isinstance(kernel, ArrangingKernel) else None
+    rival = REFERENCE if isinstance(spec.operation, _RIVALLED) else None
+    if use.named() is not None:
+        return fastest(kernels, None, spec, device, dtype, rows)
+    if device.type != "cpu":  # where decoding a weight is cheap, but not from another order
+        return fastest((*kernels, REFERENCE), None, spec, device, dtype, rows)
+    return fastest(kernels, rival, spec, device, dtype, rows)
 
 
 __all__ = [

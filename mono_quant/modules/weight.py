@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Self, cast
 
 import attrs
@@ -19,44 +19,7 @@ from mono_quant.base import (
 )
 from mono_quant.kernels import memory, remembered_bytes
 from mono_quant.kernels.ops import untraced
-
-
-class _Fixed(nn.Module):
-    """A module some of whose buffers keep their dtype when the module is moved to another one."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self._names: Iterable[str] = tuple(tensors)
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = {name: self.get_buffer(name) for name in self._names}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        for name, tensor in before.items():
-            moved = self.get_buffer(name)
-            if moved.dtype != tensor.dtype:
-                self.register_buffer(name, tensor.to(moved.device))
-        return self
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Tensor], prefix: str, *rest: object
-    ) -> None:
-        """Take the dtypes of a state dict over: scales that had to be wider stay so.
-
-        Codes of another dtype mean other values, and are an error.
-        """
-        for name in self._names:
-            stored, own = state_dict.get(prefix + name), self.get_buffer(name)
-            if stored is None or stored.dtype == own.dtype:
-                continue
-            if not (stored.is_floating_point() and own.is_floating_point()):
-                said = f"{prefix + name} is {stored.dtype}, where {own.dtype} was expected"
-                cast("list[str]", rest[-1]).append(said)  # what load_state_dict raises at its end
-                return
-            self.register_buffer(name, torch.empty_like(own, dtype=stored.dtype))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
+from mono_quant.modules.fixed import Fixed
 
 _LOCK = threading.RLock()
 """Held while codes change their order, so that nobody finds a weight without any."""
@@ -84,7 +47,7 @@ class _Held:
     scales: Mapping[str, tuple[Tensor, int]]
 
 
-class QuantizedWeight(_Fixed):
+class QuantizedWeight(Fixed):
     """A packed weight as the buffers of a small module.
 
     A module of its own, so that layers with tied weights share one object: it stays shared when the
@@ -317,7 +280,7 @@ def kernel_bytes(model: nn.Module) -> int:
     return sum(weight.kernel_bytes for weight in weights)
 
 
-class QuantizedInput(_Fixed):
+class QuantizedInput(Fixed):
     """What is known of a weight's inputs, its calibrated scale and zero point as buffers."""
 
     def __init__(self, activation: Activation) -> None:
