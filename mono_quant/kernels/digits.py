@@ -12,6 +12,7 @@ from mono_quant.kernels.ops import int_mm
 from mono_quant.numerics.granularity import PerTensor
 from mono_quant.numerics.values import QParams
 from mono_quant.schemes import Affine
+from mono_quant.schemes.affine import float32
 
 AT_ONCE = 256
 """Rows of inputs that a thread takes at once."""
@@ -143,7 +144,11 @@ def digits_of_codes(x: Tensor, scheme: Scheme, qparams: QParams, place: slice | 
     return Digits(codes.view(torch.uint8).bitwise_xor_(_SIGN), _MIDDLE, scale)
 
 
-def digits_on_one_grid(rows: Tensor, activation: Activation) -> Digits | None:
+OneGrid = tuple[Tensor, int, float]
+"""Codes on a grid that all of them share, ``uint8 [M, in]``, the one that means zero, its scale."""
+
+
+def on_one_grid(rows: Tensor, activation: Activation) -> OneGrid | None:
     """Return the codes of ``rows [M, in]`` that share a grid, with few operators; or None.
 
     They are those of `digits_of_codes`. A layer that meets a single row waits for operators, not
@@ -166,15 +171,23 @@ def digits_on_one_grid(rows: Tensor, activation: Activation) -> Digits | None:
     if grid is None:
         return None
     scale, zero = grid
-    unit = torch.full((1, 1), scale)
-    values = rows * unit.reciprocal()
+    values = rows * float32(1 / scale)
     if not scheme.symmetric:
         values.add_(zero).round_().clamp_(scheme.quant_min, scheme.quant_max)
     else:
         zero = _SIGN
         values.round_().clamp_(scheme.quant_min, scheme.quant_max).add_(zero)
     codes = values.to(torch.int16).to(torch.uint8)  # which takes half the time of one step
-    return Digits(codes, torch.full((1, 1), zero, dtype=torch.int32), unit)
+    return codes, zero, scale
+
+
+def digits_on_one_grid(rows: Tensor, activation: Activation) -> Digits | None:
+    """Return what `on_one_grid` does as digits."""
+    alike = on_one_grid(rows, activation)
+    if alike is None:
+        return None
+    codes, zero, scale = alike
+    return Digits(codes, torch.full((1, 1), zero, dtype=torch.int32), torch.full((1, 1), scale))
 
 
 def digits_of_inputs(rows: Tensor, activation: Activation) -> Digits | None:

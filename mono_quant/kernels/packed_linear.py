@@ -15,10 +15,11 @@ from mono_quant.kernels.codes import flat, refuse, shaped
 from mono_quant.kernels.digits import (
     AT_ONCE,
     Digits,
+    OneGrid,
     are_finite,
     digits_of_codes,
     digits_of_floats,
-    digits_on_one_grid,
+    on_one_grid,
     parts,
     rows_of,
 )
@@ -118,9 +119,9 @@ class PackedLinear(ArrangingKernel[PackedRows]):
         """Return ``x @ weight.T + bias``, ``[..., out]`` in the dtype of `x`."""
         activation, rows = spec.activation, flat(x, spec.layout.stack[2])
         added = bias.to(torch.float32) if bias is not None else None
-        alike = digits_on_one_grid(rows, activation) if activation is not None else None
-        if alike is not None:
-            return shaped(_product(alike, weight, added), None, x)
+        alike = on_one_grid(rows, activation) if activation is not None else None
+        if alike is not None and _USUAL[0] < alike[2] < _USUAL[1]:
+            return shaped(_of_one_grid(alike, weight, added), None, x)
         qparams = activation.qparams(rows) if activation is not None else None
         if not are_finite(rows, activation, qparams):
             return BLOCKS(spec, x, weight.unpacked(), bias)
@@ -139,24 +140,29 @@ class PackedLinear(ArrangingKernel[PackedRows]):
         return shaped(out, None, x)
 
 
+def _of_one_grid(inputs: OneGrid, weight: PackedRows, bias: Tensor | None) -> Tensor:
+    """Return the product with inputs on one grid, which the operator is told of, and the bias."""
+    codes, zero, unit = inputs
+    out = onednn.linear(codes, (unit, zero, _TOP), weight.pack, weight.scale, bias, None)
+    if weight.zeros is None:
+        return out
+    sums = codes.sum(1, keepdim=True, dtype=torch.int32).sub_(zero * codes.shape[1])
+    return out.addcmul_(sums.to(torch.float32), weight.zeros, value=-unit)
+
+
 def _product(x: Digits, weight: PackedRows, bias: Tensor | None) -> Tensor:
     """Return the product with some rows of inputs, ``float32 [M, out]``."""
-    unit = x.unit.item() if x.unit.numel() == 1 and x.places == 1 else 0.0
-    scaled = _USUAL[0] < unit < _USUAL[1]  # by the operator, which adds the bias too
     zero = int(x.zero.item()) if x.zero.numel() == 1 else _MIDDLE
-    grid = (unit if scaled else 1.0, zero, _TOP)
-    out = onednn.linear(x.digits, grid, weight.pack, weight.scale, bias if scaled else None, None)
+    out = onednn.linear(x.digits, (1.0, zero, _TOP), weight.pack, weight.scale, None, None)
     if x.zero.numel() > 1:
         out.addcmul_((zero - x.zero).to(torch.float32), weight.sums)
     if weight.zeros is not None:
         sums = x.digits.sum(1, keepdim=True, dtype=torch.int32) - x.zero * x.digits.shape[1]
-        out.addcmul_(sums.to(torch.float32), weight.zeros, value=-grid[0])
+        out.addcmul_(sums.to(torch.float32), weight.zeros, value=-1)
     if x.places > 1:
         *lower, out = out.view(x.places, -1, out.shape[1]).unbind()
         for digit in reversed(lower):
             out.mul_(256.0).add_(digit)
-    if scaled:
-        return out
     return out.mul_(x.unit) if bias is None else torch.addcmul(bias, out, x.unit, out=out)
 
 

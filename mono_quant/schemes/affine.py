@@ -22,7 +22,8 @@ _SATURATED = 0.25
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def _float32(value: float) -> float:
+def float32(value: float) -> float:
+    """Return a number rounded to float32."""
     return ctypes.c_float(value).value
 
 
@@ -162,11 +163,11 @@ class Affine(Scheme):
         if self.scale_dtype != torch.float32 or not _SMALLEST < max(-low, high) < math.inf:
             return None
         if self.symmetric:
-            return _float32(max(high, -low) / self.quant_max), 0
+            return float32(max(high, -low) / self.quant_max), 0
         low, high = min(low, 0.0), max(high, 0.0)
         steps = self.quant_max - self.quant_min
-        scale = _float32(_float32(high * 0.5 - low * 0.5) / (steps / 2))
-        zero_point = self.quant_min - round(_float32(low / scale))
+        scale = float32(float32(high * 0.5 - low * 0.5) / (steps / 2))
+        zero_point = self.quant_min - round(float32(low / scale))
         return scale, min(max(zero_point, self.quant_min), self.quant_max)
 
     def quantize(self, x: Tensor, qparams: QParams) -> QTensor:
