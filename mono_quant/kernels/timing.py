@@ -23,7 +23,7 @@ LARGEST_BATCH = 512
 """Batches beyond this are served as this one is."""
 
 _ENOUGH_S = 0.05  # of timing each kernel
-_LEAST, _REPEATS = 3, 7
+_LEAST, _REPEATS = 3, 9
 _STEPS = 32
 
 
@@ -64,7 +64,7 @@ def seconds(
         with torch.device(device):  # whatever the default
             x, weight = _inputs(spec, batch).to(dtype), _made_up(spec)
         with torch.no_grad():
-            found = {name: _seconds(one, spec, x, weight) for name, one in named.items()}
+            found = _by_turns(kernels, spec, x, weight)
         STORE.set(key, ", ".join(f"{name} {taken:.3g}" for name, taken in found.items()))
     return found
 
@@ -135,15 +135,20 @@ def _made_up(spec: KernelSpec) -> PackedTensor:
     return PackedTensor(tensors, scheme, spec.layout, torch.float32)
 
 
-def _seconds(kernel: Kernel, spec: KernelSpec, x: Tensor, weight: PackedTensor) -> float:
-    call = _prepared(kernel, spec, x, weight)
-    call()  # what only the first call does is not counted
-    best, spent, repeats = float("inf"), 0.0, 0
+def _by_turns(
+    kernels: Sequence[Kernel], spec: KernelSpec, x: Tensor, weight: PackedTensor
+) -> dict[str, float]:
+    """Return the least time of a call of each kernel, by name; what disturbs one disturbs all."""
+    calls = {kernel.name: _prepared(kernel, spec, x, weight) for kernel in kernels}
+    for call in calls.values():
+        call()  # what only the first call does is not counted
     alone = x.device.type == "cpu" and torch.get_num_threads() == 1
-    while repeats < _LEAST or (repeats < _REPEATS and spent < _ENOUGH_S):
-        taken = _of_this_thread(call) if alone else timed(call, x.device)
-        best, spent, repeats = min(best, taken), spent + taken, repeats + 1
-    return best
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(_REPEATS):
+        for name, call in calls.items():
+            if turn < _LEAST or sum(taken[name]) < _ENOUGH_S:
+                taken[name].append(_of_this_thread(call) if alone else timed(call, x.device))
+    return {name: min(times) for name, times in taken.items()}
 
 
 def _of_this_thread(call: Callable[[], object]) -> float:

@@ -16,7 +16,7 @@ from mono_quant.base import Kernel, KernelSpec, PackedTensor
 from mono_quant.kernels import ops, store, trial
 from mono_quant.kernels.store import STORE
 from tests.helpers import noise, same_bits
-from tests.kernels.cases import CPU, DECODED, FLOATS, INTEGERS, layer, spec_of
+from tests.kernels.cases import CPU, DECODED, FLOATS, INTEGERS, each, layer, spec_of
 
 
 @attrs.frozen
@@ -82,7 +82,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[tupl
         kernel(spec, x, weight, None)
         return 1.0 if (kernel.name == "blocks") == (len(x) <= 8) else 2.0
 
-    monkeypatch.setattr("mono_quant.kernels.timing._seconds", seconds)
+    monkeypatch.setattr("mono_quant.kernels.timing._by_turns", each(seconds))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("mono_quant.kernels.integer.int_mm_refusal", lambda: None)
     STORE.forget()

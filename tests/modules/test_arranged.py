@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant import QuantizedLayer, Quantizer, kernel_bytes, kernels, load_model
+from mono_quant.base import Kernel
 from mono_quant.kernels import onednn
 from mono_quant.kernels.ops import fp16_refusal, int4_panel, int_mm_refusal
 from mono_quant.kernels.panels import Panels
 from mono_quant.kernels.store import STORE
 from mono_quant.modules import QuantizedWeight, tie
 from tests.helpers import noise, same_bits
+from tests.kernels.cases import each
 
 BITS4 = Quantizer().bits(4).only("*")
 DYNAMIC = Quantizer().only("*")
@@ -424,11 +426,11 @@ def test_the_order_is_chosen_once_for_all_batches(
 ) -> None:
     speed = {"int4": 1.0, "int4-blocks": 3.0, "blocks": 2.0}
 
-    def seconds(kernel: object, spec: object, x: Tensor, weight: object) -> float:
-        name: str = kernel.name  # type: ignore[attr-defined]  # whatever kernel it is
+    def seconds(kernel: Kernel, spec: object, x: Tensor, weight: object) -> float:
+        name = kernel.name
         return speed[name] if len(x) == 1 else 4 - speed[name]
 
-    monkeypatch.setattr("mono_quant.kernels.timing._seconds", seconds)
+    monkeypatch.setattr("mono_quant.kernels.timing._by_turns", each(seconds))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     STORE.forget()
     with kernels.use(None):
@@ -448,11 +450,11 @@ def by_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[s
     """Let one kernel be the fastest for a single row and another for more; return their times."""
     times = {"integer": 2.0, "onednn": 3.0, "blocks": 9.0}
 
-    def seconds(kernel: object, spec: object, x: Tensor, weight: object) -> float:
-        name: str = kernel.name  # type: ignore[attr-defined]  # whatever kernel it is
+    def seconds(kernel: Kernel, spec: object, x: Tensor, weight: object) -> float:
+        name = kernel.name
         return times[name] if len(x) == 1 else 4 - times[name] if name != "blocks" else 9.0
 
-    monkeypatch.setattr("mono_quant.kernels.timing._seconds", seconds)
+    monkeypatch.setattr("mono_quant.kernels.timing._by_turns", each(seconds))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     STORE.forget()
     with kernels.use(None):
