@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mono_quant.calibration import CalibrationData, device_of, evaluating
-from mono_quant.modules import kernels_run
+from mono_quant.modules import kernel_bytes, kernels_run
 from mono_quant.speed import Speed, take_turns
 
 
@@ -45,4 +45,5 @@ def measure_speed(
             f"{paths[layer]}.{name}".removeprefix("."): kernel
             for (layer, name), kernel in ran.items()
         },
+        kernel_bytes=kernel_bytes(quantized),
     )

@@ -9,7 +9,7 @@ import attrs
 import torch
 
 from mono_quant.configurable import Config
-from mono_quant.text import format_ms
+from mono_quant.text import format_bytes, format_ms
 
 NO_DIFFERENCE = 0.05
 """A difference of this share or less may be chance."""
@@ -97,11 +97,12 @@ def take_turns(
         for place in (turn % 2, 1 - turn % 2):
             if before is not None:
                 before[place]()
-            taken[place].append(_timed(calls[place], device))
+            taken[place].append(timed(calls[place], device))
     return Turns(*map(tuple, taken))
 
 
-def _timed(call: Callable[[], object], device: torch.device) -> float:
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of a call, until its work on `device` is done."""
     _finish(device)
     start = time.perf_counter()
     call()
@@ -126,6 +127,8 @@ class Speed:
         rounds: how often each was called, by turns.
         threads: that torch used.
         kernels: what computed each weight's product, by the weight's name.
+        kernel_bytes: what kernels keep of the weights beside what a file holds: scales in a form
+            of their own, and a second order of codes where `mono_quant.kernels.memory` is double.
     """
 
     float_seconds: float
@@ -134,6 +137,7 @@ class Speed:
     rounds: int
     threads: int
     kernels: Mapping[str, str]
+    kernel_bytes: int = 0
 
     @property
     def faster(self) -> bool:
@@ -159,5 +163,9 @@ class Speed:
         ]
         counted = Counter(self.kernels.values()).most_common()
         if counted:
-            lines.append("kernels: " + ", ".join(f"{name} {count}" for name, count in counted))
+            beside = format_bytes(self.kernel_bytes)
+            kept = f"; they keep {beside} beside the codes" if self.kernel_bytes else ""
+            lines.append(
+                "kernels: " + ", ".join(f"{name} {count}" for name, count in counted) + kept
+            )
         return "\n".join(lines)

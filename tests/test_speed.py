@@ -191,6 +191,14 @@ def test_rows_of_one_layer_count_its_speed_once_and_floats_gain_nothing() -> Non
     assert Report(tuple(rows[3:])).layers_speed is None
 
 
+def test_bytes_that_kernels_keep_are_told_where_there_are_any() -> None:
+    one = Speed(1.0, 1.0, 1.0, 5, 1, {"weight": "onednn"})
+    assert str(one).endswith("kernels: onednn 1")
+    kept = attrs.evolve(one, kernel_bytes=1_500_000)
+    assert str(kept).endswith("kernels: onednn 1; they keep 1.50 MB beside the codes")
+    assert kept.to_dict()["kernel_bytes"] == 1_500_000
+
+
 def test_one_thread_is_told_as_one() -> None:
     one = Speed(1.0, 1.0, 1.0, 5, 1, {})
     assert str(one).endswith("1 thread")

@@ -4,30 +4,31 @@ Kernels differ in how they round, within what float32 arithmetic allows, so whic
 of what makes results repeatable: `use` fixes it.
 """
 
-import os
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
+from typing import ClassVar
 
 import attrs
 import torch
 from torch import Tensor
 
-from mono_quant.base import Arranged, ArrangingKernel, Kernel, KernelSpec, Operation, Scheme
-from mono_quant.errors import ConfigurationError
+from mono_quant.base import ArrangingKernel, Kernel, KernelSpec, Operation, Scheme
 from mono_quant.kernels.blocks import BLOCKS, Blocks
+from mono_quant.kernels.choice import fastest, order_of
 from mono_quant.kernels.codes import remembered_bytes
 from mono_quant.kernels.convolution import INTEGER_CONVOLUTION, IntegerConvolution
+from mono_quant.kernels.cuda import CUDA_INT4, CUDA_INTEGER, CudaInt4, CudaInteger
 from mono_quant.kernels.fp16 import FP16, Fp16
-from mono_quant.kernels.int4 import INT4, PANEL_BLOCKS, Int4, PanelBlocks
+from mono_quant.kernels.int4 import INT4, PANEL_BLOCKS, PANEL_BYTES, Int4, PanelBlocks, PanelBytes
 from mono_quant.kernels.integer import INTEGER, Integer
 from mono_quant.kernels.ops import followed, gradient_asked, untraced
 from mono_quant.kernels.outliers import DECOMPOSED, DECOMPOSED_TRACED, Decomposed
 from mono_quant.kernels.packed_convolution import PACKED_CONVOLUTION, PackedConvolution
+from mono_quant.kernels.packed_linear import PACKED_LINEAR, PackedLinear
 from mono_quant.kernels.reference import Reference
 from mono_quant.kernels.sequences import INTEGER_STEPS, IntegerSteps
 from mono_quant.kernels.store import STORE
-from mono_quant.kernels.timing import LARGEST_BATCH, bucket, fastest
+from mono_quant.kernels.switches import Switch, memory
+from mono_quant.kernels.timing import bucket
 from mono_quant.kernels.traced import INTEGER_TRACED, ROW_TRACED
 from mono_quant.numerics.values import Layout
 from mono_quant.operations import Convolution, MatrixProduct
@@ -38,11 +39,15 @@ REFERENCE: Kernel = Reference()
 KERNELS: tuple[Kernel, ...] = (
     INTEGER,
     INTEGER_STEPS,
+    PACKED_LINEAR,
     PACKED_CONVOLUTION,
     INTEGER_CONVOLUTION,
     INT4,
     PANEL_BLOCKS,
+    PANEL_BYTES,
     FP16,
+    CUDA_INTEGER,
+    CUDA_INT4,
     BLOCKS,
     DECOMPOSED,
     REFERENCE,
@@ -50,7 +55,7 @@ KERNELS: tuple[Kernel, ...] = (
 """All that may be chosen; the last one can do everything."""
 
 _RIVALLED = (Recurrence, Convolution)
-"""Where the reference may be the fastest: it decodes a weight that is used many times over."""
+"""Where the reference may be the fastest on a CPU: it decodes a weight that is used many times."""
 
 VARIABLE = "MONO_QUANT_KERNEL"
 """Environment variable that holds the name of a kernel, where `use` did not say one."""
@@ -59,7 +64,7 @@ VARIABLE = "MONO_QUANT_KERNEL"
 _MACHINE_CODE = KERNELS[:-1]
 
 
-class use:
+class use(Switch):
     """Let one kernel compute everything that it supports, and the reference the rest.
 
     From the call on, everywhere in the process; as a context manager, until its end.
@@ -75,38 +80,20 @@ class use:
         ConfigurationError: there is no such kernel.
     """
 
-    current: str | None = None
-    """The name in force, or None."""
+    variable = VARIABLE
+    noun = "kernel"
+    current: ClassVar[str | None] = None
 
     @classmethod
-    def named(cls) -> str | None:
-        """Return the name in force, from the environment where `use` did not say one.
-
-        Raises:
-            ConfigurationError: the environment names a kernel that there is not.
-        """
-        return cls.current or _checked(os.environ.get(VARIABLE) or None)
-
-    def __init__(self, name: str | None) -> None:
-        self._before = use.current
-        use.current = _checked(name)
-
-    def __enter__(self) -> Self:
-        """Do nothing: the kernel is in use already."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Use what was used before."""
-        use.current = self._before
+    def known(cls) -> tuple[str, ...]:
+        """Return the names of all kernels."""
+        return tuple(kernel.name for kernel in KERNELS)
 
 
 _Inputs = tuple[str, Scheme] | None
-_Asked = tuple[int, str | None, bool, torch.device, torch.dtype, Operation, Scheme, Layout, _Inputs]
+_Asked = tuple[
+    int, str | None, bool, bool, torch.device, torch.dtype, Operation, Scheme, Layout, _Inputs
+]
 
 
 @attrs.define(eq=False)
@@ -147,24 +134,38 @@ def select(
             follows these: where a gradient is asked for, and under `torch.compile`,
             `torch.export` and `torch.func`.
         arrange: tells whether the caller can hold the codes in another order; None if it cannot.
-            That order is chosen for a single input, of a convolution for many positions, and
-            every batch is then computed by a kernel that reads it: so codes lie in one order, and
-            change it once.
+            The order is the one that serves 1, 8 and 64 inputs best, of a convolution many
+            positions, and every batch is then computed by a kernel that reads it: so codes lie in
+            one order, and change it once. Where `memory` is double, kernels of the canonical order
+            have their turn too, if that is faster for one of those batches.
     """
     if torch.compiler.is_compiling():
         return _traceable(spec, device, dtype, rows, others)
     choice = _choice(spec, device, dtype, followed(*others))
-    able = choice.able
-    arranged = any(isinstance(kernel, ArrangingKernel) for kernel in able)
-    if arranged and (arrange is None or not arrange()):
-        arranged = False
-        able = tuple(kernel for kernel in able if not isinstance(kernel, ArrangingKernel))
-    if not able:
+    if not choice.able:
         return REFERENCE  # before `rows` is counted, which has no value while a trace is made
-    key = (arranged, bucket(rows), torch.get_num_threads())
+    batch, threads = bucket(rows), torch.get_num_threads()
+    kernel = choice.fastest.get((arrange is not None, batch, threads))
+    if kernel is None:
+        kernel = _remembered(choice, spec, device, dtype, (arrange is not None, batch, threads))
+    if isinstance(kernel, ArrangingKernel) and (arrange is None or not arrange()):
+        kernel = _remembered(choice, spec, device, dtype, (False, batch, threads))
+    return kernel
+
+
+def _remembered(
+    choice: "_Choice",
+    spec: KernelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    key: tuple[bool, int, int],
+) -> Kernel:
+    """Return the fastest for a key of `_Choice.fastest`, remembered there."""
     kernel = choice.fastest.get(key)
     if kernel is None:
-        kernel = choice.fastest[key] = _fastest(able, spec, dtype, rows)
+        able = tuple(one for one in choice.able if key[0] or order_of(one) is None)
+        kernel = _fastest(able, spec, device, dtype, key[1]) if able else REFERENCE
+        choice.fastest[key] = kernel
     return kernel
 
 
@@ -199,7 +200,7 @@ def _choice(
         return _Choice(_able(spec, device, dtype, name, is_followed))
     met = spec.activation
     inputs = (met.mode, met.scheme) if met is not None else None
-    how = (STORE.age, name, is_followed, device, dtype)
+    how = (STORE.age, name, memory.is_double(), is_followed, device, dtype)
     asked = (*how, spec.operation, spec.scheme, spec.layout, inputs)
     choice = _CHOICES.get(asked)
     if choice is None:
@@ -219,28 +220,19 @@ def _able(
 
 
 def _fastest(
-    kernels: tuple[Kernel, ...], spec: KernelSpec, dtype: torch.dtype, rows: int
+    kernels: tuple[Kernel, ...],
+    spec: KernelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
 ) -> Kernel:
     """Return the fastest of some kernels, one at least, and where it may be, the reference."""
-    if any(_order(kernel) is not _order(kernels[0]) for kernel in kernels):
-        usual = LARGEST_BATCH if isinstance(spec.operation, Convolution) else 1
-        order = _order(fastest(kernels, spec, dtype, usual))
-        kernels = tuple(kernel for kernel in kernels if _order(kernel) is order)
-    if isinstance(spec.operation, _RIVALLED) and use.named() is None:
-        kernels = (*kernels, REFERENCE)
-    return fastest(kernels, spec, dtype, rows)
-
-
-def _order(kernel: Kernel) -> type[Arranged] | None:
-    """Return the order of codes that a kernel reads; None for the canonical one."""
-    return kernel.arrangement if isinstance(kernel, ArrangingKernel) else None
-
-
-def _checked(name: str | None) -> str | None:
-    if name is not None and all(kernel.name != name for kernel in KERNELS):
-        known = ", ".join(sorted({kernel.name for kernel in KERNELS}))
-        raise ConfigurationError(f"there is no kernel {name!r}, only {known}")
-    return name
+    rival = REFERENCE if isinstance(spec.operation, _RIVALLED) else None
+    if use.named() is not None:
+        return fastest(kernels, None, spec, device, dtype, rows)
+    if device.type != "cpu":  # where decoding a weight is cheap, but not from another order
+        return fastest((*kernels, REFERENCE), None, spec, device, dtype, rows)
+    return fastest(kernels, rival, spec, device, dtype, rows)
 
 
 __all__ = [
@@ -248,6 +240,8 @@ __all__ = [
     "REFERENCE",
     "VARIABLE",
     "Blocks",
+    "CudaInt4",
+    "CudaInteger",
     "Decomposed",
     "Fp16",
     "Int4",
@@ -255,8 +249,11 @@ __all__ = [
     "IntegerConvolution",
     "IntegerSteps",
     "PackedConvolution",
+    "PackedLinear",
     "PanelBlocks",
+    "PanelBytes",
     "Reference",
+    "memory",
     "remembered_bytes",
     "select",
     "use",

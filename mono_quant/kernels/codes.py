@@ -23,12 +23,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def refuse(spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why no fast kernel can do `spec` for inputs of `dtype` on `device`, or None."""
-    if type(spec.operation) is not MatrixProduct:
-        return f"it is a {type(spec.operation).__name__}, not a matrix product"
     if device.type != "cpu":
         return f"inputs are on {device.type}, not on a CPU"
     if dtype not in DTYPES:
         return f"inputs are {dtype}"
+    return refuse_size(spec)
+
+
+def refuse_size(spec: KernelSpec) -> str | None:
+    """Return why no fast kernel does `spec` wherever it is: no product with a matrix, too small."""
+    if type(spec.operation) is not MatrixProduct:
+        return f"it is a {type(spec.operation).__name__}, not a matrix product"
     groups, rows, length = spec.layout.stack
     if groups != 1:
         return f"the weight is a stack of {groups} matrices"

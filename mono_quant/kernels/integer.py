@@ -9,12 +9,14 @@ from mono_quant.kernels.codes import flat, has_finite_sum, refuse, row_sums, sha
 from mono_quant.kernels.digits import (
     AT_ONCE,
     Factor,
+    OneGrid,
     digits_of_codes,
     digits_of_floats,
+    on_one_grid,
     parts,
     rows_of,
 )
-from mono_quant.kernels.ops import LONGEST_ROW, SHORTEST_ROW, int_mm_refusal
+from mono_quant.kernels.ops import LONGEST_ROW, SHORTEST_ROW, int_mm, int_mm_refusal
 from mono_quant.numerics.granularity import PerChannel, PerTensor, PerToken
 from mono_quant.schemes import Affine
 
@@ -48,7 +50,11 @@ class Integer:
         self, spec: KernelSpec, x: Tensor, weight: PackedTensor, bias: Tensor | None
     ) -> Tensor:
         """Return ``x @ weight.T + bias``, ``[..., out]`` in the dtype of `x`."""
-        rows = flat(x, spec.layout.stack[2])
+        rows, zero_point = flat(x, spec.layout.stack[2]), weight.tensors.get("zero_point")
+        if len(rows) == 1 and spec.activation is not None and zero_point is None:
+            alike = on_one_grid(rows, spec.activation)
+            if alike is not None:
+                return shaped(_of_one_row(alike, weight, bias), None, x)
         if not has_finite_sum(rows):
             return BLOCKS(spec, x, weight, bias)
         factor = _factor(weight, bias)
@@ -61,6 +67,22 @@ class Integer:
                 digits = digits_of_codes(rows, spec.activation.scheme, qparams, place)
             factor.product(digits, rows_of(out, place))
         return shaped(out, None, x)
+
+
+def _of_one_row(inputs: OneGrid, weight: PackedTensor, bias: Tensor | None) -> Tensor:
+    """Return what `Factor` makes of one row, for a weight without zero points.
+
+    In half of the operators: sums of one row need no room of their own, and are not many.
+    """
+    row, zero, unit = inputs
+    codes = weight.tensors["codes"]
+    sums = int_mm(row, codes[0])
+    if zero:
+        sums.sub_(row_sums(codes), alpha=zero)
+    out = sums * weight.tensors["scale"].to(torch.float32).reshape(-1)
+    if bias is None:
+        return out.mul_(unit)
+    return torch.add(bias.to(torch.float32), out, alpha=unit)
 
 
 def _factor(weight: PackedTensor, bias: Tensor | None) -> Factor:

@@ -5,6 +5,7 @@ Sums of another dtype than the result's are misread in silence, so they have to 
 weights are opaque: they can be neither copied nor pickled, and are made anew where needed.
 """
 
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -89,11 +90,17 @@ def linear(
 
     The other arguments are those of `conv`.
     """
-    zeros = scale.new_zeros(scale.shape, dtype=torch.int32)
+    zeros = _zeros(len(scale))
     done = torch.ops.onednn.qlinear_pointwise(
         x, inputs[0], inputs[1], packed, scale, zeros, bias, *_target(output), "none", [], ""
     )
     return cast("Tensor", done)
+
+
+@lru_cache(maxsize=64)
+def _zeros(count: int) -> Tensor:
+    """Return the zero points of a weight that has none: a row of inputs waits for each operator."""
+    return torch.zeros(count, dtype=torch.int32, device="cpu")
 
 
 def _target(output: Numbers | None) -> tuple[float, int, torch.dtype]:

@@ -9,9 +9,9 @@ from torch.nn import functional
 
 from mono_quant.base import Activation, Kernel, KernelSpec, PackedTensor
 from mono_quant.kernels.blocks import BLOCKS
+from mono_quant.kernels.choice import fastest
 from mono_quant.kernels.codes import flat, refuse, shaped
 from mono_quant.kernels.integer import INTEGER
-from mono_quant.kernels.timing import fastest
 from mono_quant.kernels.traced import INTEGER_TRACED
 from mono_quant.schemes.outliers import COLUMNS, WEIGHTS, Outliers
 
@@ -52,7 +52,7 @@ class Decomposed:
         rows, tensors = flat(x, spec.layout.stack[2]), weight.tensors
         able = self._able(spec, spec.scheme, x.device)
         of_codes = _of_codes(spec, spec.scheme)
-        kernel = fastest(able, of_codes, rows.dtype, len(rows))
+        kernel = fastest(able, None, of_codes, x.device, rows.dtype, len(rows))
         rest = rows.index_fill(-1, tensors[COLUMNS], 0)
         product = kernel(of_codes, rest, spec.scheme.on_grid(weight), bias)
         met = rows.index_select(-1, tensors[COLUMNS])

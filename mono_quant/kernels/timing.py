@@ -1,8 +1,8 @@
-"""Which kernel is fastest here for a weight of this shape and so many rows of inputs."""
+"""What kernels take here for a weight of this shape and so many rows of inputs."""
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 
@@ -17,12 +17,13 @@ from mono_quant.numerics.packing import packed_length
 from mono_quant.operations import Convolution
 from mono_quant.recurrence import Recurrence
 from mono_quant.schemes import Affine, FloatCast
+from mono_quant.speed import timed
 
 LARGEST_BATCH = 512
 """Batches beyond this are served as this one is."""
 
 _ENOUGH_S = 0.05  # of timing each kernel
-_REPEATS = 7
+_LEAST, _REPEATS = 3, 9
 _STEPS = 32
 
 
@@ -31,8 +32,14 @@ def bucket(rows: int) -> int:
     return min(LARGEST_BATCH, 1 << max(0, rows - 1).bit_length())
 
 
-def fastest(kernels: Sequence[Kernel], spec: KernelSpec, dtype: torch.dtype, rows: int) -> Kernel:
-    """Return the fastest of `kernels`, each of which supports `spec`.
+def seconds(
+    kernels: Sequence[Kernel],
+    spec: KernelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+) -> Mapping[str, float]:
+    """Return what a call of each of `kernels` takes, by name; each supports `spec`.
 
     Measured on made-up codes the first time, remembered for this process and this machine: the
     answer is the same for all weights of a shape, so two models of one process agree to the bit.
@@ -40,26 +47,35 @@ def fastest(kernels: Sequence[Kernel], spec: KernelSpec, dtype: torch.dtype, row
     Args:
         kernels: with names of their own; at least one.
         spec: of what they do.
+        device: where it is to be computed.
         dtype: of the inputs.
         rows: how many inputs the weight meets at once.
     """
-    if len(kernels) == 1:
-        return kernels[0]
     batch = bucket(rows)
-    names = "/".join(kernel.name for kernel in kernels)
+    named = {kernel.name: kernel for kernel in kernels}
     spec = _shortened(spec)
     inputs = None if spec.activation is None else (spec.activation.mode, spec.activation.scheme)
     what = _what(tuple(spec.layout.stack), spec.scheme, inputs) + _how(spec)
-    key = f"{names}: {what}, {dtype}, {batch} rows, {torch.get_num_threads()} threads"
-    found = STORE.get(key)
-    named = {kernel.name: kernel for kernel in kernels}
-    if found not in named:
-        with torch.device("cpu"):  # whatever the default
+    threads = f"{torch.get_num_threads()} threads"
+    place = threads if device.type == "cpu" else torch.cuda.get_device_name(device)
+    key = f"{'/'.join(named)}: {what}, {dtype}, {batch} rows, {place}"
+    found = _read(STORE.get(key))
+    if found.keys() != named.keys():
+        with torch.device(device):  # whatever the default
             x, weight = _inputs(spec, batch).to(dtype), _made_up(spec)
         with torch.no_grad():
-            found = min(named, key=lambda name: _seconds(named[name], spec, x, weight))
-        STORE.set(key, found)
-    return named[found]
+            found = _by_turns(kernels, spec, x, weight)
+        STORE.set(key, ", ".join(f"{name} {taken:.3g}" for name, taken in found.items()))
+    return found
+
+
+def _read(text: str | None) -> dict[str, float]:
+    """Return times by name from how they are stored; nothing if it is no such text."""
+    words = [one.rpartition(" ") for one in text.split(", ")] if text else []
+    try:
+        return {name: float(taken) for name, _, taken in words}
+    except ValueError:
+        return {}
 
 
 @lru_cache(maxsize=1024)  # it is asked for at every call, and takes as long as a small layer
@@ -127,16 +143,27 @@ def _made_up(spec: KernelSpec) -> PackedTensor:
     return PackedTensor(tensors, scheme, spec.layout, torch.float32)
 
 
-def _seconds(kernel: Kernel, spec: KernelSpec, x: Tensor, weight: PackedTensor) -> float:
-    call = _prepared(kernel, spec, x, weight)
-    call()  # what only the first call does is not counted
-    best, spent, repeats = float("inf"), 0.0, 0
-    while repeats < _REPEATS and spent < _ENOUGH_S:
-        start = time.perf_counter()
-        call()
-        taken = time.perf_counter() - start
-        best, spent, repeats = min(best, taken), spent + taken, repeats + 1
-    return best
+def _by_turns(
+    kernels: Sequence[Kernel], spec: KernelSpec, x: Tensor, weight: PackedTensor
+) -> dict[str, float]:
+    """Return the least time of a call of each kernel, by name; what disturbs one disturbs all."""
+    calls = {kernel.name: _prepared(kernel, spec, x, weight) for kernel in kernels}
+    for call in calls.values():
+        call()  # what only the first call does is not counted
+    alone = x.device.type == "cpu" and torch.get_num_threads() == 1
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(_REPEATS):
+        for name, call in calls.items():
+            if turn < _LEAST or sum(taken[name]) < _ENOUGH_S:
+                taken[name].append(_of_this_thread(call) if alone else timed(call, x.device))
+    return {name: min(times) for name, times in taken.items()}
+
+
+def _of_this_thread(call: Callable[[], object]) -> float:
+    """Return the processor time of a call, in which other processes of the machine have no part."""
+    start = time.thread_time()
+    call()
+    return time.thread_time() - start
 
 
 def _prepared(

@@ -145,7 +145,7 @@ class QuantizedLayer(QuantizedModule):
             return kernel(spec, x, held.pin() if operation.reads_rows else held.peek(), bias)
         if isinstance(kernel, ArrangingKernel):
             return kernel.product(spec, x, held.arranged(kernel, spec), bias)
-        return kernel(spec, x, held.packed, bias)
+        return kernel(spec, x, held.read(), bias)
 
     def note(self, name: str, kernel: Kernel) -> None:
         """Tell those who listen which kernel computes with the weight of that name."""

@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Self, cast
 
 import attrs
@@ -17,46 +17,9 @@ from mono_quant.base import (
     KernelSpec,
     PackedTensor,
 )
-from mono_quant.kernels import remembered_bytes
+from mono_quant.kernels import memory, remembered_bytes
 from mono_quant.kernels.ops import untraced
-
-
-class _Fixed(nn.Module):
-    """A module some of whose buffers keep their dtype when the module is moved to another one."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self._names: Iterable[str] = tuple(tensors)
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = {name: self.get_buffer(name) for name in self._names}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        for name, tensor in before.items():
-            moved = self.get_buffer(name)
-            if moved.dtype != tensor.dtype:
-                self.register_buffer(name, tensor.to(moved.device))
-        return self
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Tensor], prefix: str, *rest: object
-    ) -> None:
-        """Take the dtypes of a state dict over: scales that had to be wider stay so.
-
-        Codes of another dtype mean other values, and are an error.
-        """
-        for name in self._names:
-            stored, own = state_dict.get(prefix + name), self.get_buffer(name)
-            if stored is None or stored.dtype == own.dtype:
-                continue
-            if not (stored.is_floating_point() and own.is_floating_point()):
-                said = f"{prefix + name} is {stored.dtype}, where {own.dtype} was expected"
-                cast("list[str]", rest[-1]).append(said)  # what load_state_dict raises at its end
-                return
-            self.register_buffer(name, torch.empty_like(own, dtype=stored.dtype))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
+from mono_quant.modules.fixed import Fixed
 
 _LOCK = threading.RLock()
 """Held while codes change their order, so that nobody finds a weight without any."""
@@ -85,7 +48,7 @@ class _Held:
     scales: Mapping[str, tuple[Tensor, int]]
 
 
-class QuantizedWeight(_Fixed):
+class QuantizedWeight(Fixed):
     """A packed weight as the buffers of a small module.
 
     A module of its own, so that layers with tied weights share one object: it stays shared when the
@@ -126,6 +89,14 @@ class QuantizedWeight(_Fixed):
             return None
         return self._buffers[name]
 
+    def read(self) -> PackedTensor:
+        """Return `packed` for a kernel: the other order stays beside it where memory is double."""
+        codes = self._buffers["codes"]
+        if codes is None:
+            with _LOCK:
+                codes = self._restored(keep=memory.is_double())
+        return self._with(codes)
+
     def peek(self) -> PackedTensor:
         """Return the weight to read once: codes in another order stay so, and are copied back.
 
@@ -162,13 +133,13 @@ class QuantizedWeight(_Fixed):
             return True
         if held is not None and held.source() is not codes:
             return False
-        return (
-            type(codes) is Tensor
-            and codes.device.type == "cpu"
-            and codes.is_contiguous()
-            and not codes.is_shared()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            and not any(self.get_buffer(name).is_inference() for name in self._names)
-        )
+        if type(codes) is not Tensor or not codes.is_contiguous():
+            return False
+        # memory of a GPU counts as shared, all of it
+        shared = codes.device.type == "cpu" and codes.is_shared()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        known = codes.device.type in ("cpu", "cuda")
+        written = not any(self.get_buffer(name).is_inference() for name in self._names)
+        return known and not shared and written
 
     def arranged(self, kernel: ArrangingKernel[ArrangedT], spec: KernelSpec) -> ArrangedT:
         """Return the weight as `kernel` reads it for `spec`, which it then is the only copy of."""
@@ -200,10 +171,12 @@ class QuantizedWeight(_Fixed):
 
     def _found(self, kernel: ArrangingKernel[ArrangedT]) -> ArrangedT | None:
         """Return what is held, if `kernel` reads it and nothing it was made of has changed."""
-        held = self._held
-        if held is None or self._buffers["codes"] is not None:
+        held, codes = self._held, self._buffers["codes"]
+        if held is None:
             return None
         source = held.source()
+        if codes is not None and (source is not codes or not memory.is_double()):
+            return None
         if source is not None and source._version != held.written:
             return None
         for name, (tensor, written) in held.scales.items():
@@ -225,8 +198,12 @@ class QuantizedWeight(_Fixed):
             _OPAQUE.add(self)
         return arranged
 
-    def _restored(self) -> Tensor:
-        """Put canonical codes back, under the lock, and return them."""
+    def _restored(self, keep: bool = False) -> Tensor:
+        """Put canonical codes back, under the lock, and return them.
+
+        Args:
+            keep: what took their place, beside them.
+        """
         codes, held = self._buffers["codes"], self._held
         if codes is None:
             assert held is not None  # codes are one or the other
@@ -235,7 +212,8 @@ class QuantizedWeight(_Fixed):
                 with torch.inference_mode(False):
                     codes = held.arranged.canonical()
             self._buffers["codes"] = codes
-            self._held = None
+            kept = attrs.evolve(held, source=weakref.ref(codes), written=codes._version)
+            self._held = kept if keep else None
         return codes
 
     @untraced
@@ -249,7 +227,7 @@ class QuantizedWeight(_Fixed):
             if self in _OPAQUE:
                 self._pinned = True
             for weight in list(_OPAQUE):
-                weight._restored()
+                weight._settle()
         return True
 
     def _settle(self) -> None:
@@ -311,7 +289,7 @@ def kernel_bytes(model: nn.Module) -> int:
     return sum(weight.kernel_bytes for weight in weights)
 
 
-class QuantizedInput(_Fixed):
+class QuantizedInput(Fixed):
     """What is known of a weight's inputs, its calibrated scale and zero point as buffers."""
 
     def __init__(self, activation: Activation) -> None:

@@ -26,6 +26,7 @@ NAMES = (
     "decoder",
     "fused",
     "kernels",
+    "limits",
     "faster",
 )
 

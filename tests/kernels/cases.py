@@ -1,6 +1,6 @@
 """Weights of every grid, inputs of every kind, and exact products to compare with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from mono_quant import (
     QuantizedLayer,
     Quantizer,
 )
-from mono_quant.base import KernelSpec
+from mono_quant.base import Kernel, KernelSpec
 from mono_quant.operations import MatrixProduct
 from tests.helpers import noise, stack_and_step
 
@@ -143,3 +143,17 @@ class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         if isinstance(made, torch.Tensor) and made.dtype in (torch.float32, torch.float64):
             self.size = max(self.size, made.numel())
         return made
+
+
+Times = Callable[[Sequence[Kernel], KernelSpec, Tensor, PackedTensor], dict[str, float]]
+
+
+def each(seconds: Callable[[Kernel, KernelSpec, Tensor, PackedTensor], float]) -> Times:
+    """Return what takes the place of the measurement: made-up times of each kernel, by name."""
+
+    def by_turns(
+        able: Sequence[Kernel], spec: KernelSpec, x: Tensor, weight: PackedTensor
+    ) -> dict[str, float]:
+        return {kernel.name: seconds(kernel, spec, x, weight) for kernel in able}
+
+    return by_turns

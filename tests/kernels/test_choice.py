@@ -16,7 +16,7 @@ from mono_quant.base import Kernel, KernelSpec, PackedTensor
 from mono_quant.kernels import ops, store, trial
 from mono_quant.kernels.store import STORE
 from tests.helpers import noise, same_bits
-from tests.kernels.cases import CPU, DECODED, FLOATS, INTEGERS, layer, spec_of
+from tests.kernels.cases import CPU, DECODED, FLOATS, INTEGERS, each, layer, spec_of
 
 
 @attrs.frozen
@@ -82,7 +82,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[tupl
         kernel(spec, x, weight, None)
         return 1.0 if (kernel.name == "blocks") == (len(x) <= 8) else 2.0
 
-    monkeypatch.setattr("mono_quant.kernels.timing._seconds", seconds)
+    monkeypatch.setattr("mono_quant.kernels.timing._by_turns", each(seconds))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("mono_quant.kernels.integer.int_mm_refusal", lambda: None)
     STORE.forget()
@@ -131,6 +131,17 @@ def test_what_was_timed_is_kept_in_a_file(
     assert len(timed) == 2
 
 
+def test_times_that_a_file_makes_up_are_ignored(
+    made: QuantizedLayer, timed: list[tuple[str, int]]
+) -> None:
+    chosen(made)
+    text = store.path().read_text(encoding="utf-8")
+    store.path().write_text(text.replace("blocks 1", "blocks fast"), encoding="utf-8")
+    STORE.forget()
+    assert chosen(made) == "blocks"
+    assert len(timed) == 4
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": 1}', "\0", "[" * 10_000])
 def test_a_file_that_is_no_such_file_is_ignored(
     made: QuantizedLayer, timed: list[tuple[str, int]], text: str
@@ -149,7 +160,7 @@ def test_a_kernel_that_a_file_makes_up_is_ignored(
 ) -> None:
     chosen(made)
     text = store.path().read_text(encoding="utf-8")
-    store.path().write_text(text.replace('"blocks"', '"turbo"'), encoding="utf-8")
+    store.path().write_text(text.replace(", blocks ", ", turbo "), encoding="utf-8")
     STORE.forget()
     assert chosen(made) == "blocks"
     assert len(timed) == 4
@@ -319,3 +330,20 @@ def test_a_trial_that_could_not_be_held_is_not_remembered(monkeypatch: pytest.Mo
 def test_the_trial_of_the_integer_product_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_TRIAL", "import os; os.abort()")
     assert str(ops.int_mm_refusal()).startswith("the integer product failed on trial: ")
+
+
+def test_memory_is_one_of_two_words_from_the_call_or_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert not kernels.memory.is_double()
+    with kernels.memory("double"):
+        assert kernels.memory.is_double()
+        with kernels.memory("single"):
+            assert not kernels.memory.is_double()
+    monkeypatch.setenv(kernels.memory.variable, "double")
+    assert kernels.memory.is_double()
+    with kernels.memory("single"):
+        assert not kernels.memory.is_double()
+    with pytest.raises(ConfigurationError, match="no amount of memory 'triple', only double"):
+        kernels.memory("triple")
+    assert kernels.use.current is kernels.memory.current is None

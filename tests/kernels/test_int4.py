@@ -178,7 +178,6 @@ def test_panels_are_what_torch_packs() -> None:
         (Quantizer().bits(3), SHAPE, "3-bit"),
         (Quantizer().activations(None), SHAPE, "8-bit"),
         (Quantizer().bits(16), SHAPE, "float16"),
-        (BITS4.activations("dynamic"), SHAPE, "inputs are dynamic"),
         (BITS4.group_size(16), SHAPE, "16 columns share a scale"),
         (BITS4, (100, 768), "100 rows are no multiple"),
         (BITS4, (64, 64), "too few"),

@@ -16,6 +16,7 @@ _WIDTHS = {
     "INT8, dynamic symmetric": Quantizer().activations("dynamic", symmetric=True),
     "INT8, weights alone": Quantizer().activations(None),
     "INT4 g64, weights alone": Quantizer().bits(4).group_size(64),
+    "INT4 g64, dynamic": Quantizer().bits(4).group_size(64).activations("dynamic"),
     "FP16": Quantizer().bits(16),
 }
 

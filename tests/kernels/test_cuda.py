@@ -1,0 +1,129 @@
+"""Kernels for CUDA: their arithmetic here, with the operators as documented; the rest on a GPU."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mono_quant import QuantizedLayer, Quantizer, kernels
+from mono_quant.kernels import CudaInt4, CudaInteger
+from mono_quant.kernels import cuda as module
+from mono_quant.kernels.ops import int_mm_refusal
+from tests.helpers import noise, same_bits
+from tests.kernels.cases import CPU, EPS, INTEGERS, exact, layer, run, spec_of
+from tests.kernels.test_int4 import GRIDS, ROUND, SHAPE, parts
+
+INTEGER, INT4 = CudaInteger(), CudaInt4()
+GPU = torch.device("cuda", 0)
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+
+@pytest.mark.parametrize("grid", INTEGERS)
+def test_integer_products_round_with_the_scales_alone(grid: str) -> None:
+    if why := int_mm_refusal():
+        pytest.skip(why)
+    made = layer(INTEGERS[grid], 64, 1040)
+    for rows in (1, 3, 16, 17, 64):
+        x = noise(rows, 1040, seed=rows)
+        expected, _ = exact(made, x)
+        found = run(INTEGER, made, x)
+        assert ((found - expected).abs() <= 3.1 * EPS * expected.abs() + 1e-37).all()
+    x = noise(3, 1040)
+    x[0, 3] = float("nan")
+    found = run(INTEGER, made, x, noise(64))
+    assert found[0].isnan().all()
+    assert found[1:].isfinite().all()
+    assert run(INTEGER, made, x[:0]).shape == (0, 64)
+
+
+def documented_pack(codes: Tensor, tiles: int) -> Tensor:
+    """Return what stands for packed codes: the high nibble is the even column."""
+    assert codes.dtype == torch.uint8
+    assert codes.shape[0] % 8 == 0
+    assert 2 * codes.shape[1] % (16 * tiles) == 0
+    return torch.stack([codes >> 4, codes & 15], -1).flatten(1)
+
+
+def documented_mm(x: Tensor, packed: Tensor, group: int, pairs: Tensor) -> Tensor:
+    assert x.dtype == pairs.dtype == torch.bfloat16
+    assert pairs.shape == (x.shape[1] // group, len(packed), 2)
+    scale, offset = (part.t().float().repeat_interleave(group, 1) for part in pairs.unbind(-1))
+    return (x.float() @ ((packed.float() - 8) * scale + offset).t()).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_four_bits_are_given_as_the_operator_takes_them(
+    grid: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", documented_pack)
+    monkeypatch.setattr(torch.ops.aten, "_weight_int4pack_mm", documented_mm)
+    made = layer(GRIDS[grid], *SHAPE)
+    size = parts(made)
+    for rows in (1, 17):
+        x = noise(rows, SHAPE[1], seed=rows)
+        expected, _ = exact(made, x)
+        once = x.double().abs() @ size.t()
+        room = (2 * ROUND + ROUND**2) * once + ROUND * (expected.abs() + 3 * ROUND * once)
+        assert ((run(INT4, made, x) - expected).abs() <= room + EPS * SHAPE[1] * once).all()
+    weight = made.packed_weights()["weight"]
+    tiles = INT4.arrange(spec_of(made), weight)
+    assert same_bits(tiles.canonical(), weight.tensors["codes"])
+    assert tiles.beside == tiles.pairs.nbytes
+
+
+def test_they_say_why_they_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_trial", lambda name, program, device: None)
+    eight, four = layer(INTEGERS["dynamic"], 64, 1040), layer(GRIDS["groups of 64"], *SHAPE)
+    for kernel, made in ((INTEGER, eight), (INT4, four)):
+        spec = spec_of(made)
+        assert kernel.supports(spec, GPU, torch.float32) is None
+        assert "on cpu" in str(kernel.supports(spec, CPU, torch.float32))
+        assert "float64" in str(kernel.supports(spec, GPU, torch.float64))
+    assert "8-bit" in str(INTEGER.supports(spec_of(four), GPU, torch.float32))
+    assert "8-bit" in str(INT4.supports(spec_of(eight), GPU, torch.float32))
+    floats = layer(Quantizer().activations(None), 64, 1040)
+    assert "inputs are float" in str(INTEGER.supports(spec_of(floats), GPU, torch.float32))
+    odd = layer(INTEGERS["dynamic"], 65, 1040)
+    assert "multiples of 8" in str(INTEGER.supports(spec_of(odd), GPU, torch.float32))
+    narrow = layer(Quantizer().bits(4), 1024, 64)
+    assert "8 x 128" in str(INT4.supports(spec_of(narrow), GPU, torch.float32))
+    quantized = layer(Quantizer().bits(4).activations("dynamic"), *SHAPE)
+    assert "inputs are dynamic" in str(INT4.supports(spec_of(quantized), GPU, torch.float32))
+    monkeypatch.setattr(module, "_trial", lambda name, program, device: "it died")
+    assert INTEGER.supports(spec_of(eight), GPU, torch.float32) == "it died"
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("name", ["cuda-integer", "cuda-int4"])
+def test_on_a_gpu_layers_are_what_the_reference_makes_of_them(name: str) -> None:
+    quantizer = Quantizer().bits(4) if name == "cuda-int4" else Quantizer()
+    made = quantizer.only("*").apply(nn.Linear(1024, 512), progress=False).model.to(GPU)
+    assert isinstance(made, QuantizedLayer)
+    state = {key: value.clone() for key, value in made.state_dict().items()}
+    kernel = INT4 if name == "cuda-int4" else INTEGER
+    assert kernel.supports(spec_of(made), GPU, torch.float32) is None
+    with torch.no_grad():
+        for rows in (1, 16, 17, 300):
+            x = noise(rows, 1024, seed=rows).to(GPU)
+            with kernels.use("reference"):
+                expected = made(x)
+            with kernels.use(name):
+                found = made(x)
+            error = (found - expected).norm() / expected.norm()
+            assert float(error) < (2e-2 if name == "cuda-int4" else 1e-5)
+            with kernels.use(name):
+                assert same_bits(copy.deepcopy(made)(x), found)
+                assert not same_bits(found, expected), "another kernel than the reference ran"
+            made(x)  # whatever is fastest
+    assert all(same_bits(value.cpu(), state[key].cpu()) for key, value in made.state_dict().items())
+    assert made.cpu()(noise(2, 1024)).shape == (2, 512)
+
+
+@gpu
+@needs_gpu
+def test_on_a_gpu_the_trials_find_another_order() -> None:
+    wrong = module._INT4_TRIAL.replace("high << 4 | low", "low << 4 | high")
+    assert "another order" in str(module._trial("another order", wrong, GPU))
