@@ -26,6 +26,7 @@ class QuantizeOptions(ModelOptions):
     output: Path | None
     trust_pickle: bool
     bits: int | None
+    quality: str | None
     scheme: str | None
     symmetric: bool | None
     granularity: str | None

@@ -18,6 +18,7 @@ from mono_quant.calibration import DEFAULT_SAMPLES
 from mono_quant.cli import commands
 from mono_quant.errors import ConfigurationError
 from mono_quant.schemes import OutlierColumns
+from mono_quant.settings import QUALITIES
 from mono_quant.speed import NO_DIFFERENCE
 from mono_quant.version import __version__
 
@@ -142,6 +143,12 @@ def _add_quantize(known: _SubParsersAction[_Parser]) -> None:
 
 def _add_grid(grid: _ArgumentGroup) -> None:
     grid.add_argument("--bits", type=int, help="2 to 8, or 16 for a cast (default: 8)")
+    grid.add_argument(
+        "--quality",
+        choices=tuple(QUALITIES),
+        help="choose grid, ranges and rounding where nothing else is said of them: fast needs no "
+        "data; the others learn from --calibration",
+    )
     symmetry = grid.add_mutually_exclusive_group()
     symmetry.add_argument(
         "--symmetric", action="store_const", const=True, help="no zero point (default at 8 bits)"
@@ -184,7 +191,8 @@ def _add_grid(grid: _ArgumentGroup) -> None:
     grid.add_argument(
         "--rounding",
         metavar="STRATEGY",
-        help="how grid points are chosen: round_to_nearest (default), hqq, ...",
+        help="how grid points are chosen: round_to_nearest (default), hqq; with --calibration gptq, "
+        "learned:steps=100, ...",
     )
 
 

@@ -55,6 +55,8 @@ def build_quantizer(options: QuantizeOptions) -> Quantizer:
     quantizer = Quantizer.from_config(config)
     if options.bits is not None:
         quantizer = quantizer.bits(options.bits)
+    if options.quality is not None:
+        quantizer = quantizer.quality(options.quality)
     if options.scheme is not None:
         quantizer = quantizer.scheme(_scheme(options.scheme))
     if options.symmetric is not None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from mono_quant import (
     AWQ,
+    GPTQ,
     HQQ,
     MSE,
     Affine,
@@ -18,6 +19,7 @@ from mono_quant import (
     FittedCodebook,
     Float8,
     FloatCast,
+    LearnedRounding,
     Microscaling,
     MinMax,
     OutlierColumns,
@@ -87,6 +89,12 @@ AFFINE_JSON = '{"kind": "affine", "bits": 6, "granularity": {"kind": "per_group"
             ["--bits", "4", "--float-zero-point", "--rounding", "hqq"],
             Quantizer().bits(4).float_zero_point().rounding(HQQ()),
         ),
+        (["--rounding", "gptq:damping=0.05"], Quantizer().rounding(GPTQ(damping=0.05))),
+        (
+            ["--rounding", "learned:steps=9,tune_floats=false"],
+            Quantizer().rounding(LearnedRounding(steps=9, tune_floats=False)),
+        ),
+        (["--bits", "3", "--quality", "best"], Quantizer().bits(3).quality("best")),
         (["--rounding", "hqq:iterations=5,p=1.0"], Quantizer().rounding(HQQ(5, p=1.0))),
         (
             ["--override", "a:bits=4,float_zero_point=true,rounding=hqq"],
@@ -212,7 +220,10 @@ def test_an_imported_module_brings_its_kinds(folder: Path, monoquant: Monoquant)
         (["--observer", "median"], "there is no observer 'median'; there is auto, entropy"),
         (["--observer", "affine"], "'affine' is a Affine, which is no observer"),
         (["--observer", "mse:steps=1"], "a search has 2 steps or more, not 1"),
-        (["--rounding", "up"], "no Rounding of kind 'up': there is hqq, round_to_nearest"),
+        (
+            ["--rounding", "up"],
+            "no Rounding of kind 'up': there is gptq, hqq, learned,",
+        ),
         (["--override", "head"], "write PATTERN=BITS or PATTERN:name=value"),
         (["--override", "head=eight"], "bits is a whole number, not 'eight'"),
         (["--override", "head:bitz=8"], "there is no bitz; there is bits"),
@@ -224,7 +235,7 @@ def test_an_imported_module_brings_its_kinds(folder: Path, monoquant: Monoquant)
         (["--activation-bits", "4"], "--activation-bits says how, and not when: add --activations"),
         (
             ["--transform", "nothing"],
-            "there is no Transform or Correction of kind 'nothing': there is bias_correction, ",
+            "there is no Transform or Correction of kind 'nothing': there is awq, bias_correction, ",
         ),
         (["--on-damage", "cry"], "invalid choice: 'cry'"),
         (["--import", "no_such_module"], "cannot import 'no_such_module'"),
