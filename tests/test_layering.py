@@ -25,7 +25,7 @@ RANKS = {
             "kernels settings",
             "modules",
             "layers serializers",
-            "calibration checkpoint",
+            "calibration checkpoint gathering",
             "benchmark",
             "result flow",
             "plan files",

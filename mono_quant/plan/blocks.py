@@ -9,8 +9,9 @@ import attrs
 from torch import nn
 
 from mono_quant.base import BlockCall, BlockRounding, BlockWeight, Change, Rounding
-from mono_quant.calibration import CalibrationData, Gathered, Kept, evaluating
+from mono_quant.calibration import CalibrationData, Kept, evaluating
 from mono_quant.checkpoint import copy_structure
+from mono_quant.gathering import Gathered
 from mono_quant.numerics.values import QTensor
 from mono_quant.plan.relay import Calls, Relay
 from mono_quant.plan.request import WeightPlan

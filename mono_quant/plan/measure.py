@@ -16,15 +16,13 @@ from mono_quant.base import (
 )
 from mono_quant.calibration import (
     CalibrationData,
-    Gathered,
-    Gathering,
-    Wanted,
     evaluating,
     left_over,
     output_error,
     positional_arguments,
 )
 from mono_quant.errors import CalibrationError
+from mono_quant.gathering import Gathered, Gathering, Wanted
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.numerics.nested import tensors_in
 from mono_quant.plan.inputs import InputUses

@@ -10,9 +10,10 @@ from tqdm import tqdm
 
 from mono_quant import kernels
 from mono_quant.base import Activation, Change, Container, PackedTensor, Scheme, Statistics
-from mono_quant.calibration import CalibrationData, Gathered, Gathering, evaluating
+from mono_quant.calibration import CalibrationData, evaluating
 from mono_quant.checkpoint import ModelT, calling
 from mono_quant.errors import CalibrationError, InputError, Mend
+from mono_quant.gathering import Gathered, Gathering
 from mono_quant.modules import tie
 from mono_quant.numerics.extremes import all_finite
 from mono_quant.numerics.metrics import tensor_bytes

@@ -235,7 +235,7 @@ def test_an_imported_module_brings_its_kinds(folder: Path, monoquant: Monoquant)
         (["--activation-bits", "4"], "--activation-bits says how, and not when: add --activations"),
         (
             ["--transform", "nothing"],
-            "there is no Transform or Correction of kind 'nothing': there is awq, bias_correction, ",
+            "there is no Transform or Correction of kind 'nothing': there is awq, ",
         ),
         (["--on-damage", "cry"], "invalid choice: 'cry'"),
         (["--import", "no_such_module"], "cannot import 'no_such_module'"),
