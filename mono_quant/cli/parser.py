@@ -191,8 +191,8 @@ def _add_grid(grid: _ArgumentGroup) -> None:
     grid.add_argument(
         "--rounding",
         metavar="STRATEGY",
-        help="how grid points are chosen: round_to_nearest (default), hqq; with --calibration gptq, "
-        "learned:steps=100, ...",
+        help="how grid points are chosen: round_to_nearest (default), hqq; with --calibration "
+        "gptq, learned:steps=100, ...",
     )
 
 

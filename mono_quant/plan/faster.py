@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.base import Container, Grid, QuantizedModule, Statistics
-from mono_quant.calibration import CalibrationData, Gathered, device_of
+from mono_quant.calibration import CalibrationData, device_of
 from mono_quant.checkpoint import calling, copy_structure
 from mono_quant.errors import CalibrationError
+from mono_quant.gathering import Gathered
 from mono_quant.modules import kernels_run
 from mono_quant.numerics.extremes import all_finite
 from mono_quant.numerics.metrics import tensor_bytes
