@@ -1,6 +1,7 @@
 """The fluent builder: it names things and computes nothing."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import ClassVar, overload
 
 import attrs
@@ -71,26 +72,43 @@ class Quantizer(Builder):
         return resolve(tree, self._request, config_of(self._request, Selection.of(tree)))
 
     @overload
-    def apply(self, model: ModelT, *, progress: bool = True) -> QuantizationResult[ModelT]: ...
+    def apply(
+        self, model: ModelT, *, resume: Path | str | None = None, progress: bool = True
+    ) -> QuantizationResult[ModelT]: ...
     @overload
     def apply(
-        self, model: Mapping[str, Tensor], *, progress: bool = True
+        self,
+        model: Mapping[str, Tensor],
+        *,
+        resume: Path | str | None = None,
+        progress: bool = True,
     ) -> QuantizationResult[BareModule]: ...
     def apply(
-        self, model: ModelT | Mapping[str, Tensor], *, progress: bool = True
+        self,
+        model: ModelT | Mapping[str, Tensor],
+        *,
+        resume: Path | str | None = None,
+        progress: bool = True,
     ) -> QuantizationResult[ModelT] | QuantizationResult[BareModule]:
         """Return the quantized model; the given one is not changed. It *is* ``plan(model).run()``.
 
         What stays float shares its storage with the given model, so writing into those weights in
         place shows in both.
+
+        Args:
+            model: a module, or a bare state dict.
+            resume: a folder to go on from after an interruption; see `Plan.run`.
+            progress: show progress bars where the output is a terminal.
         """
         if isinstance(model, nn.Module):
-            return self.plan(model).run(progress=progress)
-        return self.plan(model).run(progress=progress)
+            return self.plan(model).run(resume=resume, progress=progress)
+        return self.plan(model).run(resume=resume, progress=progress)
 
-    def apply_(self, model: ModelT, *, progress: bool = True) -> QuantizationResult[ModelT]:
+    def apply_(
+        self, model: ModelT, *, resume: Path | str | None = None, progress: bool = True
+    ) -> QuantizationResult[ModelT]:
         """Quantize the given model itself, freeing its float weights on the way."""
-        return self.plan(model).run(in_place=True, progress=progress)
+        return self.plan(model).run(in_place=True, resume=resume, progress=progress)
 
 
 @attrs.frozen(eq=False, repr=False)

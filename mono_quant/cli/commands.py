@@ -94,7 +94,7 @@ def quantize(given: Namespace) -> Outcome:
                 "config": outline.config,
             },
         )
-    result = plan.run(in_place=options.in_place, progress=not options.quiet)
+    result = plan.run(in_place=options.in_place, resume=options.resume, progress=not options.quiet)
     saved = result.save(output)
     size = saved.stat().st_size
     lines = [in_options(str(result.report)), "", f"saved {saved} ({format_bytes(size)})"]

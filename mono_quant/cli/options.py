@@ -53,6 +53,7 @@ class QuantizeOptions(ModelOptions):
     calibration: Path | None
     samples: int | None
     in_place: bool
+    resume: Path | None
     dry_run: bool
     validate: bool
     config: Path | None

@@ -122,6 +122,12 @@ def _add_quantize(known: _SubParsersAction[_Parser]) -> None:
         "--in-place", action="store_true", help="free float weights on the way: less memory"
     )
     output.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FOLDER",
+        help="keep each finished block there, and go on from those of a run that was stopped",
+    )
+    output.add_argument(
         "--plan",
         "--dry-run",
         dest="dry_run",

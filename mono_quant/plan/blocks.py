@@ -2,22 +2,20 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import overload
 
 import attrs
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from mono_quant.base import BlockCall, BlockRounding, BlockWeight, Change, Rounding
+from mono_quant.base import BlockCall, BlockRounding, BlockWeight, Change, PackedTensor, Rounding
 from mono_quant.calibration import CalibrationData, Kept, evaluating
 from mono_quant.checkpoint import copy_structure
 from mono_quant.gathering import Gathered
-from mono_quant.numerics.values import QTensor
 from mono_quant.plan.relay import Calls, Relay
 from mono_quant.plan.request import WeightPlan
 from mono_quant.plan.stages import Stage
 
-NOTHING: Mapping[str, QTensor] = MappingProxyType({})
 _PARAMETRIZED = "parametrizations"
 
 
@@ -44,16 +42,33 @@ class _BlockCalls(Sequence[BlockCall]):
         return BlockCall(args, kwargs, self.targets[place])
 
 
-class BlockRun:
-    """Fits the blocks of a model one after the other, beside a float twin of it.
+@attrs.frozen(eq=False)
+class BlockFit:
+    """What is known of a stage before its layers are quantized.
 
     Attributes:
-        changes: what was changed beside weights, and which blocks could not be fitted.
+        weights: on their grids, by name: those whose rounding takes blocks.
+        parameters: new values of what stays float, by name.
+        changes: what to say of both.
     """
+
+    weights: Mapping[str, PackedTensor] = attrs.field(factory=dict)
+    parameters: Mapping[str, Tensor] = attrs.field(factory=dict)
+    changes: tuple[Change, ...] = ()
+
+    def put(self, model: nn.Module) -> None:
+        """Give a model the new values, in tensors of its own."""
+        for name, value in self.parameters.items():
+            owner, _, own = name.rpartition(".")
+            fresh = nn.Parameter(value, requires_grad=model.get_parameter(name).requires_grad)
+            model.get_submodule(owner).register_parameter(own, fresh)
+
+
+class BlockRun:
+    """Fits the blocks of a model one after the other, beside a float twin of it."""
 
     def __init__(self, model: nn.Module, todo: Sequence[WeightPlan], data: CalibrationData) -> None:
         """Fit blocks of `model`, which is float still, where roundings of `todo` ask for it."""
-        self.changes: list[Change] = []
         self._model = model
         self._twin = Relay(copy_structure(model), data) if _asked(todo) else None
 
@@ -63,10 +78,8 @@ class BlockRun:
         gathered: Mapping[tuple[str, str], Gathered],
         calls: Calls | None,
         then: Stage | None,
-    ) -> Mapping[str, QTensor]:
-        """Return weights of a stage on their grids, by name: those whose rounding takes blocks.
-
-        What stays float in it may be changed.
+    ) -> BlockFit:
+        """Return what a stage's layers are to be quantized to, where their rounding takes blocks.
 
         Args:
             stage: whose layers are float still.
@@ -75,27 +88,37 @@ class BlockRun:
             then: the stage after it.
         """
         if self._twin is None or stage.path is None:
-            return NOTHING
+            return BlockFit()
         self._twin.reach(stage)
-        self.changes += [
+        weights: dict[str, PackedTensor] = {}
+        parameters: dict[str, Tensor] = {}
+        changes = [
             Change(weight.key, f"{weight.key} is rounded apart from its block: {why}", done=False)
             for weight in stage.weights
             if isinstance(_rounding(weight), BlockRounding) and (why := _unfit(weight))
         ]
-        found: dict[str, QTensor] = {}
         targets: Kept | None = None
-        for rounding, weights in _asked(stage.weights).items():
+        for rounding, asked in _asked(stage.weights).items():
             if calls is None or self._twin.calls is None:
                 text = f"{stage.path!r} is not fitted as a block, since a batch calls it more than "
                 text += "once or with what cannot be kept; its weights are rounded one by one"
-                self.changes.append(Change(stage.path, text, done=False))
+                changes.append(Change(stage.path, text, done=False))
                 continue
             if targets is None:
                 targets = Kept()
                 targets.add_all(self._twin.outputs(stage))
-            found |= self._fit(stage.path, rounding, weights, gathered, _BlockCalls(calls, targets))
+            found = self._fit(stage.path, rounding, asked, gathered, _BlockCalls(calls, targets))
+            weights |= found.weights
+            parameters |= found.parameters
+            changes += found.changes
         self._twin.leave(stage, then, targets)
-        return found
+        return BlockFit(weights, parameters, tuple(changes))
+
+    def skip(self, stage: Stage, then: Stage | None) -> None:
+        """Go past a stage that was fitted before."""
+        if self._twin is not None and stage.path is not None:
+            self._twin.reach(stage)
+            self._twin.leave(stage, then)
 
     def _fit(
         self,
@@ -104,29 +127,28 @@ class BlockRun:
         weights: Sequence[WeightPlan],
         gathered: Mapping[tuple[str, str], Gathered],
         calls: Sequence[BlockCall],
-    ) -> Mapping[str, QTensor]:
-        block = self._model.get_submodule(path)
-        names = {
-            weight.key.removeprefix(f"{path}.") if path else weight.key: weight
-            for weight in weights
-        }
-        asked = {}
+    ) -> BlockFit:
+        block, prefix = self._model.get_submodule(path), f"{path}." if path else ""
+        names = {weight.key.removeprefix(prefix): weight for weight in weights}
+        asked: dict[str, BlockWeight] = {}
+        dtypes: dict[str, torch.dtype] = {}
         for name, weight in names.items():
             view = weight.maker.weights(self._model.get_submodule(weight.path))[weight.name]
             assert weight.recipe is not None  # it is asked for by its rounding
             statistics = gathered.get((weight.path, weight.name), Gathered()).rows
             asked[name] = BlockWeight(view.stack(), view.layout, weight.recipe.grid, statistics)
+            dtypes[name] = view.native.dtype
         with evaluating(block):
             fitted = rounding.fit(block, asked, calls, self._free(block))
-        for name, value in fitted.parameters.items():
-            owner, _, own = name.rpartition(".")
-            old = block.get_parameter(name)
-            fresh = nn.Parameter(value, requires_grad=old.requires_grad)
-            block.get_submodule(owner).register_parameter(own, fresh)
-        if fitted.parameters:
-            text = f"{path!r} is fitted with {len(fitted.parameters)} of its biases and norms"
-            self.changes.append(Change(path, text))
-        return {names[name].key: q for name, q in fitted.weights.items()}
+        packed = {
+            names[name].key: PackedTensor.pack(
+                q, asked[name].grid.scheme, asked[name].layout, dtypes[name]
+            )
+            for name, q in fitted.weights.items()
+        }
+        parameters = {f"{prefix}{name}": value for name, value in fitted.parameters.items()}
+        text = f"{path!r} is fitted with {len(parameters)} of its biases and norms"
+        return BlockFit(packed, parameters, (Change(path, text),) if parameters else ())
 
     def _free(self, block: nn.Module) -> list[str]:
         """Return names of the vectors of a block that nothing else in the model shares."""

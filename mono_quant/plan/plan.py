@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Generic
 
 import attrs
@@ -25,6 +26,7 @@ from mono_quant.plan.damage import Damage, amended, diagnosed, estimated
 from mono_quant.plan.faster import decided, measure_layers, outcome, set_apart
 from mono_quant.plan.fuse import fuse_activations
 from mono_quant.plan.inputs import InputUses
+from mono_quant.plan.journal import Journal
 from mono_quant.plan.measure import (
     LayerErrors,
     correct,
@@ -108,7 +110,12 @@ class Plan(Generic[ModelT]):
         return self._decided(copy_structure(self._model), progress)
 
     def run(
-        self, *, in_place: bool = False, sequential: bool | None = None, progress: bool = True
+        self,
+        *,
+        in_place: bool = False,
+        sequential: bool | None = None,
+        resume: Path | str | None = None,
+        progress: bool = True,
     ) -> QuantizationResult[ModelT]:
         """Carry the plan out, layer by layer.
 
@@ -117,6 +124,9 @@ class Plan(Generic[ModelT]):
             sequential: calibrate each block of layers on what the blocks before it make of the data
                 once they are quantized, and not on what the float model makes of it. None: where a
                 rounding wants it, as `GPTQ` does.
+            resume: a folder in which each block is written once it is finished. After a run was
+                stopped, the same call goes on behind the last one, and ends in the same bytes; at
+                its end the files are removed.
             progress: show progress bars where the output is a terminal.
 
         Returns:
@@ -137,7 +147,9 @@ class Plan(Generic[ModelT]):
                 plan = self._decided(self._model, progress)
             else:
                 plan = self.measured(progress=progress)
-            return plan.run(in_place=in_place, sequential=sequential, progress=progress)
+            return plan.run(
+                in_place=in_place, sequential=sequential, resume=resume, progress=progress
+            )
         data = request.data.held() if request.data is not None else None
         todo = [weight for weight in self.weights if weight.recipe is not None]
         kept = Kept()
@@ -153,8 +165,24 @@ class Plan(Generic[ModelT]):
         if sequential is None:
             recipes = [weight.recipe for weight in todo if weight.recipe is not None]
             sequential = any(recipe.rounding.sequential for recipe in recipes)
+        journal = None
+        if resume is not None:
+            if not sequential or data is None:
+                raise InputError(
+                    "only what is calibrated block after block can be resumed: give data with "
+                    "fit(data), and a rounding such as GPTQ() or sequential=True"
+                )
+            journal = Journal.open(Path(resume), work, todo, data, self.outline.config)
         layers = LayerRun(work, todo)
-        quantize_weights(layers, todo, data, self._containers, sequential=sequential, label=label)
+        quantize_weights(
+            layers,
+            todo,
+            data,
+            self._containers,
+            sequential=sequential,
+            journal=journal,
+            label=label,
+        )
         work, rows = layers.model, layers.rows
         changes = (*changes, *layers.changes)
         adapt_containers(work, self._containers)
@@ -166,7 +194,7 @@ class Plan(Generic[ModelT]):
             found = attrs.evolve(found, output=error)
         if found.damages and request.on_damage != "warn":
             amended = self._amended(found.damages, data)
-            return amended.run(sequential=sequential, progress=progress)
+            return amended.run(sequential=sequential, resume=resume, progress=progress)
         if request.fold is not False:
             fused = fuse_activations(work, TransformContext(data.outputs if data else None))
             found = attrs.evolve(found, changes=(*found.changes, *fused))

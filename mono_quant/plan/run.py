@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
+from types import MappingProxyType
 from typing import Generic, cast
 
+import attrs
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -17,8 +19,8 @@ from mono_quant.gathering import Gathered, Gathering
 from mono_quant.modules import tie
 from mono_quant.numerics.extremes import all_finite
 from mono_quant.numerics.metrics import tensor_bytes
-from mono_quant.numerics.values import QTensor
-from mono_quant.plan.blocks import NOTHING, BlockRun
+from mono_quant.plan.blocks import BlockRun
+from mono_quant.plan.journal import Journal
 from mono_quant.plan.measure import gather_for, wanted_of
 from mono_quant.plan.relay import Relay
 from mono_quant.plan.request import WeightPlan, by_layer
@@ -28,6 +30,7 @@ from mono_quant.report import LayerReport
 from mono_quant.settings import Recipe
 from mono_quant.transforms.edits import put
 
+NOTHING: Mapping[str, PackedTensor] = MappingProxyType({})
 _MATRIX = 2
 
 
@@ -39,6 +42,7 @@ class LayerRun(Generic[ModelT]):
             new one.
         rows: what is known of each weight that was quantized, by its name.
         changes: what else was changed on the way.
+        packed: every weight that was quantized, by its name.
     """
 
     def __init__(self, model: ModelT, todo: Sequence[WeightPlan]) -> None:
@@ -49,7 +53,7 @@ class LayerRun(Generic[ModelT]):
         self._multiplied = {  # by one of those that share it
             (weight.tied_to or weight).key for weight in todo if not weight.maker.looks_up
         }
-        self._packed: dict[str, PackedTensor] = {}
+        self.packed: dict[str, PackedTensor] = {}
         self._layers: dict[str, nn.Module] = {}
 
     @torch.no_grad()
@@ -57,7 +61,7 @@ class LayerRun(Generic[ModelT]):
         self,
         weights: Sequence[WeightPlan],
         gathered: Mapping[tuple[str, str], Gathered],
-        given: Mapping[str, QTensor] = NOTHING,
+        given: Mapping[str, PackedTensor] = NOTHING,
     ) -> None:
         """Quantize all weights of one layer that are quantized at all.
 
@@ -78,15 +82,15 @@ class LayerRun(Generic[ModelT]):
             why = _input_reason(weight, known)
             if weight.tied_to is not None:
                 first = weight.tied_to.key
-                self._packed[weight.key] = self._packed[first]
+                self.packed[weight.key] = self.packed[first]
                 self.rows[first] = self.rows[first].with_inputs(said, size, weight.key, reason=why)
                 continue
             looked_up = weight.key not in self._multiplied
-            q = given.get(weight.key)
-            packed, row = rounded(weight, layer, known.rows, looked_up, q)
-            self._packed[weight.key] = packed
+            found = given.get(weight.key)
+            packed, row = rounded(weight, layer, known.rows, looked_up, found)
+            self.packed[weight.key] = packed
             self.rows[weight.key] = row.with_inputs(said, size, reason=why)
-        mine = {weight.name: self._packed[weight.key] for weight in weights}
+        mine = {weight.name: self.packed[weight.key] for weight in weights}
         module = maker.replace(layer, mine, activations)
         module.made_by = maker
         self.model = put(self.model, layer, module)
@@ -104,6 +108,7 @@ def quantize_weights(
     containers: Iterable[Container],
     *,
     sequential: bool,
+    journal: Journal | None,
     label: str | None,
 ) -> None:
     """Quantize weights of a working copy, after gathering what that needs from the data.
@@ -116,6 +121,7 @@ def quantize_weights(
         sequential: layers that come later see what those before make of the data once they are
             quantized; the reference computes them, so that the result does not depend on what is
             fastest here. Else one pass over the float model serves all layers.
+        journal: where each stage is written once it is finished, and read from if it was.
         label: of progress bars; None for none.
     """
     layers = by_layer(todo)
@@ -132,18 +138,30 @@ def quantize_weights(
         stages, wanted = stages_of(run.model, todo, data), wanted_of(todo)
         with kernels.use("reference"):
             relay, blocks = Relay(run.model, data), BlockRun(run.model, todo, data)
-            for stage, then in zip_longest(stages, stages[1:]):
+            for number, (stage, then) in enumerate(zip_longest(stages, stages[1:])):
+                done = journal.read(number) if journal is not None else None
                 here = by_layer(stage.weights)
                 mine = {path: wanted[path] for path in here if path in wanted}
+                if done is not None:  # of which only ranges of inputs are found anew
+                    mine = {path: attrs.evolve(one, of_rows={}) for path, one in mine.items()}
                 with Gathering(run.model, mine).attached() as gathering:
                     relay.visit(stage)
                 found = gathering.found()
-                given = blocks.fit(stage, found, relay.calls, then)
+                if done is None:
+                    fit = blocks.fit(stage, found, relay.calls, then)
+                else:
+                    fit = done
+                    blocks.skip(stage, then)
+                fit.put(run.model)
+                run.changes += fit.changes
                 for weights in here.values():
-                    run.quantize(weights, found, given)
+                    run.quantize(weights, found, fit.weights)
                     bar.update()
+                if journal is not None and done is None:
+                    journal.write(number, stage, run.packed, fit)
                 relay.leave(stage, then)
-        run.changes += blocks.changes
+    if journal is not None:
+        journal.close()
 
 
 def rounded(
@@ -151,7 +169,7 @@ def rounded(
     layer: nn.Module,
     statistics: Statistics,
     looked_up: bool = False,
-    given: QTensor | None = None,
+    given: PackedTensor | None = None,
 ) -> tuple[PackedTensor, LayerReport]:
     """Return a weight of `layer` on its grid, and what is known of it.
 
@@ -172,7 +190,7 @@ def rounded(
     stack = view.stack()
     check_finite(weight.key, stack)
     missing = [need for need in recipe.rounding.needs if need not in statistics]
-    if missing:
+    if missing and given is None:
         raise CalibrationError(
             f"no data reached {weight.path!r}, or {type(weight.maker).__name__} does not "
             f"read its inputs; {type(recipe.rounding).__name__} needs them",
@@ -180,11 +198,12 @@ def rounded(
             layer=weight.path,
         )
     try:
-        scheme = recipe.grid.scheme
         if given is None:
-            scheme, q = scheme.rounded(stack, recipe.rounding, recipe.grid.observer, statistics)
+            scheme, q = recipe.grid.scheme.rounded(
+                stack, recipe.rounding, recipe.grid.observer, statistics
+            )
         else:
-            q = given
+            scheme, q = given.scheme, given.unpack()
     except InputError as reason:
         raise InputError(f"{weight.key} cannot be quantized: {reason}") from reason
     apart = q.qparams.extra.get(scheme.columns_apart) if scheme.columns_apart else None
@@ -201,7 +220,7 @@ def rounded(
         f"{dead} of {error.by_row.numel()} rows are all zero" if dead else None,
         _met_by_all(weight) if apart is not None else None,
     )
-    packed = PackedTensor.pack(q, scheme, weight.layout, view.native.dtype, consume=True)
+    packed = given or PackedTensor.pack(q, scheme, weight.layout, view.native.dtype, consume=True)
     row = LayerReport(
         weight.key,
         weight.layer,

@@ -1,0 +1,121 @@
+"""What a run has finished, kept in a folder so that it can go on after it was stopped."""
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import attrs
+import torch
+from torch import nn
+
+from mono_quant.base import Change, Checkpoint, PackedTensor, WeightRecord
+from mono_quant.calibration import CalibrationData
+from mono_quant.configurable import Config, Kinds, kinds_of
+from mono_quant.errors import InputError
+from mono_quant.numerics.nested import tensors_in
+from mono_quant.plan.blocks import BlockFit
+from mono_quant.plan.request import WeightPlan
+from mono_quant.plan.stages import Stage
+from mono_quant.serializers import SafetensorsSerializer
+from mono_quant.serializers.wire import checksum
+
+_NAME = "stage-{:05d}.safetensors"
+_FILES = SafetensorsSerializer()
+
+
+@attrs.frozen(eq=False)
+class Journal:
+    """A folder with a file for each finished stage, whole or absent.
+
+    Attributes:
+        folder: where.
+        run: what the files must be of; see `fingerprint`.
+        todo: the weights, by name.
+    """
+
+    folder: Path
+    run: str
+    todo: Mapping[str, WeightPlan]
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        model: nn.Module,
+        todo: Sequence[WeightPlan],
+        data: CalibrationData,
+        config: Config,
+    ) -> "Journal":
+        """Return the journal in a folder, which is made if there is none.
+
+        Raises:
+            OSError: the folder cannot be made.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls(folder, fingerprint(model, data, config), {one.key: one for one in todo})
+
+    def read(self, number: int) -> BlockFit | None:
+        """Return what a stage came to, or None where it is not finished.
+
+        Raises:
+            InputError: another run has written it.
+            CheckpointError: it is not whole.
+        """
+        path = self.folder / _NAME.format(number)
+        if not path.exists():
+            return None
+        found = _FILES.load(path, kinds=self._kinds())
+        if found.config.get("run") != self.run:
+            raise InputError(
+                f"{path} is of another run: of another quantizer, model or data, or another torch; "
+                "give an empty folder, or remove it"
+            )
+        changes = cast("Sequence[Sequence[str]]", found.config["changes"])  # as `write` put them
+        return BlockFit(
+            {key: record.weight for key, record in found.records.items()},
+            found.tensors,
+            tuple(Change(path, text, done == "done") for path, text, done in changes),
+        )
+
+    def write(
+        self, number: int, stage: Stage, packed: Mapping[str, PackedTensor], fit: BlockFit
+    ) -> None:
+        """Write what a stage came to.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        records = {
+            weight.key: WeightRecord(
+                weight.path, weight.name, packed[weight.key], weight.maker.to_config()
+            )
+            for weight in stage.weights
+            if weight.tied_to is None
+        }
+        changes = [[one.path, one.text, "done" if one.done else "refused"] for one in fit.changes]
+        config: Config = {"run": self.run, "changes": changes}
+        checkpoint = Checkpoint(records, fit.parameters, config=config)
+        _FILES.save(checkpoint, self.folder / _NAME.format(number))
+
+    def close(self) -> None:
+        """Remove the files: the run is at its end."""
+        for path in self.folder.glob(_NAME.replace("{:05d}", "*")):
+            path.unlink()
+
+    def _kinds(self) -> Kinds:
+        schemes = [one.recipe.grid.scheme for one in self.todo.values() if one.recipe is not None]
+        return kinds_of(*schemes, *(one.maker for one in self.todo.values()))
+
+
+def fingerprint(model: nn.Module, data: CalibrationData, config: Config) -> str:
+    """Return a checksum of all that a run depends on: configuration, weights, data, torch."""
+    said = json.dumps([config, torch.__version__, torch.get_num_threads()], sort_keys=True)
+    tensors = (tensor for batch in data.batches() for tensor in tensors_in(batch))
+    state: Iterable[torch.Tensor] = (*model.parameters(), *model.buffers())
+    total = zlib.crc32(said.encode())
+    for tensor in (*state, *tensors):
+        known = checksum(tensor.detach().to("cpu").contiguous())
+        total = zlib.crc32(known.to_bytes(8, "big"), total)
+    return f"{total:08x}"
