@@ -41,6 +41,7 @@ CALLS: dict[str, Call] = {
     "scale_dtype": lambda q: q.scale_dtype(torch.float32),
     "float_zero_point": lambda q: q.float_zero_point(),
     "outliers": lambda q: q.outliers(2),
+    "quality": lambda q: q.quality("best"),
     "scheme": lambda q: q.scheme(Affine(3)),
     "observer": lambda q: q.observer(MSE()),
     "activations": lambda q: q.activations("dynamic"),

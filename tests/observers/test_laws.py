@@ -47,7 +47,7 @@ SCHEMES: list[Scheme] = [
     Affine(3, symmetric=False),
     FloatCast(torch.bfloat16),
 ]
-LARGEST = 3e38
+LARGEST = 1e38  # beyond about this, an odd grid over both ends passes the largest float32
 PIECES = st.lists(
     st.one_of(
         tensors([7]),
