@@ -99,7 +99,8 @@ def stack_and_step(packed: PackedTensor, length: int) -> tuple[Tensor, Tensor]:
     codes = unpacked(tensors["codes"], scheme.bits, length)
     zero = torch.full(scale.shape, 1 << scheme.bits - 1 if scheme.bits < 8 else 0)
     if scheme.float_zero_point:
-        zero = tensors["zero_point"].to(torch.float64) - (128 if scheme.bits == 8 else 0)
+        zero = tensors["zero_point"].to(torch.float64)
+        codes = codes + (128 if scheme.bits == 8 else 0)  # exact, which a sum with zero is not
     elif not scheme.symmetric:
         zero = unpacked(tensors["zero_point"], scheme.bits, scale.numel()).reshape(scale.shape)
     scale, zero = for_each(scale, codes.shape), for_each(zero, codes.shape)
