@@ -1,7 +1,8 @@
 """Weights of a state dict whose model is not known."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import ClassVar
 
 import attrs
@@ -9,6 +10,7 @@ from torch import nn
 
 from mono_quant.base import Scheme
 from mono_quant.configurable import register
+from mono_quant.errors import ConfigurationError
 from mono_quant.layers.converting import ConvertingQuantizer
 from mono_quant.modules import BareModule, QuantizedBareModule
 from mono_quant.numerics.values import Layout
@@ -16,6 +18,10 @@ from mono_quant.numerics.values import Layout
 _EMBEDDINGS = ("emb", "wte", "wpe")
 _WEIGHTS = re.compile(r"weight|(in|[qkv])_proj_weight|weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
 """What torch's layers call their matrices: products, attention, recurrent layers and cells."""
+
+
+def _as_names(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(names)
 
 
 @register
@@ -28,11 +34,21 @@ class BareWeightQuantizer(ConvertingQuantizer):
 
     Rows run along the first dimension, which is the output channel of all but transposed
     convolutions; those keep right values, on scales shared across their input channels.
+
+    Attributes:
+        also: patterns (``*`` and ``?`` match) of further tensors' own names, the last part of those
+            in the state dict, for models that call their matrices otherwise.
     """
 
     kind: ClassVar[str] = "bare"
     takes_children: ClassVar[bool] = False
     float_classes: ClassVar = {BareModule: QuantizedBareModule}
+    also: tuple[str, ...] = attrs.field(default=(), converter=_as_names)
+
+    @also.validator
+    def _check_also(self, _: object, patterns: tuple[object, ...]) -> None:
+        if not all(isinstance(pattern, str) and pattern for pattern in patterns):
+            raise ConfigurationError(f"also holds patterns of names, not {patterns!r}")
 
     def matches(self, layer: nn.Module) -> bool:
         """Return whether `layer` is a place in a state dict with such a tensor."""
@@ -56,5 +72,9 @@ class BareWeightQuantizer(ConvertingQuantizer):
         return {
             name: Layout.grouped(tuple(tensor.shape))
             for name, tensor in layer._parameters.items()
-            if tensor is not None and _WEIGHTS.fullmatch(name) and 2 <= tensor.dim() <= 5
+            if tensor is not None and self._named(name) and 2 <= tensor.dim() <= 5
         }
+
+    def _named(self, name: str) -> bool:
+        known = _WEIGHTS.fullmatch(name) is not None
+        return known or any(fnmatchcase(name, pattern) for pattern in self.also)
