@@ -19,6 +19,7 @@ from mono_quant.kernels.blocks import BLOCKS, Blocks
 from mono_quant.kernels.codes import remembered_bytes
 from mono_quant.kernels.convolution import INTEGER_CONVOLUTION, IntegerConvolution
 from mono_quant.kernels.fp16 import FP16, Fp16
+from mono_quant.kernels.fp16_sequences import FP16_SEQUENCES, Fp16Sequences
 from mono_quant.kernels.int4 import INT4, PANEL_BLOCKS, Int4, PanelBlocks
 from mono_quant.kernels.integer import INTEGER, Integer
 from mono_quant.kernels.ops import followed, gradient_asked, untraced
@@ -30,7 +31,7 @@ from mono_quant.kernels.timing import LARGEST_BATCH, bucket, fastest
 from mono_quant.kernels.traced import INTEGER_TRACED, ROW_TRACED
 from mono_quant.numerics.values import Layout
 from mono_quant.operations import Convolution, MatrixProduct
-from mono_quant.recurrence import Recurrence
+from mono_quant.recurrence import Recurrence, WholeSequence
 
 REFERENCE: Kernel = Reference()
 
@@ -42,12 +43,13 @@ KERNELS: tuple[Kernel, ...] = (
     INT4,
     PANEL_BLOCKS,
     FP16,
+    FP16_SEQUENCES,
     BLOCKS,
     REFERENCE,
 )
 """All that may be chosen; the last one can do everything."""
 
-_RIVALLED = (Recurrence, Convolution)
+_RIVALLED = (Recurrence, WholeSequence, Convolution)
 """Where the reference may be the fastest: it decodes a weight that is used many times over."""
 
 VARIABLE = "MONO_QUANT_KERNEL"
@@ -123,7 +125,7 @@ class _Choice:
 _CHOICES: dict[_Asked, _Choice] = {}
 """Of `_REPEATED`: a layer asks at each call, and would wait as long as for a small product."""
 
-_REPEATED = (MatrixProduct, Convolution)  # others may hold tensors
+_REPEATED = (MatrixProduct, Convolution, WholeSequence)  # others may hold tensors
 
 
 def select(
@@ -147,7 +149,7 @@ def select(
         arrange: tells whether the caller can hold the codes in another order; None if it cannot.
             That order is chosen for a single input, of a convolution for many positions, and
             every batch is then computed by a kernel that reads it: so codes lie in one order, and
-            change it once.
+            change it once. For whole sequences, one sequence of some length decides alike.
     """
     if torch.compiler.is_compiling():
         return _traceable(spec, device, dtype, rows, others)
@@ -246,6 +248,7 @@ __all__ = [
     "VARIABLE",
     "Blocks",
     "Fp16",
+    "Fp16Sequences",
     "Int4",
     "Integer",
     "IntegerConvolution",

@@ -15,7 +15,7 @@ from mono_quant.numerics.blocks import block_counts
 from mono_quant.numerics.granularity import Shape
 from mono_quant.numerics.packing import packed_length
 from mono_quant.operations import Convolution
-from mono_quant.recurrence import Recurrence
+from mono_quant.recurrence import Recurrence, WholeSequence
 from mono_quant.schemes import Affine
 
 LARGEST_BATCH = 512
@@ -70,10 +70,14 @@ def _what(stack: Shape, scheme: Scheme, inputs: tuple[str, Scheme] | None) -> st
 
 
 def _shortened(spec: KernelSpec) -> KernelSpec:
-    """Return what is timed in place of a long sequence: its first steps."""
-    if not isinstance(spec.operation, Recurrence):
+    """Return what is timed in place of a long sequence, its first steps, and of several layers."""
+    operation = spec.operation
+    if isinstance(operation, WholeSequence):
+        _, count, length = spec.layout.stack
+        return replace(spec, operation=WholeSequence(operation.cell, ((count, length),) * 2))
+    if not isinstance(operation, Recurrence):
         return spec
-    return replace(spec, operation=replace(spec.operation, sizes=spec.operation.sizes[:_STEPS]))
+    return replace(spec, operation=replace(operation, sizes=operation.sizes[:_STEPS]))
 
 
 def _how(spec: KernelSpec) -> str:
@@ -81,6 +85,8 @@ def _how(spec: KernelSpec) -> str:
     operation = spec.operation
     if isinstance(operation, Convolution):
         return f", {list(spec.layout.native)} by {operation}"
+    if isinstance(operation, WholeSequence):
+        return f", {operation.cell} whole"
     if not isinstance(operation, Recurrence):
         return ""
     h = "float" if operation.activation is None else operation.activation.describe()
@@ -93,6 +99,8 @@ def _inputs(spec: KernelSpec, batch: int) -> Tensor:
     operation = spec.operation
     if isinstance(operation, Recurrence):
         return torch.ones(sum(operation.sizes), count)
+    if isinstance(operation, WholeSequence):
+        return torch.ones(_STEPS, batch, length)
     if not isinstance(operation, Convolution):
         return torch.ones(batch, length)
     _, channels, *kernel = spec.layout.native
