@@ -51,7 +51,7 @@ class Integer:
         rows = flat(x, spec.layout.stack[2])
         if not has_finite_sum(rows):
             return BLOCKS(spec, x, weight, bias)
-        factor = _factor(weight, bias)
+        factor = factor_of(weight, bias)
         qparams = spec.activation.qparams(rows) if spec.activation is not None else None
         out = rows.new_empty(len(rows), spec.layout.stack[1])
         for place in parts(len(rows), AT_ONCE * torch.get_num_threads()):
@@ -63,7 +63,8 @@ class Integer:
         return shaped(out, None, x)
 
 
-def _factor(weight: PackedTensor, bias: Tensor | None) -> Factor:
+def factor_of(weight: PackedTensor, bias: Tensor | None) -> Factor:
+    """Return a matrix of 8-bit codes as the right factor of products, with its bias."""
     codes, tensors = weight.tensors["codes"], weight.tensors
     return Factor.of(codes[0], row_sums(codes), tensors["scale"], tensors.get("zero_point"), bias)
 

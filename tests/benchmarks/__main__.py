@@ -22,6 +22,7 @@ NAMES = (
     "decoder",
     "fused",
     "kernels",
+    "recurrent",
     "faster",
 )
 
