@@ -197,6 +197,7 @@ class WholeSequence(Operation):
         bidirectional: whether each layer also goes from the last step to the first.
         batch_first: whether inputs are ``[B, T, in]``.
         projected: whether h is.
+        steps: about how many; a kernel is chosen by that.
     """
 
     cell: str
@@ -208,6 +209,7 @@ class WholeSequence(Operation):
     bidirectional: bool = False
     batch_first: bool = False
     projected: bool = False
+    steps: int = 32
 
     def __call__(self, x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
         """Return the output ``[T, B, units]`` of one layer, whose weights are both `weight`.

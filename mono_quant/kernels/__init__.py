@@ -6,6 +6,7 @@ of what makes results repeatable: `use` fixes it.
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -19,7 +20,11 @@ from mono_quant.kernels.blocks import BLOCKS, Blocks
 from mono_quant.kernels.codes import remembered_bytes
 from mono_quant.kernels.convolution import INTEGER_CONVOLUTION, IntegerConvolution
 from mono_quant.kernels.fp16 import FP16, Fp16
-from mono_quant.kernels.fp16_sequences import FP16_SEQUENCES, Fp16Sequences
+from mono_quant.kernels.fp16_sequences import (
+    FP16_SEQUENCES,
+    UNPACKED_SEQUENCES,
+    Fp16Sequences,
+)
 from mono_quant.kernels.int4 import INT4, PANEL_BLOCKS, Int4, PanelBlocks
 from mono_quant.kernels.integer import INTEGER, Integer
 from mono_quant.kernels.ops import followed, gradient_asked, untraced
@@ -49,8 +54,11 @@ KERNELS: tuple[Kernel, ...] = (
 )
 """All that may be chosen; the last one can do everything."""
 
-_RIVALLED = (Recurrence, WholeSequence, Convolution)
+_RIVALLED = (Recurrence, Convolution)
 """Where the reference may be the fastest: it decodes a weight that is used many times over."""
+
+_MOST_SAMPLES = 32
+"""Larger batches of whole sequences are served as this one is."""
 
 VARIABLE = "MONO_QUANT_KERNEL"
 """Environment variable that holds the name of a kernel, where `use` did not say one."""
@@ -149,7 +157,7 @@ def select(
         arrange: tells whether the caller can hold the codes in another order; None if it cannot.
             That order is chosen for a single input, of a convolution for many positions, and
             every batch is then computed by a kernel that reads it: so codes lie in one order, and
-            change it once. For whole sequences, one sequence of some length decides alike.
+            change it once. For whole recurrent layers a single sequence decides, of 32 steps.
     """
     if torch.compiler.is_compiling():
         return _traceable(spec, device, dtype, rows, others)
@@ -225,9 +233,28 @@ def _fastest(
         usual = LARGEST_BATCH if isinstance(spec.operation, Convolution) else 1
         order = _order(fastest(kernels, spec, dtype, usual))
         kernels = tuple(kernel for kernel in kernels if _order(kernel) is order)
+    if isinstance(spec.operation, WholeSequence) and use.named() is None:
+        return _fastest_whole(kernels, spec, dtype, rows)
     if isinstance(spec.operation, _RIVALLED) and use.named() is None:
         kernels = (*kernels, REFERENCE)
     return fastest(kernels, spec, dtype, rows)
+
+
+def _fastest_whole(
+    kernels: tuple[Kernel, ...], spec: KernelSpec, dtype: torch.dtype, rows: int
+) -> Kernel:
+    """Return the fastest for a whole recurrent layer.
+
+    A single sequence of usual length decides whether weights are packed. Those that are may still
+    be decoded for other sequences, which is then timed from the order that they lie in.
+    """
+    operation = spec.operation
+    assert isinstance(operation, WholeSequence)  # the caller saw to it
+    usual = WholeSequence(operation.cell, operation.shapes)
+    if fastest((*kernels, REFERENCE), replace(spec, operation=usual), dtype, 1) is REFERENCE:
+        return REFERENCE
+    found = fastest((*kernels, UNPACKED_SEQUENCES), spec, dtype, min(rows, _MOST_SAMPLES))
+    return REFERENCE if found is UNPACKED_SEQUENCES else found
 
 
 def _order(kernel: Kernel) -> type[Arranged] | None:

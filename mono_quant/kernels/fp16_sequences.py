@@ -178,6 +178,26 @@ class Fp16Sequences(ArrangingKernel[HalfFactor]):
             )
 
 
+class UnpackedSequences(Fp16Sequences):
+    """Decodes packed weights for torch's float kernel, as the reference does where they are packed.
+
+    The operators widen weights at each step, which takes longer than to decode them once where
+    there are many samples, or many steps of few units.
+    """
+
+    name = "unpacked"
+
+    def product(
+        self, spec: KernelSpec, x: Tensor, weight: HalfFactor, bias: Tensor | None
+    ) -> Tensor:
+        """Return the output of one layer, as a call of `WholeSequence` does."""
+        operation = spec.operation
+        assert isinstance(operation, WholeSequence)  # `supports` saw to it
+        matrices = [weight.canonical()[0].to(x.dtype) for _ in range(2)]
+        biases = [bias] * 2 if bias is not None else []
+        return operation.of_floats(x, operation.zeros(x), [*matrices, *biases])[0]
+
+
 _CHANGED = threading.Condition()
 """Of `HalfFactor.users`, and held while a bias is written."""
 
@@ -213,3 +233,4 @@ def _biased(weights: Sequence[HalfFactor], biases: Sequence[Tensor | None]) -> I
 
 
 FP16_SEQUENCES = Fp16Sequences()
+UNPACKED_SEQUENCES = UnpackedSequences()

@@ -10,6 +10,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from mono_quant.base import KernelSpec
 from mono_quant.kernels import REFERENCE, Fp16Sequences, select
+from mono_quant.kernels.ops import followed
+from mono_quant.kernels.timing import bucket
 from mono_quant.modules.layer import QuantizedLayer
 from mono_quant.modules.sequence import Hidden, SequenceCall, unroll
 from mono_quant.operations import MatrixProduct
@@ -134,17 +136,19 @@ class QuantizedRecurrent(SeveralWeights, nn.RNNBase):
             return None
         held = [self._holder(name) for name in names]
         biases = [self._parameters.get(f"bias{name[len('weight') :]}") for name in names]
-        of_h = held[1]  # the first weight that h meets
-        if any(one.scheme != of_h.scheme for one in held):
-            return None
+        of_h, x = held[1], call.input  # the first weight that h meets
+        met = (x, *call.states, *biases)
+        if any(one.scheme != of_h.scheme for one in held) or followed(*met):
+            return None  # those who follow may know no number of steps
+        operation = replace(operation, steps=bucket(call.steps(self)))
         spec = KernelSpec(operation, of_h.scheme, of_h.layout)
 
         def arrange() -> bool:
             alone = len(set(held)) == len(held)  # two directions of one weight have two biases
             return alone and all(one.is_arrangeable() for one in held)
 
-        x = call.input
-        kernel = select(spec, x.device, x.dtype, 1, x, *call.states, *biases, arrange=arrange)
+        samples = call.states[0].shape[1]
+        kernel = select(spec, x.device, x.dtype, samples, *met, arrange=arrange)
         if not isinstance(kernel, Fp16Sequences):
             return None
         packed = [one.arranged(kernel, spec) for one in held]

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from mono_quant import Quantizer, kernel_bytes, kernels, load_model
 from mono_quant.base import KernelSpec
 from mono_quant.kernels import REFERENCE, Fp16Sequences, select
+from mono_quant.kernels.fp16_sequences import UnpackedSequences
 from mono_quant.kernels.ops import fp16_packed_bytes, fp16_sequence_refusal
 from mono_quant.kernels.store import STORE
 from mono_quant.modules import QuantizedRecurrent, QuantizedWeight
@@ -377,26 +378,30 @@ def test_another_engine_of_torch_leaves_the_layer_to_the_reference(
 
 
 @pytest.mark.parametrize("faster", ["fp16", "reference"])
-def test_what_is_faster_for_a_sequence_is_chosen_for_all(
+def test_one_sequence_decides_whether_weights_are_packed_and_each_kind_which_is_faster(
     faster: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    timed: list[Tensor] = []
+    timed: set[tuple[str, int, int]] = set()
+    speed = {"fp16": 2.0, "reference": 1.0 if faster == "reference" else 3.0}
 
     def seconds(kernel: object, spec: object, x: Tensor, weight: object) -> float:
-        timed.append(x)
-        return 1.0 if getattr(kernel, "name", None) == faster else 2.0
+        name: str = kernel.name  # type: ignore[attr-defined]  # whatever kernel it is
+        timed.add((name, *x.shape[:2]))
+        return speed.get(name, 1.0 if x.shape[1] > 4 or len(x) > 64 else 3.0)
 
     monkeypatch.setattr("mono_quant.kernels.timing._seconds", seconds)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     STORE.forget()
     made, _ = layer("LSTM")
     with kernels.use(None):
-        for batch in (1, 64):
+        for steps, batch, first in ((5, 3, True), (5, 40, False), (200, 1, False), (5, 3, True)):
             with kernels_run() as ran:
-                made(noise(5, batch, WIDTH))
-            assert set(ran.values()) == {faster}
-    assert packed(made) == (faster == "fp16")
-    assert {tuple(x.shape) for x in timed} == {(32, 1, UNITS)}
+                made(noise(steps, batch, WIDTH))
+            assert set(ran.values()) == {faster if first else "reference"}
+            assert packed(made) == (faster == "fp16"), "the order stays"
+    usual = {("fp16", 32, 1), ("reference", 32, 1)}
+    others = {(name, *x) for name in ("fp16", "unpacked") for x in ((8, 4), (8, 32), (128, 1))}
+    assert timed == (usual | others if faster == "fp16" else usual)
     STORE.forget()
 
 
@@ -406,8 +411,22 @@ def test_what_is_timed_computes_the_same_by_both() -> None:
     operation = WholeSequence("LSTM", ((4 * UNITS, UNITS),) * 2)
     spec = KernelSpec(operation, weight.scheme, weight.layout)
     x = noise(5, 2, UNITS)
-    found, expected = (kernel(spec, x, weight, None) for kernel in (Fp16Sequences(), REFERENCE))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    expected = REFERENCE(spec, x, weight, None)
+    for kernel in (Fp16Sequences(), UnpackedSequences()):
+        torch.testing.assert_close(kernel(spec, x, weight, None), expected, rtol=0, atol=1e-6)
     followed = x.requires_grad_()
     with torch.enable_grad():
         assert select(spec, CPU, torch.float32, 1, followed, arrange=lambda: True) is REFERENCE
+
+
+def test_inference_mode_leaves_ordinary_tensors_behind() -> None:
+    made, twin = layer("LSTM")
+    x = noise(5, 4, WIDTH)
+    with torch.inference_mode():
+        assert_near(made(x), twin(x.double()))
+        made.get_parameter("bias_hh_l0").data.add_(1)
+        made(x)
+    twin.get_parameter("bias_hh_l0").add_(1)
+    assert packed(made)
+    assert_near(made(x), twin(x.double()))
+    assert not made.state_dict()["quantized_weights.weight_hh_l0.codes"].is_inference()
