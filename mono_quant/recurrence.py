@@ -1,6 +1,6 @@
-"""Recurrent arithmetic: what one step does, and steps over a sequence, as an operation."""
+"""Recurrent arithmetic: what one step does, steps over a sequence, and whole layers."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,9 @@ States = tuple[Tensor, ...]
 
 HiddenProduct = Callable[[Tensor], Tensor]
 """From h ``[B, out]`` to its product with the hidden weight and bias, ``[B, gates * units]``."""
+
+Advance = Callable[[Tensor, States], States]
+"""From the product of a step's inputs and the states before it to the states after it."""
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 """Kinds of cell as `torch.nn.RNNBase.mode` names them, and rows of their weights per unit."""
@@ -119,8 +122,9 @@ class Recurrence(Operation):
 
     def join(self, steps: Iterable[Step]) -> Tensor:
         """Return the result of a call for its `steps`, in the order that they were computed in."""
-        made = [torch.cat(step.states, -1) for step in steps]
-        return torch.cat(made[::-1] if self.reverse else made)
+        made = [step.states for step in steps]
+        parts = zip(*(made[::-1] if self.reverse else made), strict=True)
+        return torch.cat([torch.cat(part) for part in parts], -1)
 
     def steps(self, x: Tensor, hidden: HiddenProduct) -> Iterator[Step]:
         """Yield the steps in the order in which they are computed.
@@ -129,15 +133,25 @@ class Recurrence(Operation):
             x: product of the inputs, as in a call.
             hidden: what each step makes of h.
         """
-        states = tuple(state[:0] for state in self.states)
+        return self.walk(x, lambda now, was: advance(self.cell, now, hidden(was[0]), was))
+
+    def walk(self, x: Tensor, step: Advance) -> Iterator[Step]:
+        """Yield the steps in the order in which they are computed.
+
+        Args:
+            x: product of the inputs, as in a call.
+            step: what makes states, h before it is projected, of inputs and the states before.
+        """
+        states, present = tuple(state[:0] for state in self.states), 0
         parts = torch.split(x, list(self.sizes))
         for inputs in reversed(parts) if self.reverse else parts:
             count = inputs.shape[0]
-            states = tuple(
-                _of_count(now, first, count) for now, first in zip(states, self.states, strict=True)
-            )
+            if count != present:
+                pairs = zip(states, self.states, strict=True)
+                states = tuple(_of_count(now, first, count) for now, first in pairs)
+                present = count
             before = states[0]
-            states = advance(self.cell, inputs, hidden(before), states)
+            states = step(inputs, states)
             unprojected = states[0]
             if self.projection is not None:
                 matrix = self.projection.weight.to(x.dtype)
@@ -151,9 +165,12 @@ class Recurrence(Operation):
 
     def last(self, rows: Tensor) -> Tensor:
         """Return the row of each sample's last step, ``[B, width]``, of the result of a call."""
-        parts = torch.split(rows, list(self.sizes))
+        first = self.sizes[0]
         if self.reverse:
-            return parts[0]
+            return rows[:first]
+        if self.sizes[-1] == first:
+            return rows[-first:]
+        parts = torch.split(rows, list(self.sizes))
         ending: list[Tensor] = []  # samples that take part in a step and not in the next
         following = 0
         for part in reversed(parts):
@@ -161,6 +178,85 @@ class Recurrence(Operation):
                 ending.append(part[following:])
             following = part.shape[0]
         return torch.cat(ending)
+
+
+@dataclass(frozen=True, slots=True)
+class WholeSequence(Operation):
+    """A recurrent layer with float inputs, all of whose steps torch computes in one call.
+
+    It has several weights and is asked for as a whole; a kernel is chosen by the weight that h
+    meets first.
+
+    Attributes:
+        cell: a name in `GATES`.
+        shapes: of all weights.
+        bias: whether there are biases.
+        layers: on top of each other.
+        dropout: between layers, while `training`.
+        training: whether the layer is in that mode.
+        bidirectional: whether each layer also goes from the last step to the first.
+        batch_first: whether inputs are ``[B, T, in]``.
+        projected: whether h is.
+        steps: about how many; a kernel is chosen by that.
+    """
+
+    cell: str
+    shapes: tuple[tuple[int, int], ...]
+    bias: bool = False
+    layers: int = 1
+    dropout: float = 0.0
+    training: bool = False
+    bidirectional: bool = False
+    batch_first: bool = False
+    projected: bool = False
+    steps: int = 32
+
+    def __call__(self, x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
+        """Return the output ``[T, B, units]`` of one layer, whose weights are both `weight`.
+
+        That is no layer that anybody has, but takes as long as one to decode and compute.
+        """
+        matrices = [weight.dequantize(x.dtype) for _ in range(2)]
+        biases = [bias.to(x.dtype)] * 2 if bias is not None else []
+        return self.of_floats(x, self.zeros(x), [*matrices, *biases])[0]
+
+    @property
+    def options(self) -> tuple[bool, int, float, bool, bool]:
+        """What torch's operators are told: all but `batch_first`, which packed sequences lack."""
+        return (self.bias, self.layers, self.dropout, self.training, self.bidirectional)
+
+    def zeros(self, x: Tensor) -> States:
+        """Return states of zero for ``x [T, B, in]`` and one layer of one direction."""
+        units = self.shapes[0][0] // GATES[self.cell]
+        return (x.new_zeros(1, x.shape[1], units),) * (2 if self.cell == "LSTM" else 1)
+
+    def of_floats(
+        self,
+        x: Tensor,
+        states: States,
+        weights: Sequence[Tensor],
+        batch_sizes: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Return output and last states for float weights, by torch's own kernel.
+
+        Args:
+            x: ``[T, B, in]``, ``[B, T, in]`` with `batch_first`, or data of a packed sequence.
+            states: ``[layers * directions, B, ...]`` each.
+            weights: with the biases, in the order of `torch.nn.RNNBase`.
+            batch_sizes: of the packed sequence.
+        """
+        fused, hidden = _FUSED[self.cell], states if self.cell == "LSTM" else states[0]
+        if batch_sizes is not None:
+            return fused(x, batch_sizes, hidden, weights, *self.options)
+        return fused(x, hidden, weights, *self.options, self.batch_first)
+
+
+_FUSED: Mapping[str, Callable[..., tuple[Tensor, ...]]] = {
+    "LSTM": torch.lstm,
+    "GRU": torch.gru,
+    "RNN_TANH": torch.rnn_tanh,
+    "RNN_RELU": torch.rnn_relu,
+}
 
 
 def _on_grid(x: Tensor, activation: Activation | None) -> Tensor:

@@ -5,6 +5,7 @@ of what makes results repeatable: `use` fixes it.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar
 
 import attrs
@@ -18,6 +19,11 @@ from mono_quant.kernels.codes import remembered_bytes
 from mono_quant.kernels.convolution import INTEGER_CONVOLUTION, IntegerConvolution
 from mono_quant.kernels.cuda import CUDA_INT4, CUDA_INTEGER, CudaInt4, CudaInteger
 from mono_quant.kernels.fp16 import FP16, Fp16
+from mono_quant.kernels.fp16_sequences import (
+    FP16_SEQUENCES,
+    UNPACKED_SEQUENCES,
+    Fp16Sequences,
+)
 from mono_quant.kernels.int4 import INT4, PANEL_BLOCKS, PANEL_BYTES, Int4, PanelBlocks, PanelBytes
 from mono_quant.kernels.integer import INTEGER, Integer
 from mono_quant.kernels.ops import followed, gradient_asked, untraced
@@ -32,7 +38,7 @@ from mono_quant.kernels.timing import bucket
 from mono_quant.kernels.traced import INTEGER_TRACED, ROW_TRACED
 from mono_quant.numerics.values import Layout
 from mono_quant.operations import Convolution, MatrixProduct
-from mono_quant.recurrence import Recurrence
+from mono_quant.recurrence import Recurrence, WholeSequence
 
 REFERENCE: Kernel = Reference()
 
@@ -48,6 +54,7 @@ KERNELS: tuple[Kernel, ...] = (
     FP16,
     CUDA_INTEGER,
     CUDA_INT4,
+    FP16_SEQUENCES,
     BLOCKS,
     DECOMPOSED,
     REFERENCE,
@@ -56,6 +63,9 @@ KERNELS: tuple[Kernel, ...] = (
 
 _RIVALLED = (Recurrence, Convolution)
 """Where the reference may be the fastest on a CPU: it decodes a weight that is used many times."""
+
+_MOST_SAMPLES = 32
+"""Larger batches of whole sequences are served as this one is."""
 
 VARIABLE = "MONO_QUANT_KERNEL"
 """Environment variable that holds the name of a kernel, where `use` did not say one."""
@@ -112,7 +122,7 @@ class _Choice:
 _CHOICES: dict[_Asked, _Choice] = {}
 """Of `_REPEATED`: a layer asks at each call, and would wait as long as for a small product."""
 
-_REPEATED = (MatrixProduct, Convolution)  # others may hold tensors
+_REPEATED = (MatrixProduct, Convolution, WholeSequence)  # others may hold tensors
 
 
 def select(
@@ -137,7 +147,8 @@ def select(
             The order is the one that serves 1, 8 and 64 inputs best, of a convolution many
             positions, and every batch is then computed by a kernel that reads it: so codes lie in
             one order, and change it once. Where `memory` is double, kernels of the canonical order
-            have their turn too, if that is faster for one of those batches.
+            have their turn too, if that is faster for one of those batches. For whole recurrent
+            layers a single sequence decides, of 32 steps.
     """
     if torch.compiler.is_compiling():
         return _traceable(spec, device, dtype, rows, others)
@@ -227,12 +238,38 @@ def _fastest(
     rows: int,
 ) -> Kernel:
     """Return the fastest of some kernels, one at least, and where it may be, the reference."""
+    if isinstance(spec.operation, WholeSequence) and use.named() is None:
+        return _fastest_whole(kernels, spec, device, dtype, rows)
     rival = REFERENCE if isinstance(spec.operation, _RIVALLED) else None
     if use.named() is not None:
         return fastest(kernels, None, spec, device, dtype, rows)
     if device.type != "cpu":  # where decoding a weight is cheap, but not from another order
         return fastest((*kernels, REFERENCE), None, spec, device, dtype, rows)
     return fastest(kernels, rival, spec, device, dtype, rows)
+
+
+def _fastest_whole(
+    kernels: tuple[Kernel, ...],
+    spec: KernelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+) -> Kernel:
+    """Return the fastest for a whole recurrent layer.
+
+    A single sequence of usual length decides whether weights are packed. Those that are may still
+    be decoded for other sequences, which is then timed from the order that they lie in.
+    """
+    operation = spec.operation
+    assert isinstance(operation, WholeSequence)  # the caller saw to it
+    usual = WholeSequence(operation.cell, operation.shapes)
+    packed = replace(spec, operation=usual)
+    if fastest((*kernels, REFERENCE), None, packed, device, dtype, 1) is REFERENCE:
+        return REFERENCE
+    found = fastest(
+        (*kernels, UNPACKED_SEQUENCES), None, spec, device, dtype, min(rows, _MOST_SAMPLES)
+    )
+    return REFERENCE if found is UNPACKED_SEQUENCES else found
 
 
 __all__ = [
@@ -244,6 +281,7 @@ __all__ = [
     "CudaInteger",
     "Decomposed",
     "Fp16",
+    "Fp16Sequences",
     "Int4",
     "Integer",
     "IntegerConvolution",

@@ -57,7 +57,7 @@ class Integer:
                 return shaped(_of_one_row(alike, weight, bias), None, x)
         if not has_finite_sum(rows):
             return BLOCKS(spec, x, weight, bias)
-        factor = _factor(weight, bias)
+        factor = factor_of(weight, bias)
         qparams = spec.activation.qparams(rows) if spec.activation is not None else None
         out = rows.new_empty(len(rows), spec.layout.stack[1])
         for place in parts(len(rows), AT_ONCE * torch.get_num_threads()):
@@ -85,7 +85,8 @@ def _of_one_row(inputs: OneGrid, weight: PackedTensor, bias: Tensor | None) -> T
     return torch.add(bias.to(torch.float32), out, alpha=unit)
 
 
-def _factor(weight: PackedTensor, bias: Tensor | None) -> Factor:
+def factor_of(weight: PackedTensor, bias: Tensor | None) -> Factor:
+    """Return a matrix of 8-bit codes as the right factor of products, with its bias."""
     codes, tensors = weight.tensors["codes"], weight.tensors
     return Factor.of(codes[0], row_sums(codes), tensors["scale"], tensors.get("zero_point"), bias)
 

@@ -1,6 +1,6 @@
 """The few operators of torch that are not public, typed, and whether this machine has them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import ParamSpec, TypeVar
@@ -72,6 +72,40 @@ for rows, length in ((96, 512), (1, 513), (33, 1), (65, 1100)):
     assert torch.equal(found[0], x[0, 0] * weight[:, 0])
     assert found[1].isnan().all()
 """
+_FP16_SEQUENCE_TRIAL = """
+import torch
+quantized, aten = torch.ops.quantized, torch.ops.aten
+torch.manual_seed(0)
+for units, length in ((96, 40), (160, 513)):
+    for kind, gates in (("LSTM", 4), ("GRU", 3)):
+        layer = getattr(torch.nn, kind)(length, units, 2, bidirectional=True)
+        layer.requires_grad_(False)
+        cells, biases = [], []
+        for suffix in ("l0", "l0_reverse", "l1", "l1_reverse"):
+            pair = []
+            for name in ("ih", "hh"):
+                weight = getattr(layer, f"weight_{name}_{suffix}")
+                weight.copy_(weight.half())
+                biases.append(torch.zeros(gates * units))
+                pair.append(quantized.linear_prepack_fp16(weight, biases[-1]))
+                biases[-1].copy_(getattr(layer, f"bias_{name}_{suffix}"))
+            cells.append(quantized.make_quantized_cell_params_fp16(*pair))
+        x = torch.randn(7, 3, length)
+        packed = torch.nn.utils.rnn.pack_padded_sequence(x, [7, 4, 1])
+        states = [torch.randn(4, 3, units) for _ in range(2 if kind == "LSTM" else 1)]
+        given = states if kind == "LSTM" else states[0]
+        options = (True, 2, 0.0, False, True)
+        more = {"dtype": torch.float16, "use_dynamic": True} if kind == "LSTM" else {}
+        run = getattr(aten, f"quantized_{kind.lower()}")
+        found = run.input(x, given, cells, *options, False, **more)
+        output, last = layer(x, tuple(states) if kind == "LSTM" else given)
+        expected = (output, *last) if kind == "LSTM" else (output, last)
+        for one, other in zip(found, expected, strict=True):
+            assert (one - other).abs().max() < 1e-4, f"{kind} is wrong"
+        found = run.data(*packed[:2], given, cells, *options, **more)[0]
+        output = layer(packed, tuple(states) if kind == "LSTM" else given)[0].data
+        assert (found - output).abs().max() < 1e-4, f"{kind} of packed sequences is wrong"
+"""
 
 
 Asked = ParamSpec("Asked")
@@ -95,7 +129,12 @@ def int_mm(left: Tensor, right: Tensor) -> Tensor:
             would do, and take twice as long for few rows.
         right: ``int8 [n, k]``.
     """
-    return torch._int_mm(left, right.t())
+    return int_mm_columns(left, right.t())
+
+
+def int_mm_columns(left: Tensor, columns: Tensor) -> Tensor:
+    """Return `int_mm` for a right factor that is turned already, ``int8 [k, n]``."""
+    return torch._int_mm(left, columns)
 
 
 @untraced
@@ -142,14 +181,22 @@ def fp16_refusal() -> str | None:
     return refusal("the product with packed float16 weights", _FP16_TRIAL)
 
 
-def fp16_pack(weight: Tensor) -> torch.ScriptObject:
+def fp16_sequence_refusal() -> str | None:
+    """Return why `fp16_sequence` cannot be used by this torch on this machine, or None."""
+    return fp16_refusal() or refusal(
+        "the recurrent layer of packed float16 weights", _FP16_SEQUENCE_TRIAL
+    )
+
+
+def fp16_pack(weight: Tensor, bias: Tensor | None = None) -> torch.ScriptObject:
     """Return a weight as `fp16_mm` reads it, which takes `fp16_packed_bytes`.
 
     Args:
         weight: ``float32 [out, in]``, all of whose values are finite ones of float16. Others are
             changed to the nearest, with no error.
+        bias: ``float32 [out]`` that is added to each product; what it holds then, not now.
     """
-    packed: torch.ScriptObject = torch.ops.quantized.linear_prepack_fp16(weight, None)
+    packed: torch.ScriptObject = torch.ops.quantized.linear_prepack_fp16(weight, bias)
     return packed
 
 
@@ -180,6 +227,39 @@ def fp16_mm(x: Tensor, packed: torch.ScriptObject) -> Tensor:
     """
     product: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, packed)
     return product
+
+
+def fp16_cell(inputs: torch.ScriptObject, hidden: torch.ScriptObject) -> torch.ScriptObject:
+    """Return the weights that inputs and h meet, both by `fp16_pack`, as one direction's."""
+    cell: torch.ScriptObject = torch.ops.quantized.make_quantized_cell_params_fp16(inputs, hidden)
+    return cell
+
+
+def fp16_sequence(
+    mode: str,
+    x: tuple[Tensor, ...],
+    states: Sequence[Tensor],
+    cells: list[torch.ScriptObject],
+    options: tuple[object, ...],
+) -> tuple[Tensor, ...]:
+    """Return the output of a recurrent layer and its last states, in float32.
+
+    Args:
+        mode: "LSTM" or "GRU".
+        x: what `torch.lstm` takes first: ``float32 [T, B, in]``, or the data and batch sizes of a
+            packed sequence.
+        states: ``float32 [layers * directions, B, units]`` each.
+        cells: by `fp16_cell`, of each direction of each layer.
+        options: what `torch.lstm` takes last, from whether there are biases on.
+    """
+    made: tuple[Tensor, ...]
+    if mode == "GRU":
+        made = torch.ops.aten.quantized_gru(*x, *states, cells, *options)
+    else:
+        made = torch.ops.aten.quantized_lstm(
+            *x, list(states), cells, *options, dtype=torch.float16, use_dynamic=True
+        )
+    return made
 
 
 def followed(*tensors: Tensor | None) -> bool:

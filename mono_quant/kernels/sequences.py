@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from mono_quant.base import KernelSpec, PackedTensor
-from mono_quant.kernels.integer import INTEGER
+from mono_quant.kernels.codes import has_finite_sum
+from mono_quant.kernels.integer import INTEGER, factor_of
+from mono_quant.kernels.steps import IntegerStep, knows
 from mono_quant.operations import MatrixProduct
-from mono_quant.recurrence import Recurrence
+from mono_quant.recurrence import Recurrence, States
 
 
 class IntegerSteps:
@@ -36,8 +38,34 @@ class IntegerSteps:
         """Return the states after each step, as `Recurrence` does."""
         operation = spec.operation
         assert isinstance(operation, Recurrence)  # `supports` saw to it
+        if made := _finite(spec, operation, x, weight, bias):
+            return made[0]
         step = _of_step(spec, operation)
         return operation.join(operation.steps(x, lambda h: INTEGER(step, h, weight, bias)))
+
+
+def _finite(
+    spec: KernelSpec, operation: Recurrence, x: Tensor, weight: PackedTensor, bias: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Return the states after each step; nothing where h is not finite throughout.
+
+    `Integer` looks for that at each step, and prepares the weight there.
+    """
+    activation, (h, *_) = operation.activation, operation.states
+    assert activation is not None  # `supports` saw to it
+    if not knows(activation) or x.dtype is not torch.float32 or not has_finite_sum(h):
+        return ()
+    factor = factor_of(weight, bias)
+    runs: dict[int, IntegerStep] = {}
+
+    def step(inputs: Tensor, states: States) -> States:
+        count = len(inputs)
+        if count not in runs:
+            runs[count] = IntegerStep(operation.cell, factor, activation, states[0])
+        return runs[count](inputs, states)
+
+    made = operation.join(operation.walk(x, step))
+    return (made,) if has_finite_sum(made) else ()
 
 
 def _of_step(spec: KernelSpec, operation: Recurrence) -> KernelSpec:

@@ -15,7 +15,7 @@ from mono_quant.numerics.blocks import block_counts
 from mono_quant.numerics.granularity import Shape
 from mono_quant.numerics.packing import packed_length
 from mono_quant.operations import Convolution
-from mono_quant.recurrence import Recurrence
+from mono_quant.recurrence import Recurrence, WholeSequence
 from mono_quant.schemes import Affine, FloatCast
 from mono_quant.speed import timed
 
@@ -25,6 +25,7 @@ LARGEST_BATCH = 512
 _ENOUGH_S = 0.05  # of timing each kernel
 _LEAST, _REPEATS = 3, 9
 _STEPS = 32
+_WHOLE_STEPS = 128
 
 
 def bucket(rows: int) -> int:
@@ -86,10 +87,16 @@ def _what(stack: Shape, scheme: Scheme, inputs: tuple[str, Scheme] | None) -> st
 
 
 def _shortened(spec: KernelSpec) -> KernelSpec:
-    """Return what is timed in place of a long sequence: its first steps."""
-    if not isinstance(spec.operation, Recurrence):
+    """Return what is timed in place of a long sequence, its first steps, and of several layers."""
+    operation = spec.operation
+    if isinstance(operation, WholeSequence):
+        _, count, length = spec.layout.stack
+        steps = min(_WHOLE_STEPS, operation.steps)
+        one = WholeSequence(operation.cell, ((count, length),) * 2, steps=steps)
+        return replace(spec, operation=one)
+    if not isinstance(operation, Recurrence):
         return spec
-    return replace(spec, operation=replace(spec.operation, sizes=spec.operation.sizes[:_STEPS]))
+    return replace(spec, operation=replace(operation, sizes=operation.sizes[:_STEPS]))
 
 
 def _how(spec: KernelSpec) -> str:
@@ -97,6 +104,8 @@ def _how(spec: KernelSpec) -> str:
     operation = spec.operation
     if isinstance(operation, Convolution):
         return f", {list(spec.layout.native)} by {operation}"
+    if isinstance(operation, WholeSequence):
+        return f", {operation.cell} of {operation.steps} steps at once"
     if not isinstance(operation, Recurrence):
         return ""
     h = "float" if operation.activation is None else operation.activation.describe()
@@ -109,6 +118,8 @@ def _inputs(spec: KernelSpec, batch: int) -> Tensor:
     operation = spec.operation
     if isinstance(operation, Recurrence):
         return torch.ones(sum(operation.sizes), count)
+    if isinstance(operation, WholeSequence):
+        return torch.ones(operation.steps, batch, length)
     if not isinstance(operation, Convolution):
         return torch.ones(batch, length)
     _, channels, *kernel = spec.layout.native

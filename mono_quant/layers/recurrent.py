@@ -37,8 +37,8 @@ class _SeveralWeightsQuantizer(ConvertingQuantizer):
     """What the quantizers of recurrent layers and cells share."""
 
     slowed: ClassVar[str | None] = (
-        "each step is many small operations, which makes layers of a few hundred units several "
-        "times slower than in float and only wide ones faster; "
+        "each step is many small operations, which makes layers of a few hundred units two or "
+        "three times slower than in float and only wider ones, or batches, faster; "
         'activations(None), or override(..., activations="float"), leaves its inputs in float'
     )
 

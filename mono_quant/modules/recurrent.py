@@ -1,6 +1,5 @@
 """Quantized recurrent layers over sequences."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Self, cast
 
@@ -10,11 +9,13 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
 from mono_quant.base import KernelSpec
-from mono_quant.kernels import select
+from mono_quant.kernels import REFERENCE, Fp16Sequences, select
+from mono_quant.kernels.ops import followed
+from mono_quant.kernels.timing import bucket
 from mono_quant.modules.layer import QuantizedLayer
 from mono_quant.modules.sequence import Hidden, SequenceCall, unroll
 from mono_quant.operations import MatrixProduct
-from mono_quant.recurrence import Projection, Recurrence, States
+from mono_quant.recurrence import Projection, Recurrence, States, WholeSequence
 
 
 class SeveralWeights(QuantizedLayer):
@@ -49,9 +50,10 @@ class SeveralWeights(QuantizedLayer):
 class QuantizedRecurrent(SeveralWeights, nn.RNNBase):
     """What LSTM, GRU and RNN share.
 
-    Where no input is quantized, the layer runs torch's own kernel on weights that are decoded once
-    a call. Otherwise the input product of each layer is one product over the whole sequence, and a
-    `Recurrence` does its steps; then h is quantized anew at each step, a row for each sample.
+    Where no input is quantized, torch's own kernel computes the layer: on float16 weights, or on
+    ones that are decoded once a call. Otherwise the input product of each layer is one product over
+    the whole sequence, and a `Recurrence` does its steps; then h is quantized anew at each step, a
+    row for each sample.
     """
 
     def forward(
@@ -104,17 +106,64 @@ class QuantizedRecurrent(SeveralWeights, nn.RNNBase):
         return kernel(spec, inputs, weight, bias_hh)
 
     def _fused(self, call: SequenceCall) -> tuple[Tensor, States]:
-        """Return what torch's kernel makes of decoded weights."""
-        weights = [self.dense(name, call.input.dtype) for name in self._flat_weights_names]
-        fused = _FUSED[self.mode]
-        hidden = call.states if self.mode == "LSTM" else call.states[0]
-        options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
-        if call.packed is not None:
-            sizes = call.packed.batch_sizes
-            output, *states = fused(call.input, sizes, hidden, weights, *options)
-        else:
-            output, *states = fused(call.input, hidden, weights, *options, self.batch_first)
-        return output, tuple(states)
+        """Return what one call of torch makes of packed weights, or else of decoded ones."""
+        names = [name for name in self._flat_weights_names if name.startswith("weight_")]
+        operation = WholeSequence(
+            self.mode,
+            tuple(self._shape(name) for name in names),
+            self.bias,
+            self.num_layers,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+            self.batch_first,
+            bool(self.proj_size),
+        )
+        sizes = call.packed.batch_sizes if call.packed is not None else None
+        made = self._of_packed(operation, names, call, sizes)
+        if made is None:
+            weights = [self.dense(name, call.input.dtype) for name in self._flat_weights_names]
+            made = operation.of_floats(call.input, call.states, weights, sizes)
+            for name in self.quantized_weights:
+                self.note(name, REFERENCE)
+        return made[0], tuple(made[1:])
+
+    def _of_packed(
+        self, operation: WholeSequence, names: list[str], call: SequenceCall, sizes: Tensor | None
+    ) -> tuple[Tensor, ...] | None:
+        """Return what a kernel makes of packed weights; None if none is to, or can."""
+        if any(name not in self.quantized_weights for name in names):
+            return None
+        held = [self._holder(name) for name in names]
+        biases = [self._parameters.get(f"bias{name[len('weight') :]}") for name in names]
+        of_h, x = held[1], call.input  # the first weight that h meets
+        met = (x, *call.states, *biases)
+        if any(one.scheme != of_h.scheme for one in held) or followed(*met):
+            return None  # those who follow may know no number of steps
+        operation = replace(operation, steps=bucket(call.steps(self)))
+        spec = KernelSpec(operation, of_h.scheme, of_h.layout)
+
+        def arrange() -> bool:
+            alone = len(set(held)) == len(held)  # two directions of one weight have two biases
+            return alone and all(one.is_arrangeable() for one in held)
+
+        samples = call.states[0].shape[1]
+        kernel = select(spec, x.device, x.dtype, samples, *met, arrange=arrange)
+        if not isinstance(kernel, Fp16Sequences):
+            return None
+        packed = [one.arranged(kernel, spec) for one in held]
+        made = kernel.run(operation, x, call.states, packed, biases, sizes)
+        if made is not None:
+            for name in names:
+                self.note(name, kernel)
+        return made
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        if name in self.quantized_weights:
+            _, rows, length = self._holder(name).layout.stack
+            return rows, length
+        rows, length = self.get_parameter(name).shape
+        return rows, length
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:  # type: ignore[override]  # a list there
@@ -160,9 +209,3 @@ class QuantizedRNN(QuantizedRecurrent, nn.RNN):  # type: ignore[misc]  # one for
 
 
 _KINDS = ("ih", "hh")
-_FUSED: Mapping[str, Callable[..., tuple[Tensor, ...]]] = {
-    "LSTM": torch.lstm,
-    "GRU": torch.gru,
-    "RNN_TANH": torch.rnn_tanh,
-    "RNN_RELU": torch.rnn_relu,
-}

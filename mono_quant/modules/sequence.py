@@ -79,6 +79,12 @@ class SequenceCall:
         layer.check_forward_args(x, cast("Tensor", _as_hidden(layer, states)), batch_sizes)
         return cls(wide(x), tuple(map(wide, states)), packed, single, x.dtype)
 
+    def steps(self, layer: nn.RNNBase) -> int:
+        """Return how many steps there are, of the longest sample."""
+        if self.packed is not None:
+            return len(self.packed.batch_sizes)
+        return self.input.shape[1 if layer.batch_first else 0]
+
     def rows(self, layer: nn.RNNBase) -> tuple[Tensor, tuple[int, ...]]:
         """Return the input as rows ``[N, in]``, step after step, and the samples of each step.
 

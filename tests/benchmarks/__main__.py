@@ -27,6 +27,7 @@ NAMES = (
     "fused",
     "kernels",
     "limits",
+    "recurrent",
     "faster",
 )
 
