@@ -279,3 +279,29 @@ def test_a_bias_that_is_shared_is_left_alone() -> None:
     one, other = (result.model.get_parameter(f"blocks.{place}.norm.bias") for place in (0, 1))
     assert one is other
     assert torch.equal(one, shared)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 16, "vdim": 16}], ids=["fused", "apart"])
+def test_attention_is_learned_too(sizes: dict[str, int]) -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, 2, batch_first=True, **sizes)
+            self.after = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            given = x[..., : self.attention.kdim]
+            out: Tensor = x + self.after(self.attention(x, given, given)[0])
+            return out
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Attending(), Attending()).eval()
+    data = [noise(2, 5, 32, seed=place) for place in range(3)]
+    settings = Quantizer().bits(3).group_size(16).only("*").fit(data)
+    plain = settings.rounding(NEAREST).apply(model).report.output_sqnr_db
+    learned = LearnedRounding(60, start=NEAREST, scale_rate=0.01, float_rate=0.01)
+    found = settings.rounding(learned).apply(model)
+    assert plain is not None
+    assert found.report.output_sqnr_db is not None
+    assert found.report.output_sqnr_db > plain + 0.4
+    assert all(change.done for change in found.report.changes)
