@@ -122,8 +122,11 @@ class CalibrationData:
         return next(self.batches())
 
     def first_and_last(self) -> "Iterator[CalibrationData]":
-        """Yield the first batch and, if there are several, the last, each by itself."""
-        batches = list(self.batches())
+        """Yield the first batch and, if there are several, the last, each by itself.
+
+        Of those that hold a sample.
+        """
+        batches = [batch for batch in self.batches() if count_samples(batch)]
         for batch in (batches[0], *batches[1:][-1:]):
             yield attrs.evolve(self, source=[batch], samples=1)
 

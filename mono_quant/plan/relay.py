@@ -71,21 +71,33 @@ class Relay:
                 pass
 
     def reach(self, stage: Stage) -> bool:
-        """Find out what a stage is called with; return whether it ran for that."""
-        if stage.path is None or self._calls is not None:
+        """Find out what a stage is called with; return whether it ran for that.
+
+        Layers that no stage calls run with the whole model, on all batches: two of them, which have
+        shown the stages, need not have reached what some others do.
+        """
+        if self._calls is not None:
             return False
+        if stage.path is None:
+            for _ in self._data.outputs(self._model):
+                pass
+            return True
         module = self._model.get_submodule(stage.path)
-        calls = Calls(stage.form)
+        calls, alike = Calls(stage.form), stage.form is not None
 
         def keep(_: nn.Module, args: object, kwargs: object) -> None:
-            calls.tensors.add(taken_apart(args, kwargs)[1])
+            nonlocal alike
+            form, tensors = taken_apart(args, kwargs)
+            alike = alike and form == stage.form  # two batches have shown it, which are not all
+            if alike:
+                calls.tensors.add(tensors)
 
         with ExitStack() as hooks:
             if stage.form is not None:
                 hooks.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
             for _ in self._data.inner_outputs(self._model, module, calls=stage.calls):
                 pass
-        self._calls = calls if stage.form is not None else None
+        self._calls = calls if alike else None
         return True
 
     @property

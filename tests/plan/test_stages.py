@@ -1,5 +1,6 @@
 """Which parts of a model are quantized one after the other, and what reaches each of them."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
@@ -12,7 +13,9 @@ from mono_quant import (
     GPTQ,
     AnyStatistic,
     Grid,
+    LearnedRounding,
     QTensor,
+    QuantizedModule,
     Quantizer,
     Rounding,
     RoundToNearest,
@@ -259,3 +262,114 @@ def test_in_place_is_the_same() -> None:
     model = Deep().eval()
     apart = quantizer.apply(model).model
     assert same_tensors(quantizer.apply_(model).model, apart)
+
+
+class Scaling(Deep):
+    """Hands its blocks a number that depends on the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        for block in self.blocks:
+            hidden = block(hidden, x.new_ones(64), scale=float(len(x)))
+        out: Tensor = self.last(hidden)
+        return out
+
+
+class Apart(OrderedDict[str, Tensor]):
+    """A mapping whose entries are attributes, too."""
+
+    @property
+    def hidden(self) -> Tensor:
+        return self["hidden"]
+
+
+class Wrapping(nn.Module):
+    """Hands its blocks a mapping of a class of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Unwrapping() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(Apart(hidden=x))
+        return x
+
+
+class Unwrapping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Apart) -> Tensor:
+        out: Tensor = self.other(self.one(x.hidden).relu())
+        return out
+
+
+def test_a_block_is_not_called_again_with_what_only_some_batches_hand_it() -> None:
+    """The first and the last batch, which show what blocks are handed, are alike."""
+    data = [noise(rows, 64, seed=rows) for rows in (4, 9)]
+    model = Scaling().eval()
+    quantizer = Quantizer().bits(4).only("*").rounding(LearnedRounding(steps=2))
+    changes = quantizer.fit([data[0], data[1], data[0]]).apply(model).report.changes
+    refused = [change.path for change in changes if not change.done]
+    assert refused == ["blocks.0", "blocks.1", "blocks.2"]
+    assert all(change.done for change in quantizer.fit([data[0]] * 3).apply(model).report.changes)
+
+
+def test_a_mapping_of_a_class_of_its_own_cannot_be_kept() -> None:
+    model = Wrapping().eval()
+    assert [stage.form for stage in stages(model)] == [None, None]
+    assert Quantizer().bits(4).only("*").rounding(GPTQ()).fit(DATA).apply(model).validate()
+
+
+class Experts(nn.Module):
+    """Each batch goes to one of three layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.all[len(x) % 3](x)
+        return out
+
+
+def test_a_layer_that_neither_the_first_nor_the_last_batch_reaches_sees_its_own() -> None:
+    data = [noise(rows, 64, seed=rows) for rows in (3, 4, 5)]
+    model = Experts().eval()
+    Noted.seen.clear()
+    Quantizer().bits(4).only("*").rounding(Noted()).fit(data).apply(model)
+    assert len(Noted.seen) == 3
+    (seen,) = Noted.seen[float(model.get_parameter("all.1.weight").detach().sum())]
+    assert torch.equal(seen, data[1])
+
+
+def test_a_layer_called_before_the_one_it_shares_with_is_calibrated_all_the_same() -> None:
+    class Reversed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.middle = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.first = nn.Linear(64, 64)
+            self.first.weight = self.head.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.middle(self.first(x)))
+            return out
+
+    quantizer = Quantizer().bits(8).activations("static").rounding(GPTQ()).fit(DATA)
+    model = quantizer.apply(Reversed().eval()).model
+    first = model.get_submodule("first")
+    assert isinstance(first, QuantizedModule)
+    low, high = torch.cat(DATA).aminmax()
+    scale = first.activations()["weight"].scale
+    assert scale is not None
+    torch.testing.assert_close(scale.squeeze(), (high - low) / 255)
+
+
+def test_batches_without_a_sample_say_nothing() -> None:
+    model = Deep().eval()
+    quantizer = Quantizer().bits(4).rounding(GPTQ())
+    expected = quantizer.fit(DATA).apply(model).model
+    found = quantizer.fit([*DATA, torch.zeros(0, 64)]).apply(model).model
+    assert same_tensors(found, expected)
