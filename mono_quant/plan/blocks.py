@@ -11,8 +11,10 @@ from torch import nn
 from mono_quant.base import BlockCall, BlockRounding, BlockWeight, Change, Rounding
 from mono_quant.calibration import CalibrationData, Kept, evaluating
 from mono_quant.checkpoint import copy_structure
+from mono_quant.errors import InputError, Mend
 from mono_quant.gathering import Gathered
 from mono_quant.numerics.values import QTensor
+from mono_quant.plan.checks import check_finite, check_gathered
 from mono_quant.plan.relay import Calls, Relay
 from mono_quant.plan.request import WeightPlan
 from mono_quant.plan.stages import Stage
@@ -74,7 +76,12 @@ class BlockRun:
             calls: what it is called with; None where it cannot be called again.
             then: the stage after it.
         """
-        if self._twin is None or stage.path is None:
+        if self._twin is None:
+            return NOTHING
+        if stage.path is None:
+            self.changes += unlearned(
+                stage.weights, "neither the first nor the last batch shows it"
+            )
             return NOTHING
         self._twin.reach(stage)
         self.changes += [
@@ -115,9 +122,16 @@ class BlockRun:
             view = weight.maker.weights(self._model.get_submodule(weight.path))[weight.name]
             assert weight.recipe is not None  # it is asked for by its rounding
             statistics = gathered.get((weight.path, weight.name), Gathered()).rows
-            asked[name] = BlockWeight(view.stack(), view.layout, weight.recipe.grid, statistics)
-        with evaluating(block):
-            fitted = rounding.fit(block, asked, calls, self._free(block))
+            check_gathered(weight, statistics)
+            stack = view.stack()
+            check_finite(weight.key, stack)
+            asked[name] = BlockWeight(stack, view.layout, weight.recipe.grid, statistics)
+        try:
+            with evaluating(block):
+                fitted = rounding.fit(block, asked, calls, self._free(block))
+        except InputError as reason:
+            text = f"{path!r} cannot be fitted as a block: {reason}"
+            raise InputError(text, Mend.ROUNDING, layer=path) from reason
         for name, value in fitted.parameters.items():
             owner, _, own = name.rpartition(".")
             old = block.get_parameter(name)
@@ -149,6 +163,13 @@ def _asked(todo: Sequence[WeightPlan]) -> Mapping[BlockRounding, list[WeightPlan
         if isinstance(rounding, BlockRounding) and _unfit(weight) is None and not weight.tied_to:
             found.setdefault(rounding, []).append(weight)
     return found
+
+
+def unlearned(todo: Sequence[WeightPlan], why: str) -> list[Change]:
+    """Return that weights whose rounding takes blocks are rounded one by one, and why."""
+    keys = [weight.key for weight in todo if isinstance(_rounding(weight), BlockRounding)]
+    text = "is rounded apart from its block"
+    return [Change(key, f"{key} {text}: {why}", done=False) for key in keys]
 
 
 def _rounding(weight: WeightPlan) -> Rounding | None:

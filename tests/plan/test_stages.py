@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import ClassVar
+from weakref import WeakSet
 
 import attrs
 import pytest
@@ -373,3 +374,38 @@ def test_batches_without_a_sample_say_nothing() -> None:
     expected = quantizer.fit(DATA).apply(model).model
     found = quantizer.fit([*DATA, torch.zeros(0, 64)]).apply(model).model
     assert same_tensors(found, expected)
+
+
+def test_what_is_gathered_for_a_block_is_gone_before_the_next() -> None:
+    @attrs.frozen(eq=False)
+    class State:
+        alive: ClassVar[WeakSet["State"]] = WeakSet()
+
+        def __attrs_post_init__(self) -> None:
+            self.alive.add(self)
+
+    @attrs.frozen
+    class Counting(Statistic[State]):
+        kind: ClassVar[str] = "tests.counting"
+        most: ClassVar[list[int]] = []
+
+        def observe(self, x: Tensor) -> State:
+            self.most.append(len(State.alive))
+            return State()
+
+        def merge(self, left: State, right: State) -> State:
+            return State()
+
+    @attrs.frozen
+    class Needing(Noted):
+        kind: ClassVar[str] = "tests.needing"
+
+        @property
+        def needs(self) -> tuple[AnyStatistic, ...]:
+            return (Counting(),)
+
+        def round(self, weight: Tensor, grid: Grid, statistics: Statistics) -> QTensor:
+            return RoundToNearest().round(weight, grid, statistics)
+
+    Quantizer().bits(4).only("*").fit(DATA).rounding(Needing()).apply(Deep().eval())
+    assert max(Counting.most) <= 3  # of the two layers of a block, and one that is being replaced

@@ -1,6 +1,6 @@
 """Learned rounding: what a block returns comes nearer to what the float block returned."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,10 +13,12 @@ from mono_quant import (
     Affine,
     BlockCall,
     BlockWeight,
+    CalibrationError,
     ConfigurationError,
     FittedBlock,
     FloatCast,
     Grid,
+    InputError,
     LearnedRounding,
     MinMax,
     PerGroup,
@@ -197,8 +199,9 @@ def test_what_is_no_learning_is_refused(wrong: dict[str, float], message: str) -
 
 
 def test_it_does_not_begin_with_itself() -> None:
-    with pytest.raises(ConfigurationError, match="start rounds weights one by one"):
-        LearnedRounding(start=LearnedRounding())
+    for wrong in (LearnedRounding(), GPTQ):  # the class, where an instance was meant
+        with pytest.raises(ConfigurationError, match="start rounds weights one by one"):
+            LearnedRounding(start=wrong)  # type: ignore[arg-type]  # what is tested
 
 
 class Stack(nn.Module):
@@ -305,3 +308,97 @@ def test_attention_is_learned_too(sizes: dict[str, int]) -> None:
     assert found.report.output_sqnr_db is not None
     assert found.report.output_sqnr_db > plain + 0.4
     assert all(change.done for change in found.report.changes)
+
+
+class Odd(nn.Module):
+    """A block that computes in a way of its own, with a weight that stays float."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.never = nn.Linear(32, 32)
+        self.stays = nn.Parameter(torch.eye(32))
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.between(self.last(self.first(x).relu() @ self.stays))
+        return out
+
+
+def odd(between: Callable[[Tensor], Tensor] = lambda x: x) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Odd(between), Odd(between)).eval()
+
+
+def test_nothing_is_left_with_a_gradient() -> None:
+    for apply in (Quantizer.apply, Quantizer.apply_):
+        source = odd()
+        settings = quantizer(LearnedRounding(steps=4)).skip("*.never", "0.last")
+        model = apply(settings, source).model
+        assert all(one.grad is None for one in (*source.parameters(), *model.parameters()))
+
+
+@torch.no_grad()
+def without_gradients(x: Tensor) -> Tensor:
+    return x + 1
+
+
+def overwriting(x: Tensor) -> Tensor:
+    return x.sigmoid().mul_(2)
+
+
+@pytest.mark.parametrize("between", [without_gradients, overwriting])
+def test_a_block_without_gradients_is_refused_with_what_mends_it(
+    between: Callable[[Tensor], Tensor],
+) -> None:
+    source, settings = odd(between), quantizer(LearnedRounding(steps=4)).skip("*.never")
+    with pytest.raises(InputError, match=r"'0' cannot be fitted .* no gradient .*skip\('0'\) or"):
+        settings.apply(source)
+    assert settings.override("*", rounding=GPTQ()).apply(source).validate()
+
+
+def test_a_layer_that_no_data_reaches_is_refused_by_its_name() -> None:
+    with pytest.raises(CalibrationError, match=r"no data reached '0.never'.*skip\('0.never'\)"):
+        quantizer(LearnedRounding(steps=4)).apply(odd())
+    found = quantizer(LearnedRounding(steps=4, start=NEAREST)).apply(odd())
+    assert found.validate()  # which needs to know nothing of inputs
+
+
+def test_a_weight_that_is_not_finite_is_refused_by_its_name() -> None:
+    source = odd()
+    source.get_parameter("1.last.weight").data[0, 0] = torch.nan
+    with pytest.raises(InputError, match=r"1.last.weight holds NaN or infinity"):
+        quantizer(LearnedRounding(steps=4)).skip("*.never").apply(source)
+
+
+def test_outputs_that_are_masked_by_infinities_are_learned_from() -> None:
+    def masked(x: Tensor) -> Tensor:
+        return x.masked_fill(torch.arange(32) == 3, -torch.inf)
+
+    def last(source: nn.Sequential) -> nn.Sequential:
+        return nn.Sequential(source[1])
+
+    learned = LearnedRounding(40, start=NEAREST, scale_rate=0.01, float_rate=0.01)
+    settings = Quantizer().bits(3).group_size(16).only("*").skip("*.never").fit(DATA)
+    errors = [
+        settings.rounding(one).apply(last(odd(masked))).report.output_sqnr_db or 0.0
+        for one in (NEAREST, learned)
+    ]
+    assert errors[1] > errors[0] + 0.4
+
+
+def test_what_is_not_learned_is_said() -> None:
+    plan = quantizer(LearnedRounding(steps=4)).plan(stack())
+    assert not [one for one in plan.run().report.changes if not one.done]
+    changes = plan.run(sequential=False).report.changes
+    keys = [weight.key for weight in plan.weights if weight.recipe is not None]
+    assert [one.path for one in changes if not one.done] == keys
+    assert "sequential=False was asked for" in changes[0].text
+
+    class Unused(Stack):
+        def __init__(self) -> None:
+            super().__init__()
+            self.never = nn.Linear(32, 32)
+
+    found = quantizer(LearnedRounding(steps=4, start=NEAREST)).apply(Unused().eval())
+    assert [one.path for one in found.report.changes if not one.done] == ["never.weight"]
