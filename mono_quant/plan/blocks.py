@@ -55,7 +55,12 @@ class BlockRun:
 
     def __init__(self, model: nn.Module, todo: Sequence[WeightPlan], data: CalibrationData) -> None:
         """Fit blocks of `model`, which is float still, where roundings of `todo` ask for it."""
-        self.changes: list[Change] = []
+        self.changes = [
+            change
+            for weight in todo
+            if (why := _unfit(weight)) is not None
+            for change in unlearned([weight], why)
+        ]
         self._model = model
         self._twin = Relay(copy_structure(model), data) if _asked(todo) else None
 
@@ -84,11 +89,6 @@ class BlockRun:
             )
             return NOTHING
         self._twin.reach(stage)
-        self.changes += [
-            Change(weight.key, f"{weight.key} is rounded apart from its block: {why}", done=False)
-            for weight in stage.weights
-            if isinstance(_rounding(weight), BlockRounding) and (why := _unfit(weight))
-        ]
         found: dict[str, QTensor] = {}
         targets: Kept | None = None
         for rounding, weights in _asked(stage.weights).items():
@@ -131,7 +131,7 @@ class BlockRun:
                 fitted = rounding.fit(block, asked, calls, self._free(block))
         except InputError as reason:
             text = f"{path!r} cannot be fitted as a block: {reason}"
-            raise InputError(text, Mend.ROUNDING, layer=path) from reason
+            raise InputError(text, Mend.ROUNDING, layer=path or "*") from reason
         for name, value in fitted.parameters.items():
             owner, _, own = name.rpartition(".")
             old = block.get_parameter(name)

@@ -12,7 +12,7 @@ from mono_quant import kernels
 from mono_quant.base import Activation, Change, Container, PackedTensor, Statistics
 from mono_quant.calibration import CalibrationData, evaluating
 from mono_quant.checkpoint import ModelT, calling
-from mono_quant.errors import InputError
+from mono_quant.errors import InputError, Mend
 from mono_quant.gathering import Gathered, Gathering, Wanted
 from mono_quant.modules import tie
 from mono_quant.numerics.metrics import tensor_bytes
@@ -192,7 +192,8 @@ def rounded(
         else:
             q = given
     except InputError as reason:
-        raise InputError(f"{weight.key} cannot be quantized: {reason}") from reason
+        text = f"{weight.key} cannot be quantized: {reason}"
+        raise InputError(text, Mend.GRID, layer=weight.path or "*") from reason
     apart = q.qparams.extra.get(scheme.columns_apart) if scheme.columns_apart else None
     error = WeightError.of(stack, q, scheme, apart)
     why = (

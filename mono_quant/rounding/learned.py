@@ -95,7 +95,8 @@ class LearnedRounding(BlockRounding):
         start: object = self.start  # which may come from a configuration, or be a class
         if not isinstance(start, Rounding) or isinstance(start, BlockRounding):
             raise ConfigurationError("start rounds weights one by one: GPTQ() or RoundToNearest()")
-        if not min(self.rounding_rate, self.scale_rate, self.float_rate) >= 0:
+        rates = (self.rounding_rate, self.scale_rate, self.float_rate)
+        if not all(rate >= 0 for rate in rates):  # NaN is none
             raise ConfigurationError("rates are 0 or more")
 
     def describe(self) -> str:

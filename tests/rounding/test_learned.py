@@ -1,5 +1,6 @@
 """Learned rounding: what a block returns comes nearer to what the float block returned."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -191,6 +192,7 @@ def test_a_budget_of_time_ends_it() -> None:
         ({"steps": 0}, "steps is 1 or more"),
         ({"minutes": 0.0}, "minutes is more than 0"),
         ({"scale_rate": -1.0}, "rates are 0 or more"),
+        ({"float_rate": math.nan}, "rates are 0 or more"),
     ],
 )
 def test_what_is_no_learning_is_refused(wrong: dict[str, float], message: str) -> None:
@@ -402,3 +404,16 @@ def test_what_is_not_learned_is_said() -> None:
 
     found = quantizer(LearnedRounding(steps=4, start=NEAREST)).apply(Unused().eval())
     assert [one.path for one in found.report.changes if not one.done] == ["never.weight"]
+
+
+def test_weights_that_cannot_be_changed_in_a_block_are_said_where_there_are_no_others() -> None:
+    settings = Quantizer().bits(4).outliers(2).only("*").fit(DATA)
+    found = settings.rounding(LearnedRounding(steps=4)).apply(stack()).report
+    apart = "some of its columns are kept apart"
+    assert {one.path for one in found.changes if apart in one.text} == {
+        "blocks.0.widen.weight",
+        "blocks.0.narrow.weight",
+        "blocks.1.widen.weight",
+        "blocks.1.narrow.weight",
+        "head.weight",
+    }
