@@ -361,7 +361,7 @@ class Kept:
             self._folder = Path(tempfile.mkdtemp(prefix="mono_quant_"))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         path = self._folder / f"{len(self._kept)}.pt"
-        torch.save(tensors, path)
+        torch.save([tensor.detach().clone() for tensor in tensors], path)  # of a view, no more
         self._kept.append(path)
 
     def add_all(self, batches: Iterable[list[Tensor]]) -> None:

@@ -35,16 +35,16 @@ _MAPPINGS = {dict, OrderedDict}
 
 
 def taken_apart(args: object, kwargs: object) -> tuple[object, list[Tensor]]:
-    """Return arguments with slots in place of tensors, and the tensors."""
-    found: list[Tensor] = []
+    """Return arguments with slots in place of tensors, and the tensors, each of them once."""
+    found: dict[int, Tensor] = {}
 
     def slot(value: object) -> object:
         if not isinstance(value, Tensor):
             return value
-        found.append(value)
-        return Slot(len(found) - 1)
+        found.setdefault(id(value), value)
+        return Slot(list(found).index(id(value)))
 
-    return each((args, kwargs), slot), found
+    return each((args, kwargs), slot), list(found.values())
 
 
 @attrs.frozen(eq=False)

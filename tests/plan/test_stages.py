@@ -23,7 +23,7 @@ from mono_quant import (
     Statistic,
     Statistics,
 )
-from mono_quant.calibration import CalibrationData
+from mono_quant.calibration import CalibrationData, Kept
 from mono_quant.plan.stages import Stage, stages_of
 from tests.helpers import TiedModel, noise, same_tensors
 
@@ -409,3 +409,40 @@ def test_what_is_gathered_for_a_block_is_gone_before_the_next() -> None:
 
     Quantizer().bits(4).only("*").fit(DATA).rounding(Needing()).apply(Deep().eval())
     assert max(Counting.most) <= 3  # of the two layers of a block, and one that is being replaced
+
+
+def test_a_tensor_that_is_given_twice_is_one_when_a_block_is_called_again() -> None:
+    class Attending(nn.Module):
+        same: ClassVar[list[bool]] = []
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, query: Tensor, key: Tensor) -> Tensor:
+            self.same.append(query is key)
+            out: Tensor = self.one(query) + self.other(key)
+            return out
+
+    class Attended(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Attending() for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x, x)
+            return x
+
+    model = Attended().eval()
+    assert [stage.follows for stage in stages(model)] == [None, ((True, 0),), ((True, 0),)]
+    Quantizer().bits(4).only("*").rounding(GPTQ()).fit(DATA).apply(model)
+    assert all(Attending.same)
+
+
+def test_of_a_view_no_more_is_kept_on_disk_than_it_shows() -> None:
+    table, kept = torch.arange(1 << 20, dtype=torch.float32), Kept(limit=0)
+    kept.add([table[8:16], table[:1].expand(4)])
+    assert kept._folder is not None
+    assert sum(path.stat().st_size for path in kept._folder.iterdir()) < 10_000
+    assert [one.tolist() for one in kept[0]] == [list(range(8, 16)), [0.0] * 4]
