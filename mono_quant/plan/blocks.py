@@ -94,7 +94,8 @@ class BlockRun:
         for rounding, weights in _asked(stage.weights).items():
             if calls is None or self._twin.calls is None:
                 text = f"{stage.path!r} is not fitted as a block, since a batch calls it more than "
-                text += "once or with what cannot be kept; its weights are rounded one by one"
+                text += "once, or with what cannot be kept, as a cache, or is written into; its "
+                text += "weights are rounded one by one"
                 self.changes.append(Change(stage.path, text, done=False))
                 continue
             if targets is None:

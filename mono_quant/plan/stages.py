@@ -47,6 +47,17 @@ def taken_apart(args: object, kwargs: object) -> tuple[object, list[Tensor]]:
     return each((args, kwargs), slot), list(found.values())
 
 
+def plain(value: object) -> bool:
+    """Return whether arguments are tensors and plain values, in nothing but plain containers."""
+    if isinstance(value, Mapping):
+        return type(value) in _MAPPINGS and all(map(plain, value.values()))
+    if isinstance(value, list):
+        return type(value) is list and all(map(plain, value))
+    if isinstance(value, tuple):
+        return all(map(plain, value))
+    return isinstance(value, Tensor) or type(value) in _PLAIN
+
+
 @attrs.frozen(eq=False)
 class Stage:
     """A part of a model, with the weights in it.
@@ -58,7 +69,7 @@ class Stage:
         form: its arguments, with slots for tensors, where it is called once and can be called again
             with the same ones: tensors and plain values, none of which it writes to; else None.
         follows: where each tensor that it takes stood in the one call of the stage before it; None
-            where something else makes one.
+            where something else makes one, or where batches differ in form.
     """
 
     path: str | None
@@ -185,8 +196,10 @@ class _Watch:
         counts, calls = self._counts[block], self._calls[block]
         often = max(counts) if len(counts) == 1 else 0
         form = calls[0].form
-        if often != 1 or not all(call.repeatable and call.form == form for call in calls):
+        if often != 1 or not all(call.repeatable for call in calls):
             return Stage(block, weights, often)
+        if any(call.form != form for call in calls):
+            return Stage(block, weights, often, form)
         place = self.place(block)
         ways = self._follows.get((self.order[place - 1], block), {None}) if place else {None}
         return Stage(block, weights, often, form, ways.pop() if len(ways) == 1 else None)
@@ -205,7 +218,7 @@ def _calls_of(model: nn.Module, blocks: set[str], batch: CalibrationData) -> lis
         returned = list(tensors_in(output))
         versions = _versions((*given, *returned))
         written = any(versions.get(key, times) != times for key, times in entered[block].items())
-        repeatable = not written and _plain((args, kwargs))
+        repeatable = not written and plain((args, kwargs))
         calls.append(_Call(block, form, given, returned, versions, repeatable))
 
     with ExitStack() as hooks:
@@ -218,17 +231,6 @@ def _calls_of(model: nn.Module, blocks: set[str], batch: CalibrationData) -> lis
         for _ in batch.outputs(model):
             pass
     return calls
-
-
-def _plain(value: object) -> bool:
-    """Return whether arguments are tensors and plain values, in nothing but plain containers."""
-    if isinstance(value, Mapping):
-        return type(value) in _MAPPINGS and all(map(_plain, value.values()))
-    if isinstance(value, list):
-        return type(value) is list and all(map(_plain, value))
-    if isinstance(value, tuple):
-        return all(map(_plain, value))
-    return isinstance(value, Tensor) or type(value) in _PLAIN
 
 
 def _versions(tensors: Iterable[Tensor]) -> dict[int, int]:

@@ -1,8 +1,8 @@
 """Which parts of a model are quantized one after the other, and what reaches each of them."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, cast
 from weakref import WeakSet
 
 import attrs
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from mono_quant import (
     GPTQ,
     AnyStatistic,
+    BlockCall,
+    BlockWeight,
+    FittedBlock,
     Grid,
     LearnedRounding,
     QTensor,
@@ -307,15 +310,34 @@ class Unwrapping(nn.Module):
         return out
 
 
-def test_a_block_is_not_called_again_with_what_only_some_batches_hand_it() -> None:
-    """The first and the last batch, which show what blocks are handed, are alike."""
-    data = [noise(rows, 64, seed=rows) for rows in (4, 9)]
-    model = Scaling().eval()
-    quantizer = Quantizer().bits(4).only("*").rounding(LearnedRounding(steps=2))
-    changes = quantizer.fit([data[0], data[1], data[0]]).apply(model).report.changes
-    refused = [change.path for change in changes if not change.done]
-    assert refused == ["blocks.0", "blocks.1", "blocks.2"]
-    assert all(change.done for change in quantizer.fit([data[0]] * 3).apply(model).report.changes)
+@attrs.frozen
+class Scaled(LearnedRounding):
+    """Sees that each call of a block has what its batch hands it."""
+
+    kind: ClassVar[str] = "tests.scaled"
+    seen: ClassVar[list[tuple[int, object]]] = []
+
+    def fit(
+        self,
+        block: nn.Module,
+        weights: Mapping[str, BlockWeight],
+        calls: Sequence[BlockCall],
+        free: Sequence[str],
+    ) -> FittedBlock:
+        Scaled.seen.extend(
+            (len(cast("Tensor", call.args[0])), call.kwargs["scale"]) for call in calls
+        )
+        return LearnedRounding.fit(self, block, weights, calls, free)
+
+
+@pytest.mark.parametrize("order", [(4, 9, 4), (4, 4, 9)], ids=["shown", "not shown"])
+def test_a_block_is_called_again_with_what_its_batch_hands_it(order: tuple[int, ...]) -> None:
+    """Where the first and the last batch, which show what blocks are handed, are alike, and not."""
+    Scaled.seen.clear()
+    data = [noise(rows, 64, seed=rows) for rows in order]
+    quantizer = Quantizer().bits(4).only("blocks").rounding(Scaled(steps=2)).fit(data)
+    assert all(change.done for change in quantizer.apply(Scaling().eval()).report.changes)
+    assert Scaled.seen == [(rows, float(rows)) for rows in order] * 3
 
 
 def test_a_mapping_of_a_class_of_its_own_cannot_be_kept() -> None:

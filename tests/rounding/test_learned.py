@@ -417,3 +417,28 @@ def test_weights_that_cannot_be_changed_in_a_block_are_said_where_there_are_no_o
         "blocks.1.narrow.weight",
         "head.weight",
     }
+
+
+@pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU])
+def test_biases_of_layers_that_are_quantized_already_are_learned(
+    cls: type[nn.LSTM] | type[nn.GRU],
+) -> None:
+    class Recurring(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.recurrent, self.after = cls(32, 32, batch_first=True), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = x + self.after(self.recurrent(x)[0])
+            return out
+
+    torch.manual_seed(0)
+    half = Quantizer().bits(4).only(cls).apply(nn.Sequential(Recurring(), Recurring()).eval())
+    data = [noise(2, 5, 32, seed=place) for place in range(2)]
+    settings = Quantizer().bits(3).only("*").rounding(LearnedRounding(20, start=NEAREST)).fit(data)
+    found = settings.apply(half.model)
+    assert all(change.done for change in found.report.changes)
+    one, other = (
+        model.get_parameter("1.recurrent.bias_hh_l0") for model in (found.model, half.model)
+    )
+    assert not torch.equal(one, other)
