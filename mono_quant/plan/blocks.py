@@ -168,7 +168,8 @@ def _asked(todo: Sequence[WeightPlan]) -> Mapping[BlockRounding, list[WeightPlan
 
 def unlearned(todo: Sequence[WeightPlan], why: str) -> list[Change]:
     """Return that weights whose rounding takes blocks are rounded one by one, and why."""
-    keys = [weight.key for weight in todo if isinstance(_rounding(weight), BlockRounding)]
+    own = [weight for weight in todo if weight.tied_to is None]  # others are what they share
+    keys = [weight.key for weight in own if isinstance(_rounding(weight), BlockRounding)]
     text = "is rounded apart from its block"
     return [Change(key, f"{key} {text}: {why}", done=False) for key in keys]
 

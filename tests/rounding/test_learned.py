@@ -400,7 +400,8 @@ def test_what_is_not_learned_is_said() -> None:
     class Unused(Stack):
         def __init__(self) -> None:
             super().__init__()
-            self.never = nn.Linear(32, 32)
+            self.never, self.tied = nn.Linear(32, 32), nn.Linear(32, 8)
+            self.tied.weight = self.head.weight  # which is learned, and so is what shares it
 
     found = quantizer(LearnedRounding(steps=4, start=NEAREST)).apply(Unused().eval())
     assert [one.path for one in found.report.changes if not one.done] == ["never.weight"]
