@@ -122,8 +122,11 @@ class CalibrationData:
         return next(self.batches())
 
     def first_and_last(self) -> "Iterator[CalibrationData]":
-        """Yield the first batch and, if there are several, the last, each by itself."""
-        batches = list(self.batches())
+        """Yield the first batch and, if there are several, the last, each by itself.
+
+        Of those that hold a sample.
+        """
+        batches = [batch for batch in self.batches() if count_samples(batch)]
         for batch in (batches[0], *batches[1:][-1:]):
             yield attrs.evolve(self, source=[batch], samples=1)
 
@@ -358,7 +361,7 @@ class Kept:
             self._folder = Path(tempfile.mkdtemp(prefix="mono_quant_"))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         path = self._folder / f"{len(self._kept)}.pt"
-        torch.save(tensors, path)
+        torch.save([tensor.detach().clone() for tensor in tensors], path)  # of a view, no more
         self._kept.append(path)
 
     def add_all(self, batches: Iterable[list[Tensor]]) -> None:

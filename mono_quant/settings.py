@@ -274,23 +274,26 @@ class Settings:
             return self.scheme.code_bits or 16
         return self.bits or DEFAULT_BITS
 
-    def recipe(self, shape: Shape, has_data: bool = False) -> Recipe:
+    def recipe(self, shape: Shape, has_data: bool = False, looked_up: bool = False) -> Recipe:
         """Return how a weight that is a stack of `shape` is quantized, and its inputs.
 
         Args:
             shape: of the stack.
             has_data: whether there is data to calibrate on.
+            looked_up: whether its rows are looked up, so that no inputs meet it.
         """
         ranges = MSE() if self.quality is not None else MinMax()
         grid = Grid(self._scheme(shape), self.observer or ranges)
         observer = cast("Observer[object]", self.activation_observer or ranges)  # checked above
-        return Recipe(grid, self._rounding(has_data), self._activations(has_data), observer)
+        return Recipe(
+            grid, self._rounding(has_data and not looked_up), self._activations(has_data), observer
+        )
 
-    def _rounding(self, has_data: bool) -> Rounding:
+    def _rounding(self, has_inputs: bool) -> Rounding:
         """Return what was asked for, or what the quality means; to nearest without data for it."""
         if self.rounding is not None:
             return self.rounding
-        learned = QUALITIES.get(self.quality or "") if has_data and self.width < 16 else None
+        learned = QUALITIES.get(self.quality or "") if has_inputs and self.width < 16 else None
         return learned or RoundToNearest()
 
     def _activations(self, has_data: bool) -> Activations:

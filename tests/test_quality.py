@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mono_quant import (
     MSE,
@@ -109,3 +109,33 @@ def test_better_ones_are_better() -> None:
     fast, balanced, best = (one if one is not None else 0.0 for one in found)
     assert fast + 1 < balanced
     assert balanced - 0.2 < best  # on the data of its own, which is little
+
+
+class Worded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.net = nn.Embedding(16, 64), net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(self.words(x))
+        return out
+
+
+@pytest.mark.parametrize("quality", ["balanced", "best"])
+def test_weights_that_are_looked_up_have_no_inputs_to_learn_from(quality: str) -> None:
+    torch.manual_seed(0)
+    model, data = Worded().eval(), [torch.arange(16).reshape(4, 4)]
+    plan = Quantizer().bits(8).quality(quality).fit(data).plan(model)
+    roundings = {one.key: one.recipe.rounding for one in plan.weights if one.recipe is not None}
+    assert roundings["words.weight"] == RoundToNearest()
+    assert roundings["net.0.weight"] == QUALITIES[quality]
+    assert "gave none" not in plan.explain()
+    tied = nn.Sequential(nn.Embedding(16, 64), nn.Linear(64, 64), nn.Linear(64, 16)).eval()
+    tied[2].weight = tied[0].weight
+    assert Quantizer().bits(8).quality(quality).fit(data).apply(tied).validate()
+
+
+def test_what_does_not_learn_because_so_was_said_lacks_no_data() -> None:
+    quantizer = Quantizer().quality("best").fit(DATA)
+    for said in (quantizer.bits(16), quantizer.bits(4).rounding(RoundToNearest())):
+        assert "gave none" not in said.plan(net()).explain()

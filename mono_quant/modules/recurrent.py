@@ -44,7 +44,7 @@ class SeveralWeights(QuantizedLayer):
         """Return a weight or bias as floats: decoded, or the parameter itself."""
         if name in self.quantized_weights:
             return self._holder(name).peek().dequantize(dtype)
-        return self.get_parameter(name).to(dtype)
+        return cast("Tensor", getattr(self, name)).to(dtype)
 
 
 class QuantizedRecurrent(SeveralWeights, nn.RNNBase):
@@ -87,7 +87,8 @@ class QuantizedRecurrent(SeveralWeights, nn.RNNBase):
 
     def _direction(self, suffix: str, x: Tensor, recurrence: Recurrence) -> Tensor:
         """Return the states after each step of one direction of one layer."""
-        biases = [self.get_parameter(f"bias_{kind}_{suffix}") for kind in _KINDS if self.bias]
+        names = [f"bias_{kind}_{suffix}" for kind in _KINDS if self.bias]
+        biases = [cast("Tensor", getattr(self, name)) for name in names]
         bias_ih, bias_hh = biases or (None, None)
         inputs = self.product(f"weight_ih_{suffix}", x, bias_ih)
         name, activations = f"weight_hh_{suffix}", self.activations()

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from mono_quant.base import BlockCall, BlockRounding, BlockWeight, Change, PackedTensor, Rounding
 from mono_quant.calibration import CalibrationData, Kept, evaluating
 from mono_quant.checkpoint import copy_structure
+from mono_quant.errors import InputError, Mend
 from mono_quant.gathering import Gathered
+from mono_quant.plan.checks import check_finite, check_gathered
 from mono_quant.plan.relay import Calls, Relay
 from mono_quant.plan.request import WeightPlan
 from mono_quant.plan.stages import Stage
@@ -69,6 +71,12 @@ class BlockRun:
 
     def __init__(self, model: nn.Module, todo: Sequence[WeightPlan], data: CalibrationData) -> None:
         """Fit blocks of `model`, which is float still, where roundings of `todo` ask for it."""
+        self.changes = [
+            change
+            for weight in todo
+            if (why := _unfit(weight)) is not None
+            for change in unlearned([weight], why)
+        ]
         self._model = model
         self._twin = Relay(copy_structure(model), data) if _asked(todo) else None
 
@@ -87,21 +95,21 @@ class BlockRun:
             calls: what it is called with; None where it cannot be called again.
             then: the stage after it.
         """
-        if self._twin is None or stage.path is None:
+        if self._twin is None:
             return BlockFit()
+        if stage.path is None:
+            why = "neither the first nor the last batch shows it"
+            return BlockFit(changes=tuple(unlearned(stage.weights, why)))
         self._twin.reach(stage)
         weights: dict[str, PackedTensor] = {}
         parameters: dict[str, Tensor] = {}
-        changes = [
-            Change(weight.key, f"{weight.key} is rounded apart from its block: {why}", done=False)
-            for weight in stage.weights
-            if isinstance(_rounding(weight), BlockRounding) and (why := _unfit(weight))
-        ]
+        changes: list[Change] = []
         targets: Kept | None = None
         for rounding, asked in _asked(stage.weights).items():
             if calls is None or self._twin.calls is None:
                 text = f"{stage.path!r} is not fitted as a block, since a batch calls it more than "
-                text += "once or with what cannot be kept; its weights are rounded one by one"
+                text += "once, or with what cannot be kept, as a cache, or is written into; its "
+                text += "weights are rounded one by one"
                 changes.append(Change(stage.path, text, done=False))
                 continue
             if targets is None:
@@ -136,10 +144,17 @@ class BlockRun:
             view = weight.maker.weights(self._model.get_submodule(weight.path))[weight.name]
             assert weight.recipe is not None  # it is asked for by its rounding
             statistics = gathered.get((weight.path, weight.name), Gathered()).rows
-            asked[name] = BlockWeight(view.stack(), view.layout, weight.recipe.grid, statistics)
+            check_gathered(weight, statistics)
+            stack = view.stack()
+            check_finite(weight.key, stack)
+            asked[name] = BlockWeight(stack, view.layout, weight.recipe.grid, statistics)
             dtypes[name] = view.native.dtype
-        with evaluating(block):
-            fitted = rounding.fit(block, asked, calls, self._free(block))
+        try:
+            with evaluating(block):
+                fitted = rounding.fit(block, asked, calls, self._free(block))
+        except InputError as reason:
+            text = f"{path!r} cannot be fitted as a block: {reason}"
+            raise InputError(text, Mend.ROUNDING, layer=path or "*") from reason
         packed = {
             names[name].key: PackedTensor.pack(
                 q, asked[name].grid.scheme, asked[name].layout, dtypes[name]
@@ -171,6 +186,14 @@ def _asked(todo: Sequence[WeightPlan]) -> Mapping[BlockRounding, list[WeightPlan
         if isinstance(rounding, BlockRounding) and _unfit(weight) is None and not weight.tied_to:
             found.setdefault(rounding, []).append(weight)
     return found
+
+
+def unlearned(todo: Sequence[WeightPlan], why: str) -> list[Change]:
+    """Return that weights whose rounding takes blocks are rounded one by one, and why."""
+    own = [weight for weight in todo if weight.tied_to is None]  # others are what they share
+    keys = [weight.key for weight in own if isinstance(_rounding(weight), BlockRounding)]
+    text = "is rounded apart from its block"
+    return [Change(key, f"{key} {text}: {why}", done=False) for key in keys]
 
 
 def _rounding(weight: WeightPlan) -> Rounding | None:

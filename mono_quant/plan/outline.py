@@ -11,7 +11,7 @@ from mono_quant.plan.accounting import account
 from mono_quant.plan.request import WeightPlan
 from mono_quant.result import Outline
 from mono_quant.rounding import RoundToNearest
-from mono_quant.settings import QUALITIES
+from mono_quant.settings import Recipe
 
 WORK_BYTES = 12
 """Bytes of working memory that each value of the layer at hand takes while it is quantized."""
@@ -52,15 +52,24 @@ def _notes(weights: Sequence[WeightPlan]) -> Iterable[str]:
 
 def _roundings(weights: Sequence[WeightPlan]) -> Iterable[str]:
     """Yield how weights are rounded, where that is more than to nearest, and what was chosen."""
-    recipes = [(weight.settings.quality, weight.recipe) for weight in weights if weight.recipe]
+    recipes = [(weight, weight.recipe) for weight in weights if weight.recipe is not None]
     counts = Counter(
-        (quality, recipe.rounding, recipe.grid.observer)
-        for quality, recipe in recipes
-        if quality is not None or not isinstance(recipe.rounding, RoundToNearest)
+        (weight.settings.quality, recipe.rounding, recipe.grid.observer)
+        for weight, recipe in recipes
+        if weight.settings.quality is not None or not isinstance(recipe.rounding, RoundToNearest)
     )
     for (quality, rounding, observer), count in counts.items():
         chosen = f"quality {quality!r}: " if quality is not None else ""
         yield f"{chosen}{count} weights by {rounding.describe()}; ranges by {observer!r}"
-        learns = QUALITIES.get(quality or "") is not None
-        if learns and isinstance(rounding, RoundToNearest):
-            yield f"quality {quality!r} learns from data, of which fit(data) gave none"
+    missed = {
+        weight.settings.quality
+        for weight, recipe in recipes
+        if weight.tied_to is None and recipe.rounding != _with_data(weight).rounding
+    }
+    for quality in sorted(map(repr, missed)):
+        yield f"quality {quality} learns from data, of which fit(data) gave none"
+
+
+def _with_data(weight: WeightPlan) -> Recipe:
+    """Return the recipe that a weight would have if there were data."""
+    return weight.settings.recipe(weight.layout.stack, True, weight.maker.looks_up)

@@ -22,6 +22,7 @@ from mono_quant.errors import CalibrationError, DamageError, InputError, Mend
 from mono_quant.layers import BUILT_IN_CONTAINERS
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.plan.accounting import account
+from mono_quant.plan.checks import check_finite, check_fits
 from mono_quant.plan.damage import Damage, amended, diagnosed, estimated
 from mono_quant.plan.faster import decided, measure_layers, outcome, set_apart
 from mono_quant.plan.fuse import fuse_activations
@@ -37,7 +38,7 @@ from mono_quant.plan.measure import (
 from mono_quant.plan.outline import outline_of
 from mono_quant.plan.relief import Relief, relief, with_tried_groups
 from mono_quant.plan.request import Request, WeightPlan
-from mono_quant.plan.run import LayerRun, check_finite, check_fits, quantize_weights
+from mono_quant.plan.run import LayerRun, quantize_weights
 from mono_quant.plan.warnings import warnings_of
 from mono_quant.plan.written import skipping
 from mono_quant.report import WARNING_DB, LayerReport, Report

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mono_quant.calibration import CalibrationData, Kept, evaluating, of_batch
 from mono_quant.numerics.nested import each, tensors_in
-from mono_quant.plan.stages import Slot, Stage, taken_apart
+from mono_quant.plan.stages import Slot, Stage, plain, taken_apart
 
 
 @attrs.frozen(eq=False)
@@ -18,16 +18,21 @@ class Calls:
     """What a stage is called with, a call for each batch.
 
     Attributes:
-        form: the arguments, with slots for tensors.
+        forms: the arguments of each, with slots for tensors.
         tensors: what fills them.
     """
 
-    form: object
+    forms: list[object] = attrs.field(factory=list)
     tensors: Kept = attrs.field(factory=Kept)
 
     def __len__(self) -> int:
         """Return the number of batches."""
         return len(self.tensors)
+
+    def add(self, form: object, tensors: list[Tensor]) -> None:
+        """Keep one more call."""
+        self.forms.append(form)
+        self.tensors.add(tensors)
 
     def arguments(self, place: int) -> tuple[tuple[object, ...], Mapping[str, object]]:
         """Return positional and keyword arguments for one batch."""
@@ -37,17 +42,21 @@ class Calls:
             return tensors[value.number] if isinstance(value, Slot) else value
 
         return cast(
-            "tuple[tuple[object, ...], Mapping[str, object]]", each(self.form, fill)
+            "tuple[tuple[object, ...], Mapping[str, object]]", each(self.forms[place], fill)
         )  # as they were taken apart
 
     def before(self, stage: Stage, outputs: Kept) -> "Calls | None":
-        """Return what a stage is called with after this one returned `outputs`, if it follows."""
-        if stage.follows is None:
+        """Return what a stage is called with after this one returned `outputs`, if it follows.
+
+        None too where batches differ in form here, which two of them need not have shown.
+        """
+        if stage.follows is None or any(form != self.forms[0] for form in self.forms):
             return None
-        found = Calls(stage.form)
+        found = Calls()
         for place in range(len(self)):
             sources = self.tensors[place], outputs[place]
-            found.tensors.add([sources[returned][number] for returned, number in stage.follows])
+            given = [sources[returned][number] for returned, number in stage.follows]
+            found.add(stage.form, given)
         return found
 
 
@@ -71,21 +80,32 @@ class Relay:
                 pass
 
     def reach(self, stage: Stage) -> bool:
-        """Find out what a stage is called with; return whether it ran for that."""
-        if stage.path is None or self._calls is not None:
+        """Find out what a stage is called with; return whether it ran for that.
+
+        Layers that no stage calls run with the whole model, on all batches: two of them, which have
+        shown the stages, need not have reached what some others do.
+        """
+        if self._calls is not None:
             return False
+        if stage.path is None:
+            for _ in self._data.outputs(self._model):
+                pass
+            return True
         module = self._model.get_submodule(stage.path)
-        calls = Calls(stage.form)
+        calls, repeatable = Calls(), stage.form is not None
 
         def keep(_: nn.Module, args: object, kwargs: object) -> None:
-            calls.tensors.add(taken_apart(args, kwargs)[1])
+            nonlocal repeatable
+            repeatable = repeatable and plain((args, kwargs))  # two batches have shown it, not all
+            if repeatable:
+                calls.add(*taken_apart(args, kwargs))
 
         with ExitStack() as hooks:
             if stage.form is not None:
                 hooks.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
             for _ in self._data.inner_outputs(self._model, module, calls=stage.calls):
                 pass
-        self._calls = calls if stage.form is not None else None
+        self._calls = calls if repeatable else None
         return True
 
     @property

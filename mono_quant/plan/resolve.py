@@ -201,7 +201,8 @@ def _decide(
     weight: WeightPlan, module: nn.Module, reason: str | None, has_data: bool
 ) -> WeightPlan:
     """Return the weight with a recipe, or with the reason why it has none."""
-    recipe = weight.settings.recipe(weight.layout.stack, has_data)
+    looked_up = weight.maker.looks_up
+    recipe = weight.settings.recipe(weight.layout.stack, has_data, looked_up)
     scheme = recipe.grid.scheme
     reason = reason or weight.maker.refuse(module, scheme) or scheme.refuse(weight.layout.stack)
     if reason is not None:

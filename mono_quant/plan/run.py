@@ -7,24 +7,24 @@ from typing import Generic, cast
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from mono_quant import kernels
-from mono_quant.base import Activation, Change, Container, PackedTensor, Scheme, Statistics
+from mono_quant.base import Activation, Change, Container, PackedTensor, Statistics
 from mono_quant.calibration import CalibrationData, evaluating
 from mono_quant.checkpoint import ModelT, calling
-from mono_quant.errors import CalibrationError, InputError, Mend
-from mono_quant.gathering import Gathered, Gathering
+from mono_quant.errors import InputError, Mend
+from mono_quant.gathering import Gathered, Gathering, Wanted
 from mono_quant.modules import tie
-from mono_quant.numerics.extremes import all_finite
 from mono_quant.numerics.metrics import tensor_bytes
-from mono_quant.plan.blocks import BlockRun
+from mono_quant.plan.blocks import BlockRun, unlearned
+from mono_quant.plan.checks import check_finite, check_gathered
 from mono_quant.plan.journal import Journal
 from mono_quant.plan.measure import gather_for, wanted_of
 from mono_quant.plan.relay import Relay
 from mono_quant.plan.request import WeightPlan, by_layer
-from mono_quant.plan.stages import stages_of
+from mono_quant.plan.stages import Stage, stages_of
 from mono_quant.plan.weight_error import WeightError
 from mono_quant.report import LayerReport
 from mono_quant.settings import Recipe
@@ -131,6 +131,7 @@ def quantize_weights(
     with bar, calling(run.model, containers, layers):
         if not sequential or data is None:
             found = gather_for(run.model, todo, data, label)
+            run.changes += unlearned(todo, "sequential=False was asked for")
             for weights in layers.values():
                 run.quantize(weights, found)
                 bar.update()
@@ -138,30 +139,45 @@ def quantize_weights(
         stages, wanted = stages_of(run.model, todo, data), wanted_of(todo)
         with kernels.use("reference"):
             relay, blocks = Relay(run.model, data), BlockRun(run.model, todo, data)
+            run.changes += blocks.changes
             for number, (stage, then) in enumerate(zip_longest(stages, stages[1:])):
-                done = journal.read(number) if journal is not None else None
-                here = by_layer(stage.weights)
-                mine = {path: wanted[path] for path in here if path in wanted}
-                if done is not None:  # of which only ranges of inputs are found anew
-                    mine = {path: attrs.evolve(one, of_rows={}) for path, one in mine.items()}
-                with Gathering(run.model, mine).attached() as gathering:
-                    relay.visit(stage)
-                found = gathering.found()
-                if done is None:
-                    fit = blocks.fit(stage, found, relay.calls, then)
-                else:
-                    fit = done
-                    blocks.skip(stage, then)
-                fit.put(run.model)
-                run.changes += fit.changes
-                for weights in here.values():
-                    run.quantize(weights, found, fit.weights)
-                    bar.update()
-                if journal is not None and done is None:
-                    journal.write(number, stage, run.packed, fit)
+                _quantize_stage(run, number, stage, then, wanted, relay, blocks, journal)
                 relay.leave(stage, then)
+                bar.update(len(by_layer(stage.weights)))
     if journal is not None:
         journal.close()
+
+
+def _quantize_stage(
+    run: LayerRun[ModelT],
+    number: int,
+    stage: Stage,
+    then: Stage | None,
+    wanted: Mapping[str, Wanted],
+    relay: Relay,
+    blocks: BlockRun,
+    journal: Journal | None,
+) -> None:
+    """Quantize the layers of a stage; what was gathered for them is gone when it returns."""
+    done = journal.read(number) if journal is not None else None
+    here = by_layer(stage.weights)
+    mine = {path: wanted[path] for path in here if path in wanted}
+    if done is not None:  # of which only ranges of inputs are found anew
+        mine = {path: attrs.evolve(one, of_rows={}) for path, one in mine.items()}
+    with Gathering(run.model, mine).attached() as gathering:
+        relay.visit(stage)
+    found = gathering.found()
+    if done is None:
+        fit = blocks.fit(stage, found, relay.calls, then)
+    else:
+        fit = done
+        blocks.skip(stage, then)
+    fit.put(run.model)
+    run.changes += fit.changes
+    for weights in here.values():
+        run.quantize(weights, found, fit.weights)
+    if journal is not None and done is None:
+        journal.write(number, stage, run.packed, fit)
 
 
 def rounded(
@@ -189,14 +205,8 @@ def rounded(
         view = weight.maker.weights(layer)[weight.name]
     stack = view.stack()
     check_finite(weight.key, stack)
-    missing = [need for need in recipe.rounding.needs if need not in statistics]
-    if missing and given is None:
-        raise CalibrationError(
-            f"no data reached {weight.path!r}, or {type(weight.maker).__name__} does not "
-            f"read its inputs; {type(recipe.rounding).__name__} needs them",
-            Mend.ROUNDING,
-            layer=weight.path,
-        )
+    if given is None:
+        check_gathered(weight, statistics)
     try:
         if given is None:
             scheme, q = recipe.grid.scheme.rounded(
@@ -205,7 +215,8 @@ def rounded(
         else:
             scheme, q = given.scheme, given.unpack()
     except InputError as reason:
-        raise InputError(f"{weight.key} cannot be quantized: {reason}") from reason
+        text = f"{weight.key} cannot be quantized: {reason}"
+        raise InputError(text, Mend.GRID, layer=weight.path or "*") from reason
     apart = q.qparams.extra.get(scheme.columns_apart) if scheme.columns_apart else None
     error = WeightError.of(stack, q, scheme, apart)
     why = (
@@ -290,19 +301,3 @@ def _inputs(weight: WeightPlan, activation: Activation | None) -> tuple[str | No
     recipe = cast("Recipe", weight.recipe)  # only weights with a recipe come here
     why = "no data reached it" if recipe.activations.mode is not None else weight.float_inputs
     return (f"float inputs: {why}" if why is not None else None), 0
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Refuse a weight that holds NaN or infinity, by its name."""
-    if not all_finite(tensor):
-        raise InputError(f"{name} holds NaN or infinity", Mend.SKIP, layer=name.rpartition(".")[0])
-
-
-def check_fits(name: str, tensor: Tensor, scheme: Scheme) -> None:
-    """Refuse a weight whose range a scheme cannot hold, by its name."""
-    if tensor.numel():
-        low, high = (end.reshape(1) for end in torch.aminmax(tensor.detach().float()))
-        try:
-            scheme.calculate_qparams(low, high, block_size=(1,))
-        except InputError as reason:
-            raise InputError(f"{name} cannot be quantized: {reason}") from reason

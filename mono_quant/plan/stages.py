@@ -1,6 +1,6 @@
 """The parts of a model that are quantized one after the other, and what is handed between them."""
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -27,21 +27,35 @@ class Slot:
     number: int
 
 
-_PLAIN = {type(None), bool, int, float, str, torch.dtype, torch.device, Slot}
+_PLAIN = {type(None), bool, int, float, str, torch.dtype, torch.device}
 """Exactly these: a subclass may hold anything."""
+
+_MAPPINGS = {dict, OrderedDict}
+"""Those that a plain one can stand in for."""
 
 
 def taken_apart(args: object, kwargs: object) -> tuple[object, list[Tensor]]:
-    """Return arguments with slots in place of tensors, and the tensors."""
-    found: list[Tensor] = []
+    """Return arguments with slots in place of tensors, and the tensors, each of them once."""
+    found: dict[int, Tensor] = {}
 
     def slot(value: object) -> object:
         if not isinstance(value, Tensor):
             return value
-        found.append(value)
-        return Slot(len(found) - 1)
+        found.setdefault(id(value), value)
+        return Slot(list(found).index(id(value)))
 
-    return each((args, kwargs), slot), found
+    return each((args, kwargs), slot), list(found.values())
+
+
+def plain(value: object) -> bool:
+    """Return whether arguments are tensors and plain values, in nothing but plain containers."""
+    if isinstance(value, Mapping):
+        return type(value) in _MAPPINGS and all(map(plain, value.values()))
+    if isinstance(value, list):
+        return type(value) is list and all(map(plain, value))
+    if isinstance(value, tuple):
+        return all(map(plain, value))
+    return isinstance(value, Tensor) or type(value) in _PLAIN
 
 
 @attrs.frozen(eq=False)
@@ -55,7 +69,7 @@ class Stage:
         form: its arguments, with slots for tensors, where it is called once and can be called again
             with the same ones: tensors and plain values, none of which it writes to; else None.
         follows: where each tensor that it takes stood in the one call of the stage before it; None
-            where something else makes one.
+            where something else makes one, or where batches differ in form.
     """
 
     path: str | None
@@ -85,8 +99,12 @@ def stages_of(
     found = []
     for place, block in enumerate([*seen.order, None]):
         here = tuple(weight for weight in todo if places[weight.path] == place)
-        if here:
-            found.append(seen.stage(block, here))
+        if not here:
+            continue
+        stage = seen.stage(block, here)
+        if any(blocks[weight.path] != block for weight in here):  # those that waited
+            stage = attrs.evolve(stage, follows=None)  # are reached by the whole model alone
+        found.append(stage)
     return tuple(found)
 
 
@@ -119,7 +137,7 @@ class _Call:
         given: the tensors in its arguments.
         returned: those in its result.
         versions: how often each of all these had been written to when the call ended, by identity.
-        written: whether it wrote to what it was given.
+        repeatable: whether nothing but tensors and plain values came in, and it wrote to none.
     """
 
     block: str
@@ -127,19 +145,7 @@ class _Call:
     given: list[Tensor]
     returned: list[Tensor]
     versions: Mapping[int, int]
-    written: bool
-
-    @property
-    def repeatable(self) -> bool:
-        """Whether nothing but tensors and plain values came in, and no tensor was changed."""
-        opaque: list[object] = []
-
-        def look(value: object) -> None:
-            if type(value) not in _PLAIN:
-                opaque.append(value)
-
-        each(self.form, look)
-        return not self.written and not opaque
+    repeatable: bool
 
     def place(self, tensor: Tensor) -> Place | None:
         """Return where a tensor stood in this call, unless it was written to since."""
@@ -190,8 +196,10 @@ class _Watch:
         counts, calls = self._counts[block], self._calls[block]
         often = max(counts) if len(counts) == 1 else 0
         form = calls[0].form
-        if often != 1 or not all(call.repeatable and call.form == form for call in calls):
+        if often != 1 or not all(call.repeatable for call in calls):
             return Stage(block, weights, often)
+        if any(call.form != form for call in calls):
+            return Stage(block, weights, often, form)
         place = self.place(block)
         ways = self._follows.get((self.order[place - 1], block), {None}) if place else {None}
         return Stage(block, weights, often, form, ways.pop() if len(ways) == 1 else None)
@@ -210,7 +218,8 @@ def _calls_of(model: nn.Module, blocks: set[str], batch: CalibrationData) -> lis
         returned = list(tensors_in(output))
         versions = _versions((*given, *returned))
         written = any(versions.get(key, times) != times for key, times in entered[block].items())
-        calls.append(_Call(block, form, given, returned, versions, written))
+        repeatable = not written and plain((args, kwargs))
+        calls.append(_Call(block, form, given, returned, versions, repeatable))
 
     with ExitStack() as hooks:
         for block in blocks:

@@ -22,8 +22,9 @@ from mono_quant.base import (
     Statistics,
 )
 from mono_quant.configurable import register
-from mono_quant.errors import ConfigurationError
+from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.numerics.blocks import meet
+from mono_quant.numerics.extremes import all_finite
 from mono_quant.numerics.nested import tensors_in
 from mono_quant.numerics.values import QTensor
 from mono_quant.rounding.gptq import GPTQ
@@ -91,9 +92,11 @@ class LearnedRounding(BlockRounding):
             raise ConfigurationError(f"steps is 1 or more, not {self.steps!r}")
         if self.minutes is not None and not self.minutes > 0:
             raise ConfigurationError(f"minutes is more than 0, not {self.minutes!r}")
-        if isinstance(self.start, BlockRounding):
+        start: object = self.start  # which may come from a configuration, or be a class
+        if not isinstance(start, Rounding) or isinstance(start, BlockRounding):
             raise ConfigurationError("start rounds weights one by one: GPTQ() or RoundToNearest()")
-        if not min(self.rounding_rate, self.scale_rate, self.float_rate) >= 0:
+        rates = (self.rounding_rate, self.scale_rate, self.float_rate)
+        if not all(rate >= 0 for rate in rates):  # NaN is none
             raise ConfigurationError("rates are 0 or more")
 
     def describe(self) -> str:
@@ -192,7 +195,7 @@ class LearnedRounding(BlockRounding):
         for tensor in tensors:
             tensor.requires_grad_(True)
         while (spent := clock.spent) < until:
-            trial.learn_from(calls[next(order)])
+            trial.learn_from(calls[next(order)], tensors)
             for optimizer, (rate, _) in zip(optimizers, groups, strict=True):
                 optimizer.param_groups[0]["lr"] = rate * (until - spent) / (until - begun)
                 optimizer.step()
@@ -342,12 +345,26 @@ class _Trial:
         for name, value in floats.items():
             self.floats[name].copy_(value)
 
-    def learn_from(self, call: BlockCall) -> None:
-        """Find the gradients of the error on one batch, as a share of what it should return."""
+    def learn_from(self, call: BlockCall, tensors: Sequence[Tensor]) -> None:
+        """Find the gradients of the error on one batch, as a share of what it should return.
+
+        Args:
+            call: the batch.
+            tensors: those that are learned; nothing else gets a gradient.
+
+        Raises:
+            InputError: the block computes without gradients, or writes over what they need.
+        """
         with torch.enable_grad():
             noise, signal = self._error(call)
             share = noise / signal.clamp_min(torch.finfo(torch.float32).tiny)
-            torch.autograd.backward(share)
+            try:
+                torch.autograd.backward(share, inputs=list(tensors))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                first = str(error).partition("\n")[0]
+                raise InputError(f"there is no gradient of its outputs ({first})") from error
 
     @torch.no_grad()
     def error(self, calls: Sequence[BlockCall]) -> float:
@@ -355,15 +372,26 @@ class _Trial:
         return math.fsum(float(self._error(calls[place])[0]) for place in range(len(calls)))
 
     def _error(self, call: BlockCall) -> tuple[Tensor, Tensor]:
-        """Return the squared error of the outputs, and the sum of squares that they should have."""
+        """Return the squared error of the outputs, and the sum of squares that they should have.
+
+        Of what should be finite: scores that are masked by infinities are no error.
+        """
         dtypes = {name: one.dtype for name, one in self.block.named_parameters()}
         changed = {name: one.native() for name, one in self.weights.items()} | dict(self.floats)
         cast = {name: value.to(dtypes[name]) for name, value in changed.items()}
         outputs = functional_call(self.block, cast, call.args, dict(call.kwargs))
         pairs = [
-            (output.to(torch.float32), target.to(torch.float32))
+            _finite_parts(output.to(torch.float32), target.to(torch.float32))
             for output, target in zip(tensors_in(outputs), call.targets, strict=True)
             if target.is_floating_point()
         ]
         noise = torch.stack([(output - target).square().sum() for output, target in pairs]).sum()
         return noise, torch.stack([target.square().sum() for _, target in pairs]).sum()
+
+
+def _finite_parts(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both with zeros where a target is not finite."""
+    if all_finite(target):
+        return output, target
+    known = target.isfinite()
+    return output.where(known, 0.0), target.where(known, 0.0)

@@ -1,7 +1,9 @@
 """Which parts of a model are quantized one after the other, and what reaches each of them."""
 
-from collections.abc import Callable, Mapping
-from typing import ClassVar
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, cast
+from weakref import WeakSet
 
 import attrs
 import pytest
@@ -11,15 +13,20 @@ from torch import Tensor, nn
 from mono_quant import (
     GPTQ,
     AnyStatistic,
+    BlockCall,
+    BlockWeight,
+    FittedBlock,
     Grid,
+    LearnedRounding,
     QTensor,
+    QuantizedModule,
     Quantizer,
     Rounding,
     RoundToNearest,
     Statistic,
     Statistics,
 )
-from mono_quant.calibration import CalibrationData
+from mono_quant.calibration import CalibrationData, Kept
 from mono_quant.plan.stages import Stage, stages_of
 from tests.helpers import TiedModel, noise, same_tensors
 
@@ -259,3 +266,205 @@ def test_in_place_is_the_same() -> None:
     model = Deep().eval()
     apart = quantizer.apply(model).model
     assert same_tensors(quantizer.apply_(model).model, apart)
+
+
+class Scaling(Deep):
+    """Hands its blocks a number that depends on the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        for block in self.blocks:
+            hidden = block(hidden, x.new_ones(64), scale=float(len(x)))
+        out: Tensor = self.last(hidden)
+        return out
+
+
+class Apart(OrderedDict[str, Tensor]):
+    """A mapping whose entries are attributes, too."""
+
+    @property
+    def hidden(self) -> Tensor:
+        return self["hidden"]
+
+
+class Wrapping(nn.Module):
+    """Hands its blocks a mapping of a class of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Unwrapping() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(Apart(hidden=x))
+        return x
+
+
+class Unwrapping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Apart) -> Tensor:
+        out: Tensor = self.other(self.one(x.hidden).relu())
+        return out
+
+
+@attrs.frozen
+class Scaled(LearnedRounding):
+    """Sees that each call of a block has what its batch hands it."""
+
+    kind: ClassVar[str] = "tests.scaled"
+    seen: ClassVar[list[tuple[int, object]]] = []
+
+    def fit(
+        self,
+        block: nn.Module,
+        weights: Mapping[str, BlockWeight],
+        calls: Sequence[BlockCall],
+        free: Sequence[str],
+    ) -> FittedBlock:
+        Scaled.seen.extend(
+            (len(cast("Tensor", call.args[0])), call.kwargs["scale"]) for call in calls
+        )
+        return LearnedRounding.fit(self, block, weights, calls, free)
+
+
+@pytest.mark.parametrize("order", [(4, 9, 4), (4, 4, 9)], ids=["shown", "not shown"])
+def test_a_block_is_called_again_with_what_its_batch_hands_it(order: tuple[int, ...]) -> None:
+    """Where the first and the last batch, which show what blocks are handed, are alike, and not."""
+    Scaled.seen.clear()
+    data = [noise(rows, 64, seed=rows) for rows in order]
+    quantizer = Quantizer().bits(4).only("blocks").rounding(Scaled(steps=2)).fit(data)
+    assert all(change.done for change in quantizer.apply(Scaling().eval()).report.changes)
+    assert Scaled.seen == [(rows, float(rows)) for rows in order] * 3
+
+
+def test_a_mapping_of_a_class_of_its_own_cannot_be_kept() -> None:
+    model = Wrapping().eval()
+    assert [stage.form for stage in stages(model)] == [None, None]
+    assert Quantizer().bits(4).only("*").rounding(GPTQ()).fit(DATA).apply(model).validate()
+
+
+class Experts(nn.Module):
+    """Each batch goes to one of three layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.all[len(x) % 3](x)
+        return out
+
+
+def test_a_layer_that_neither_the_first_nor_the_last_batch_reaches_sees_its_own() -> None:
+    data = [noise(rows, 64, seed=rows) for rows in (3, 4, 5)]
+    model = Experts().eval()
+    Noted.seen.clear()
+    Quantizer().bits(4).only("*").rounding(Noted()).fit(data).apply(model)
+    assert len(Noted.seen) == 3
+    (seen,) = Noted.seen[float(model.get_parameter("all.1.weight").detach().sum())]
+    assert torch.equal(seen, data[1])
+
+
+def test_a_layer_called_before_the_one_it_shares_with_is_calibrated_all_the_same() -> None:
+    class Reversed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.middle = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.first = nn.Linear(64, 64)
+            self.first.weight = self.head.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.middle(self.first(x)))
+            return out
+
+    quantizer = Quantizer().bits(8).activations("static").rounding(GPTQ()).fit(DATA)
+    model = quantizer.apply(Reversed().eval()).model
+    first = model.get_submodule("first")
+    assert isinstance(first, QuantizedModule)
+    low, high = torch.cat(DATA).aminmax()
+    scale = first.activations()["weight"].scale
+    assert scale is not None
+    torch.testing.assert_close(scale.squeeze(), (high - low) / 255)
+
+
+def test_batches_without_a_sample_say_nothing() -> None:
+    model = Deep().eval()
+    quantizer = Quantizer().bits(4).rounding(GPTQ())
+    expected = quantizer.fit(DATA).apply(model).model
+    found = quantizer.fit([*DATA, torch.zeros(0, 64)]).apply(model).model
+    assert same_tensors(found, expected)
+
+
+def test_what_is_gathered_for_a_block_is_gone_before_the_next() -> None:
+    @attrs.frozen(eq=False)
+    class State:
+        alive: ClassVar[WeakSet["State"]] = WeakSet()
+
+        def __attrs_post_init__(self) -> None:
+            self.alive.add(self)
+
+    @attrs.frozen
+    class Counting(Statistic[State]):
+        kind: ClassVar[str] = "tests.counting"
+        most: ClassVar[list[int]] = []
+
+        def observe(self, x: Tensor) -> State:
+            self.most.append(len(State.alive))
+            return State()
+
+        def merge(self, left: State, right: State) -> State:
+            return State()
+
+    @attrs.frozen
+    class Needing(Noted):
+        kind: ClassVar[str] = "tests.needing"
+
+        @property
+        def needs(self) -> tuple[AnyStatistic, ...]:
+            return (Counting(),)
+
+        def round(self, weight: Tensor, grid: Grid, statistics: Statistics) -> QTensor:
+            return RoundToNearest().round(weight, grid, statistics)
+
+    Quantizer().bits(4).only("*").fit(DATA).rounding(Needing()).apply(Deep().eval())
+    assert max(Counting.most) <= 3  # of the two layers of a block, and one that is being replaced
+
+
+def test_a_tensor_that_is_given_twice_is_one_when_a_block_is_called_again() -> None:
+    class Attending(nn.Module):
+        same: ClassVar[list[bool]] = []
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, query: Tensor, key: Tensor) -> Tensor:
+            self.same.append(query is key)
+            out: Tensor = self.one(query) + self.other(key)
+            return out
+
+    class Attended(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Attending() for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x, x)
+            return x
+
+    model = Attended().eval()
+    assert [stage.follows for stage in stages(model)] == [None, ((True, 0),), ((True, 0),)]
+    Quantizer().bits(4).only("*").rounding(GPTQ()).fit(DATA).apply(model)
+    assert all(Attending.same)
+
+
+def test_of_a_view_no_more_is_kept_on_disk_than_it_shows() -> None:
+    table, kept = torch.arange(1 << 20, dtype=torch.float32), Kept(limit=0)
+    kept.add([table[8:16], table[:1].expand(4)])
+    assert kept._folder is not None
+    assert sum(path.stat().st_size for path in kept._folder.iterdir()) < 10_000
+    assert [one.tolist() for one in kept[0]] == [list(range(8, 16)), [0.0] * 4]

@@ -191,6 +191,13 @@ def test_moments_that_are_not_finite_are_refused() -> None:
         GPTQ().round(noise(1, 6, 32), Grid(GRIDS[0], MinMax()), Statistics({Hessian(): state}))
 
 
+def test_inputs_whose_squares_overflow_are_refused_with_what_mends_it() -> None:
+    settings = Quantizer().bits(4).only("*").rounding(GPTQ()).fit(noise(8, 32) * 1e30)
+    message = r"weight cannot be quantized: .* not finite.*override\('\*', rounding=RoundToN"
+    with pytest.raises(InputError, match=message):
+        settings.apply(nn.Linear(32, 8))
+
+
 def test_moments_of_other_inputs_are_refused() -> None:
     with pytest.raises(InputError, match=r"second moments \(1, 16, 16\), where \(1, 32, 32\)"):
         GPTQ().round(noise(1, 6, 32), Grid(GRIDS[0], MinMax()), gathered(inputs(1, 16)))

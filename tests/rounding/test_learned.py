@@ -1,6 +1,7 @@
 """Learned rounding: what a block returns comes nearer to what the float block returned."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from mono_quant import (
     Affine,
     BlockCall,
     BlockWeight,
+    CalibrationError,
     ConfigurationError,
     FittedBlock,
     FloatCast,
     Grid,
+    InputError,
     LearnedRounding,
     MinMax,
     PerGroup,
@@ -189,6 +192,7 @@ def test_a_budget_of_time_ends_it() -> None:
         ({"steps": 0}, "steps is 1 or more"),
         ({"minutes": 0.0}, "minutes is more than 0"),
         ({"scale_rate": -1.0}, "rates are 0 or more"),
+        ({"float_rate": math.nan}, "rates are 0 or more"),
     ],
 )
 def test_what_is_no_learning_is_refused(wrong: dict[str, float], message: str) -> None:
@@ -197,8 +201,9 @@ def test_what_is_no_learning_is_refused(wrong: dict[str, float], message: str) -
 
 
 def test_it_does_not_begin_with_itself() -> None:
-    with pytest.raises(ConfigurationError, match="start rounds weights one by one"):
-        LearnedRounding(start=LearnedRounding())
+    for wrong in (LearnedRounding(), GPTQ):  # the class, where an instance was meant
+        with pytest.raises(ConfigurationError, match="start rounds weights one by one"):
+            LearnedRounding(start=wrong)  # type: ignore[arg-type]  # what is tested
 
 
 class Stack(nn.Module):
@@ -279,3 +284,162 @@ def test_a_bias_that_is_shared_is_left_alone() -> None:
     one, other = (result.model.get_parameter(f"blocks.{place}.norm.bias") for place in (0, 1))
     assert one is other
     assert torch.equal(one, shared)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 16, "vdim": 16}], ids=["fused", "apart"])
+def test_attention_is_learned_too(sizes: dict[str, int]) -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, 2, batch_first=True, **sizes)
+            self.after = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            given = x[..., : self.attention.kdim]
+            out: Tensor = x + self.after(self.attention(x, given, given)[0])
+            return out
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Attending(), Attending()).eval()
+    data = [noise(2, 5, 32, seed=place) for place in range(3)]
+    settings = Quantizer().bits(3).group_size(16).only("*").fit(data)
+    plain = settings.rounding(NEAREST).apply(model).report.output_sqnr_db
+    learned = LearnedRounding(60, start=NEAREST, scale_rate=0.01, float_rate=0.01)
+    found = settings.rounding(learned).apply(model)
+    assert plain is not None
+    assert found.report.output_sqnr_db is not None
+    assert found.report.output_sqnr_db > plain + 0.4
+    assert all(change.done for change in found.report.changes)
+
+
+class Odd(nn.Module):
+    """A block that computes in a way of its own, with a weight that stays float."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.never = nn.Linear(32, 32)
+        self.stays = nn.Parameter(torch.eye(32))
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.between(self.last(self.first(x).relu() @ self.stays))
+        return out
+
+
+def odd(between: Callable[[Tensor], Tensor] = lambda x: x) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Odd(between), Odd(between)).eval()
+
+
+def test_nothing_is_left_with_a_gradient() -> None:
+    for apply in (Quantizer.apply, Quantizer.apply_):
+        source = odd()
+        settings = quantizer(LearnedRounding(steps=4)).skip("*.never", "0.last")
+        model = apply(settings, source).model
+        assert all(one.grad is None for one in (*source.parameters(), *model.parameters()))
+
+
+@torch.no_grad()
+def without_gradients(x: Tensor) -> Tensor:
+    return x + 1
+
+
+def overwriting(x: Tensor) -> Tensor:
+    return x.sigmoid().mul_(2)
+
+
+@pytest.mark.parametrize("between", [without_gradients, overwriting])
+def test_a_block_without_gradients_is_refused_with_what_mends_it(
+    between: Callable[[Tensor], Tensor],
+) -> None:
+    source, settings = odd(between), quantizer(LearnedRounding(steps=4)).skip("*.never")
+    with pytest.raises(InputError, match=r"'0' cannot be fitted .* no gradient .*skip\('0'\) or"):
+        settings.apply(source)
+    assert settings.override("*", rounding=GPTQ()).apply(source).validate()
+
+
+def test_a_layer_that_no_data_reaches_is_refused_by_its_name() -> None:
+    with pytest.raises(CalibrationError, match=r"no data reached '0.never'.*skip\('0.never'\)"):
+        quantizer(LearnedRounding(steps=4)).apply(odd())
+    found = quantizer(LearnedRounding(steps=4, start=NEAREST)).apply(odd())
+    assert found.validate()  # which needs to know nothing of inputs
+
+
+def test_a_weight_that_is_not_finite_is_refused_by_its_name() -> None:
+    source = odd()
+    source.get_parameter("1.last.weight").data[0, 0] = torch.nan
+    with pytest.raises(InputError, match=r"1.last.weight holds NaN or infinity"):
+        quantizer(LearnedRounding(steps=4)).skip("*.never").apply(source)
+
+
+def test_outputs_that_are_masked_by_infinities_are_learned_from() -> None:
+    def masked(x: Tensor) -> Tensor:
+        return x.masked_fill(torch.arange(32) == 3, -torch.inf)
+
+    def last(source: nn.Sequential) -> nn.Sequential:
+        return nn.Sequential(source[1])
+
+    learned = LearnedRounding(40, start=NEAREST, scale_rate=0.01, float_rate=0.01)
+    settings = Quantizer().bits(3).group_size(16).only("*").skip("*.never").fit(DATA)
+    errors = [
+        settings.rounding(one).apply(last(odd(masked))).report.output_sqnr_db or 0.0
+        for one in (NEAREST, learned)
+    ]
+    assert errors[1] > errors[0] + 0.4
+
+
+def test_what_is_not_learned_is_said() -> None:
+    plan = quantizer(LearnedRounding(steps=4)).plan(stack())
+    assert not [one for one in plan.run().report.changes if not one.done]
+    changes = plan.run(sequential=False).report.changes
+    keys = [weight.key for weight in plan.weights if weight.recipe is not None]
+    assert [one.path for one in changes if not one.done] == keys
+    assert "sequential=False was asked for" in changes[0].text
+
+    class Unused(Stack):
+        def __init__(self) -> None:
+            super().__init__()
+            self.never, self.tied = nn.Linear(32, 32), nn.Linear(32, 8)
+            self.tied.weight = self.head.weight  # which is learned, and so is what shares it
+
+    found = quantizer(LearnedRounding(steps=4, start=NEAREST)).apply(Unused().eval())
+    assert [one.path for one in found.report.changes if not one.done] == ["never.weight"]
+
+
+def test_weights_that_cannot_be_changed_in_a_block_are_said_where_there_are_no_others() -> None:
+    settings = Quantizer().bits(4).outliers(2).only("*").fit(DATA)
+    found = settings.rounding(LearnedRounding(steps=4)).apply(stack()).report
+    apart = "some of its columns are kept apart"
+    assert {one.path for one in found.changes if apart in one.text} == {
+        "blocks.0.widen.weight",
+        "blocks.0.narrow.weight",
+        "blocks.1.widen.weight",
+        "blocks.1.narrow.weight",
+        "head.weight",
+    }
+
+
+@pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU])
+def test_biases_of_layers_that_are_quantized_already_are_learned(
+    cls: type[nn.LSTM] | type[nn.GRU],
+) -> None:
+    class Recurring(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.recurrent, self.after = cls(32, 32, batch_first=True), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = x + self.after(self.recurrent(x)[0])
+            return out
+
+    torch.manual_seed(0)
+    half = Quantizer().bits(4).only(cls).apply(nn.Sequential(Recurring(), Recurring()).eval())
+    data = [noise(2, 5, 32, seed=place) for place in range(2)]
+    settings = Quantizer().bits(3).only("*").rounding(LearnedRounding(20, start=NEAREST)).fit(data)
+    found = settings.apply(half.model)
+    assert all(change.done for change in found.report.changes)
+    one, other = (
+        model.get_parameter("1.recurrent.bias_hh_l0") for model in (found.model, half.model)
+    )
+    assert not torch.equal(one, other)
