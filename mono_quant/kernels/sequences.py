@@ -38,18 +38,19 @@ class IntegerSteps:
         """Return the states after each step, as `Recurrence` does."""
         operation = spec.operation
         assert isinstance(operation, Recurrence)  # `supports` saw to it
-        if made := _finite(spec, operation, x, weight, bias):
+        if made := _finite(operation, x, weight, bias):
             return made[0]
         step = _of_step(spec, operation)
         return operation.join(operation.steps(x, lambda h: INTEGER(step, h, weight, bias)))
 
 
 def _finite(
-    spec: KernelSpec, operation: Recurrence, x: Tensor, weight: PackedTensor, bias: Tensor | None
+    operation: Recurrence, x: Tensor, weight: PackedTensor, bias: Tensor | None
 ) -> tuple[Tensor, ...]:
     """Return the states after each step; nothing where h is not finite throughout.
 
-    `Integer` looks for that at each step, and prepares the weight there.
+    That is seen of all states once, and the weight is prepared once: `Integer` does both at each
+    step.
     """
     activation, (h, *_) = operation.activation, operation.states
     assert activation is not None  # `supports` saw to it
