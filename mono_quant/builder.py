@@ -139,7 +139,7 @@ class Builder:
 
         Args:
             quality: "fast" rounds to nearest and needs no data; "balanced" takes GPTQ and learns
-                scales and biases in 16 steps a block; "best" learns grid points, too, in 400.
+                scales and biases in 16 steps a block; "best" learns grid points, too, in 64.
         """
         return self._settings(attrs.evolve(self._request.settings, quality=quality))
 

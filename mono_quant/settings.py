@@ -28,8 +28,8 @@ DEFAULT_GROUP = 64
 
 QUALITIES: Mapping[str, Rounding | None] = {
     "fast": None,
-    "balanced": LearnedRounding(steps=16, rounding_rate=0.0),
-    "best": LearnedRounding(steps=400),
+    "balanced": LearnedRounding(steps=16, rounding_rate=0.0, scale_rate=3e-3),
+    "best": LearnedRounding(),
 }
 """How weights are rounded where there is data, by the names that `quality` takes; None: to nearest.
 

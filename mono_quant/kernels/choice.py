@@ -1,13 +1,15 @@
 """Which of several kernels is fastest here, and in which order that wants the codes of a weight."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 
-from mono_quant.base import Arranged, ArrangingKernel, Kernel, KernelSpec
+from mono_quant.base import Arranged, ArrangingKernel, Kernel, KernelSpec, Operation
 from mono_quant.kernels.switches import memory
 from mono_quant.kernels.timing import LARGEST_BATCH, seconds
 from mono_quant.operations import Convolution
+from mono_quant.recurrence import WholeSequence
 from mono_quant.speed import NO_DIFFERENCE
 
 Order = type[Arranged] | None
@@ -15,6 +17,12 @@ Order = type[Arranged] | None
 
 _USUAL = (1, 8, 64)
 """Rows of inputs for which the order of a matrix's codes is chosen: tokens, and few sequences."""
+
+_BATCHES: Mapping[type[Operation], tuple[int, ...]] = {
+    Convolution: (LARGEST_BATCH,),
+    WholeSequence: (1,),
+}
+"""What decides for other operations: positions, and samples."""
 
 
 def order_of(kernel: Kernel) -> Order:
@@ -66,7 +74,7 @@ def _orders(
     orders = tuple(dict.fromkeys(map(order_of, kernels)))
     if len(orders) == 1:
         return orders
-    batches = (LARGEST_BATCH,) if isinstance(spec.operation, Convolution) else _USUAL
+    batches = _BATCHES.get(type(spec.operation), _USUAL)
     taken = [seconds(timed, spec, device, dtype, rows) for rows in batches]
 
     def best(order: Order) -> list[float]:

@@ -77,11 +77,11 @@ class LearnedRounding(BlockRounding):
     """
 
     kind: ClassVar[str] = "learned"
-    steps: int = 200
+    steps: int = 64
     minutes: float | None = None
     start: Rounding = attrs.field(factory=GPTQ)
-    rounding_rate: float = 0.005
-    scale_rate: float = 3e-3
+    rounding_rate: float = 0.001
+    scale_rate: float = 1e-3
     float_rate: float = 1e-3
     tune_floats: bool = True
     seed: int = 0

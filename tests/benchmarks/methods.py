@@ -17,29 +17,33 @@ from mono_quant import (
     GPTQ,
     MSE,
     FittedCodebook,
-    LearnedRounding,
     PerGroup,
     Quantizer,
     Rounding,
     RoundToNearest,
 )
 from mono_quant.demo import background_articles, batches
+from mono_quant.settings import QUALITIES
 from tests.benchmarks.measure import MB, fresh, memory, one_thread, print_table, reset_peak
 from tests.benchmarks.minilm import figures_of, in_blocks, original
 
 ARTICLES = 64
 
+balanced, best = QUALITIES["balanced"], QUALITIES["best"]
+assert balanced is not None
+assert best is not None
+
 ROUNDINGS: Mapping[str, Rounding] = {
     "to nearest": RoundToNearest(),
     "GPTQ": GPTQ(),
     "GPTQ refined once": GPTQ(refinements=1),
-    "learned, 16 steps": LearnedRounding(steps=16, rounding_rate=0.0),
-    "learned, 200 steps": LearnedRounding(steps=200),
+    "learned, 16 steps (balanced)": balanced,
+    "learned, 64 steps (best)": best,
 }
 PUBLISHED: Mapping[tuple[str, str], float] = {
     ("INT4 g32", "GPTQ"): 14.84,
     ("INT4 g64", "GPTQ"): 14.09,
-    ("INT4 g64", "learned, 200 steps"): 14.82,
+    ("INT4 g64", "learned, 64 steps (best)"): 14.82,
     ("INT4 g128", "GPTQ"): 13.16,
     ("INT3 g64", "GPTQ"): 8.31,
     ("INT2 g64", "GPTQ"): 2.99,

@@ -4,7 +4,7 @@ import copy
 import io
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from mono_quant import Quantizer, kernel_bytes, kernels, load_model
-from mono_quant.base import KernelSpec
+from mono_quant.base import Kernel, KernelSpec
 from mono_quant.kernels import REFERENCE, Fp16Sequences, select
 from mono_quant.kernels.fp16_sequences import UnpackedSequences
 from mono_quant.kernels.ops import fp16_packed_bytes, fp16_sequence_refusal
@@ -384,12 +384,15 @@ def test_one_sequence_decides_whether_weights_are_packed_and_each_kind_which_is_
     timed: set[tuple[str, int, int]] = set()
     speed = {"fp16": 2.0, "reference": 1.0 if faster == "reference" else 3.0}
 
-    def seconds(kernel: object, spec: object, x: Tensor, weight: object) -> float:
-        name: str = kernel.name  # type: ignore[attr-defined]  # whatever kernel it is
-        timed.add((name, *x.shape[:2]))
-        return speed.get(name, 1.0 if x.shape[1] > 4 or len(x) > 64 else 3.0)
+    def by_turns(
+        kernels: Sequence[Kernel], spec: object, x: Tensor, weight: object
+    ) -> dict[str, float]:
+        names = [kernel.name for kernel in kernels]
+        timed.update((name, *x.shape[:2]) for name in names)
+        many = 1.0 if x.shape[1] > 4 or len(x) > 64 else 3.0
+        return {name: speed.get(name, many) for name in names}
 
-    monkeypatch.setattr("mono_quant.kernels.timing._seconds", seconds)
+    monkeypatch.setattr("mono_quant.kernels.timing._by_turns", by_turns)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     STORE.forget()
     made, _ = layer("LSTM")

@@ -109,7 +109,7 @@ FREE = ["norm.weight", "norm.bias", "widen.bias"]
 def test_the_blocks_output_comes_nearer(scheme: Scheme, free: list[str]) -> None:
     source = block()
     data = calls(source)
-    rounding = LearnedRounding(steps=40, start=NEAREST)
+    rounding = LearnedRounding(40, start=NEAREST, rounding_rate=0.005, scale_rate=3e-3)
     fitted = rounding.fit(source, asked(source, scheme), data, free)
     before, after = (
         error(source, begun(source, scheme), data, scheme),
