@@ -103,10 +103,10 @@ class LearnedRounding(BlockRounding):
         """Return what is learned, and what that takes."""
         what = "grid points, scales" if self.rounding_rate else "scales"
         floats = " and biases" if self.tune_floats else ""
-        time = f" or {self.minutes:g} minutes" if self.minutes is not None else ""
+        limit = f" or {self.minutes:g} minutes" if self.minutes is not None else ""
         return (
             f"{self.start.describe()}; then {what}{floats} are learned, each block in "
-            f"{self.steps} steps{time} of one batch, forward and back"
+            f"{self.steps} steps{limit} of one batch, forward and back"
         )
 
     @property
