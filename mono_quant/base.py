@@ -608,6 +608,13 @@ class Rounding(Configurable, ABC):
         """Return what it does, and what that takes, in a few words, for plans."""
         return repr(self)
 
+    def work_bytes(self, shape: Shape) -> int:
+        """Return about how many bytes it takes beside a stack of `shape` and its codes, for plans.
+
+        Statistics of inputs included, which all weights of a block hold at once where `sequential`.
+        """
+        return 0
+
     def refuse(self, scheme: Scheme) -> str | None:
         """Return why weights cannot be rounded to the grids of `scheme`, or None. Never raises."""
         return None

@@ -9,6 +9,7 @@ from torch import nn
 from mono_quant.configurable import Config
 from mono_quant.plan.accounting import account
 from mono_quant.plan.request import WeightPlan
+from mono_quant.plan.stages import block_of
 from mono_quant.result import Outline
 from mono_quant.rounding import RoundToNearest
 from mono_quant.settings import Recipe
@@ -30,9 +31,21 @@ def outline_of(
         account(model, weights), notes=(*_notes(weights), *notes), warnings=tuple(warnings)
     )
     work = WORK_BYTES * max((weight.parameters for weight in todo), default=0)
+    work += _of_roundings(model, todo)
     return Outline(
         report, report.float_bytes + report.bytes + work, report.float_bytes + work, config
     )
+
+
+def _of_roundings(model: nn.Module, todo: Sequence[WeightPlan]) -> int:
+    """Return the bytes that roundings take beside weights: of all weights of a block at once."""
+    blocks: Counter[str] = Counter()
+    for weight in todo:
+        if weight.recipe is not None and weight.tied_to is None:
+            taken = weight.recipe.rounding.work_bytes(weight.layout.stack)
+            if taken:
+                blocks[block_of(model, weight.path, todo)] += taken
+    return max(blocks.values(), default=0)
 
 
 def _notes(weights: Sequence[WeightPlan]) -> Iterable[str]:

@@ -90,7 +90,7 @@ def stages_of(
 
     A layer that shares the weight of another one waits for it.
     """
-    blocks = {weight.path: _block_of(model, weight.path, todo) for weight in todo}
+    blocks = {weight.path: block_of(model, weight.path, todo) for weight in todo}
     seen = _Watch(model, set(blocks.values()), data)
     places = {path: seen.place(block) for path, block in blocks.items()}
     for weight in todo:  # those that share come after those that they share with
@@ -108,7 +108,7 @@ def stages_of(
     return tuple(found)
 
 
-def _block_of(model: nn.Module, path: str, todo: Iterable[WeightPlan]) -> str:
+def block_of(model: nn.Module, path: str, todo: Iterable[WeightPlan]) -> str:
     """Return the name of the block that a layer belongs to: itself, or an entry of a list."""
     names = path.split(".") if path else []
     for depth in range(len(names)):

@@ -10,6 +10,7 @@ from torch import Tensor
 from mono_quant.base import AnyStatistic, Grid, Rounding, Scheme, Statistics
 from mono_quant.configurable import register
 from mono_quant.errors import ConfigurationError, InputError
+from mono_quant.numerics.granularity import Shape
 from mono_quant.numerics.values import QParams, QTensor
 from mono_quant.rounding.columns import as_bytes, columns_of
 from mono_quant.rounding.hessian import Factor, Hessian, HessianState
@@ -72,6 +73,11 @@ class GPTQ(Rounding):
         """Return its name and what it takes."""
         more = f", refined {self.refinements} times" if self.refinements else ""
         return f"GPTQ, block after block, in about three runs of the model over the data{more}"
+
+    def work_bytes(self, shape: Shape) -> int:
+        """Return the bytes of second moments, of their factor, and of what float64 takes for it."""
+        matrices, _, length = shape
+        return matrices * length * length * (4 + 4 + 3 * 8)
 
     @property
     def needs(self) -> tuple[AnyStatistic, ...]:

@@ -25,6 +25,7 @@ from mono_quant.configurable import register
 from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.numerics.blocks import meet
 from mono_quant.numerics.extremes import all_finite
+from mono_quant.numerics.granularity import Shape
 from mono_quant.numerics.nested import tensors_in
 from mono_quant.numerics.values import QTensor
 from mono_quant.rounding.gptq import GPTQ
@@ -106,8 +107,13 @@ class LearnedRounding(BlockRounding):
         limit = f" or {self.minutes:g} minutes" if self.minutes is not None else ""
         return (
             f"{self.start.describe()}; then {what}{floats} are learned, each block in "
-            f"{self.steps} steps{limit} of one batch, forward and back"
+            f"{self.steps} steps{limit} of one batch, forward and back (its activations are not in "
+            "the peak of memory)"
         )
+
+    def work_bytes(self, shape: Shape) -> int:
+        """Return what it begins with takes, and a dozen floats for each weight; no activations."""
+        return self.start.work_bytes(shape) + 12 * 4 * math.prod(shape)
 
     @property
     def needs(self) -> tuple[AnyStatistic, ...]:

@@ -1,12 +1,16 @@
 """What a plan says of each layer, and why some stay float."""
 
 import pytest
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from mono_quant import (
+    GPTQ,
+    LearnedRounding,
     QuantizedModule,
     Quantizer,
+    RoundToNearest,
 )
 from tests.helpers import (
     layer_rows,
@@ -155,3 +159,18 @@ def test_what_was_quantized_before_is_counted_and_left_alone() -> None:
     assert isinstance(first, QuantizedModule)
     assert isinstance(second, QuantizedModule)
     assert same_tensors(first, second)
+
+
+def test_the_peak_of_memory_counts_what_a_block_of_roundings_holds() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64)) for _ in range(3)))
+    quantizer = Quantizer().bits(4).fit([torch.ones(2, 64)])
+    plain, gptq, learned = (
+        quantizer.rounding(rounding).plan(model).outline
+        for rounding in (RoundToNearest(), GPTQ(), LearnedRounding(start=RoundToNearest()))
+    )
+    moments = max(GPTQ().work_bytes((1, 32, 64)), GPTQ().work_bytes((1, 64, 32)))
+    assert moments == 32 * 64 * 64  # bytes of each element, and the elements
+    assert gptq.peak_bytes - plain.peak_bytes == moments  # lists in lists: a layer is a block
+    assert learned.peak_bytes - plain.peak_bytes == 12 * 4 * 64 * 32
+    assert plain.peak_bytes_in_place is not None
+    assert gptq.peak_bytes_in_place == plain.peak_bytes_in_place + moments
