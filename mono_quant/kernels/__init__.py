@@ -238,13 +238,13 @@ def _fastest(
     rows: int,
 ) -> Kernel:
     """Return the fastest of some kernels, one at least, and where it may be, the reference."""
-    if isinstance(spec.operation, WholeSequence) and use.named() is None:
-        return _fastest_whole(kernels, spec, device, dtype, rows)
-    rival = REFERENCE if isinstance(spec.operation, _RIVALLED) else None
     if use.named() is not None:
         return fastest(kernels, None, spec, device, dtype, rows)
+    if isinstance(spec.operation, WholeSequence):
+        return _fastest_whole(kernels, spec, device, dtype, rows)
     if device.type != "cpu":  # where decoding a weight is cheap, but not from another order
         return fastest((*kernels, REFERENCE), None, spec, device, dtype, rows)
+    rival = REFERENCE if isinstance(spec.operation, _RIVALLED) else None
     return fastest(kernels, rival, spec, device, dtype, rows)
 
 

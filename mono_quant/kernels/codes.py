@@ -21,16 +21,21 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of inputs that fast kernels take."""
 
 
-def refuse(spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why no fast kernel can do `spec` for inputs of `dtype` on `device`, or None."""
-    if device.type != "cpu":
-        return f"inputs are on {device.type}, not on a CPU"
+_PLACES = {"cpu": "a CPU", "cuda": "a CUDA device"}
+
+
+def refuse(
+    spec: KernelSpec, device: torch.device, dtype: torch.dtype, place: str = "cpu"
+) -> str | None:
+    """Return why no fast kernel for a place can do `spec` for inputs of `dtype` on `device`."""
+    if device.type != place:
+        return f"inputs are on {device.type}, not on {_PLACES[place]}"
     if dtype not in DTYPES:
         return f"inputs are {dtype}"
-    return refuse_size(spec)
+    return _refuse_size(spec)
 
 
-def refuse_size(spec: KernelSpec) -> str | None:
+def _refuse_size(spec: KernelSpec) -> str | None:
     """Return why no fast kernel does `spec` wherever it is: no product with a matrix, too small."""
     if type(spec.operation) is not MatrixProduct:
         return f"it is a {type(spec.operation).__name__}, not a matrix product"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mono_quant.base import Arranged, ArrangingKernel, KernelSpec, PackedTensor
-from mono_quant.kernels.codes import DTYPES, flat, refuse_size, scales_and_zeros, shaped
+from mono_quant.kernels.codes import flat, refuse, scales_and_zeros, shaped
 from mono_quant.kernels.digits import Digits, Factor
 from mono_quant.kernels.int4 import group_of, refuse_four_bits
 from mono_quant.kernels.integer import refuse_inputs, refuse_weight
@@ -39,7 +39,7 @@ class CudaInteger:
 
     def supports(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return why it cannot: 8-bit weights, quantized inputs, sizes of multiples of 8, CUDA."""
-        reason = _refuse(spec, device, dtype) or refuse_weight(spec)
+        reason = refuse(spec, device, dtype, "cuda") or refuse_weight(spec)
         if reason is None and spec.activation is None:
             reason = "inputs are float"
         reason = reason or refuse_inputs(spec.activation)
@@ -139,7 +139,7 @@ class CudaInt4(ArrangingKernel[Tiles]):
 
     def supports(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return why it cannot: 4-bit affine weights in whole tiles, float inputs, CUDA."""
-        reason = _refuse(spec, device, dtype) or refuse_four_bits(spec)
+        reason = refuse(spec, device, dtype, "cuda") or refuse_four_bits(spec)
         if reason is None and spec.activation is not None:
             reason = f"inputs are {spec.activation.describe()}"
         _, rows, length = spec.layout.stack
@@ -168,14 +168,6 @@ class CudaInt4(ArrangingKernel[Tiles]):
         group = length // weight.pairs.shape[0]
         found = torch.ops.aten._weight_int4pack_mm(rows, weight.codes, group, weight.pairs)
         return shaped(found.to(torch.float32), bias, x)
-
-
-def _refuse(spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cuda":
-        return f"inputs are on {device.type}, not on a CUDA device"
-    if dtype not in DTYPES:
-        return f"inputs are {dtype}"
-    return refuse_size(spec)
 
 
 def _trial(name: str, program: str, device: torch.device) -> str | None:

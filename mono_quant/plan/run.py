@@ -205,18 +205,17 @@ def rounded(
         view = weight.maker.weights(layer)[weight.name]
     stack = view.stack()
     check_finite(weight.key, stack)
-    if given is None:
+    if given is not None:
+        scheme, q = given.scheme, given.unpack()
+    else:
         check_gathered(weight, statistics)
-    try:
-        if given is None:
+        try:
             scheme, q = recipe.grid.scheme.rounded(
                 stack, recipe.rounding, recipe.grid.observer, statistics
             )
-        else:
-            scheme, q = given.scheme, given.unpack()
-    except InputError as reason:
-        text = f"{weight.key} cannot be quantized: {reason}"
-        raise InputError(text, Mend.GRID, layer=weight.path or "*") from reason
+        except InputError as reason:
+            text = f"{weight.key} cannot be quantized: {reason}"
+            raise InputError(text, Mend.GRID, layer=weight.path or "*") from reason
     apart = q.qparams.extra.get(scheme.columns_apart) if scheme.columns_apart else None
     error = WeightError.of(stack, q, scheme, apart)
     why = (

@@ -36,15 +36,18 @@ _MAPPINGS = {dict, OrderedDict}
 
 def taken_apart(args: object, kwargs: object) -> tuple[object, list[Tensor]]:
     """Return arguments with slots in place of tensors, and the tensors, each of them once."""
-    found: dict[int, Tensor] = {}
+    found: list[Tensor] = []
+    numbers: dict[int, int] = {}
 
     def slot(value: object) -> object:
         if not isinstance(value, Tensor):
             return value
-        found.setdefault(id(value), value)
-        return Slot(list(found).index(id(value)))
+        number = numbers.setdefault(id(value), len(found))
+        if number == len(found):
+            found.append(value)
+        return Slot(number)
 
-    return each((args, kwargs), slot), list(found.values())
+    return each((args, kwargs), slot), found
 
 
 def plain(value: object) -> bool:

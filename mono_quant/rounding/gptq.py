@@ -14,6 +14,7 @@ from mono_quant.numerics.granularity import Shape
 from mono_quant.numerics.values import QParams, QTensor
 from mono_quant.rounding.columns import as_bytes, columns_of
 from mono_quant.rounding.hessian import Factor, Hessian, HessianState
+from mono_quant.rounding.nearest import to_nearest
 from mono_quant.rounding.scales import fit_scales
 
 _HESSIAN = Hessian()
@@ -104,15 +105,22 @@ class GPTQ(Rounding):
         except ValueError as reason:
             raise InputError(str(reason)) from reason
         qparams = grid.qparams(weight)
-        plain = scheme.quantize(weight, qparams)
+        plain = to_nearest(weight, scheme, qparams)
         codes = _compensated(weight, scheme, qparams, factor, self.block)
         found = QTensor(codes, qparams, weight.dtype)
+        if self.refinements:
+            found = self._refined(weight, scheme, state, found)
+        return _better(weight, scheme, state, found, plain)
+
+    def _refined(
+        self, weight: Tensor, scheme: Scheme, state: HessianState, found: QTensor
+    ) -> QTensor:
         damped = state.damped(self.damping)
         for _ in range(self.refinements):
             fitted = fit_scales(weight, scheme, found, damped)
             settled = _settled(weight, scheme, fitted or found, damped, self.block)
             found = _better(weight, scheme, state, settled, found)
-        return _better(weight, scheme, state, found, plain)
+        return found
 
 
 def output_error(weight: Tensor, rounded: Tensor, state: HessianState) -> Tensor:
