@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from mono_quant.base import ArrangingKernel, Kernel, KernelSpec, Operation, Scheme
+from mono_quant.base import ArrangingKernel, Kernel, KernelSpec
 from mono_quant.kernels.blocks import BLOCKS, Blocks
 from mono_quant.kernels.choice import fastest, order_of
 from mono_quant.kernels.codes import remembered_bytes
@@ -36,8 +36,7 @@ from mono_quant.kernels.store import STORE
 from mono_quant.kernels.switches import Switch, memory
 from mono_quant.kernels.timing import bucket
 from mono_quant.kernels.traced import INTEGER_TRACED, ROW_TRACED
-from mono_quant.numerics.values import Layout
-from mono_quant.operations import Convolution, MatrixProduct
+from mono_quant.operations import Convolution
 from mono_quant.recurrence import Recurrence, WholeSequence
 
 REFERENCE: Kernel = Reference()
@@ -70,8 +69,8 @@ _MOST_SAMPLES = 32
 VARIABLE = "MONO_QUANT_KERNEL"
 """Environment variable that holds the name of a kernel, where `use` did not say one."""
 
-# neither differentiable nor traceable
 _MACHINE_CODE = KERNELS[:-1]
+"""What is neither differentiable nor traceable; a kernel of somebody else's may be both."""
 
 
 class use(Switch):
@@ -100,29 +99,58 @@ class use(Switch):
         return tuple(kernel.name for kernel in KERNELS)
 
 
-_Inputs = tuple[str, Scheme] | None
-_Asked = tuple[
-    int, str | None, bool, bool, torch.device, torch.dtype, Operation, Scheme, Layout, _Inputs
-]
+_Key = tuple[int, str | None, bool, bool, torch.device, torch.dtype, bool, int, int]
+"""What a choice was made for: the switches, the inputs, and whether codes may be arranged."""
 
 
 @attrs.define(eq=False)
-class _Choice:
-    """Kernels that can do what is asked of them, and which of them are fastest.
+class Site:
+    """Where one thing is asked for again and again, which remembers what was chosen for it.
+
+    A layer asks at each call, and would otherwise wait as long as for a small product.
 
     Attributes:
-        able: the kernels, as they stand in `KERNELS`.
-        fastest: by whether codes may be arranged, by rows of inputs, and by threads.
+        spec: what is to be done.
     """
 
-    able: tuple[Kernel, ...]
-    fastest: dict[tuple[bool, int, int], Kernel] = attrs.field(factory=dict)
+    spec: KernelSpec
+    _chosen: dict[_Key, Kernel] = attrs.field(factory=dict, init=False)
 
+    def kernel(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        rows: int,
+        others: tuple[Tensor | None, ...],
+        arrange: Callable[[], bool] | None = None,
+    ) -> Kernel:
+        """Return what `select` does, whose arguments these are; not while a trace is compiled."""
+        is_followed = followed(*others)
+        if is_followed and all(one in _MACHINE_CODE for one in KERNELS if one is not REFERENCE):
+            return REFERENCE  # before `rows` is counted, which has no value while a trace is made
+        kernel = self._kernel(device, dtype, rows, is_followed, arrange is not None)
+        if isinstance(kernel, ArrangingKernel) and (arrange is None or not arrange()):
+            kernel = self._kernel(device, dtype, rows, is_followed, False)
+        return kernel
 
-_CHOICES: dict[_Asked, _Choice] = {}
-"""Of `_REPEATED`: a layer asks at each call, and would wait as long as for a small product."""
-
-_REPEATED = (MatrixProduct, Convolution, WholeSequence)  # others may hold tensors
+    def _kernel(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        rows: int,
+        is_followed: bool,
+        is_arranged: bool,
+    ) -> Kernel:
+        name, threads = use.named(), torch.get_num_threads()
+        state = (STORE.age, name, memory.is_double(), is_followed)
+        key = (*state, device, dtype, is_arranged, bucket(rows), threads)
+        kernel = self._chosen.get(key)
+        if kernel is None:
+            able = _able(self.spec, device, dtype, name, is_followed)
+            able = tuple(one for one in able if is_arranged or order_of(one) is None)
+            kernel = _fastest(able, self.spec, device, dtype, bucket(rows)) if able else REFERENCE
+            self._chosen[key] = kernel
+        return kernel
 
 
 def select(
@@ -152,32 +180,7 @@ def select(
     """
     if torch.compiler.is_compiling():
         return _traceable(spec, device, dtype, rows, others)
-    choice = _choice(spec, device, dtype, followed(*others))
-    if not choice.able:
-        return REFERENCE  # before `rows` is counted, which has no value while a trace is made
-    batch, threads = bucket(rows), torch.get_num_threads()
-    kernel = choice.fastest.get((arrange is not None, batch, threads))
-    if kernel is None:
-        kernel = _remembered(choice, spec, device, dtype, (arrange is not None, batch, threads))
-    if isinstance(kernel, ArrangingKernel) and (arrange is None or not arrange()):
-        kernel = _remembered(choice, spec, device, dtype, (False, batch, threads))
-    return kernel
-
-
-def _remembered(
-    choice: "_Choice",
-    spec: KernelSpec,
-    device: torch.device,
-    dtype: torch.dtype,
-    key: tuple[bool, int, int],
-) -> Kernel:
-    """Return the fastest for a key of `_Choice.fastest`, remembered there."""
-    kernel = choice.fastest.get(key)
-    if kernel is None:
-        able = tuple(one for one in choice.able if key[0] or order_of(one) is None)
-        kernel = _fastest(able, spec, device, dtype, key[1]) if able else REFERENCE
-        choice.fastest[key] = kernel
-    return kernel
+    return Site(spec).kernel(device, dtype, rows, others, arrange)
 
 
 def _traceable(
@@ -201,22 +204,6 @@ def _traceable(
 def _fastest_wanted() -> bool:
     """Return whether nobody names a kernel."""
     return use.named() is None
-
-
-def _choice(
-    spec: KernelSpec, device: torch.device, dtype: torch.dtype, is_followed: bool
-) -> _Choice:
-    name = use.named()
-    if not isinstance(spec.operation, _REPEATED):
-        return _Choice(_able(spec, device, dtype, name, is_followed))
-    met = spec.activation
-    inputs = (met.mode, met.scheme) if met is not None else None
-    how = (STORE.age, name, memory.is_double(), is_followed, device, dtype)
-    asked = (*how, spec.operation, spec.scheme, spec.layout, inputs)
-    choice = _CHOICES.get(asked)
-    if choice is None:
-        choice = _CHOICES[asked] = _Choice(_able(spec, device, dtype, name, is_followed))
-    return choice
 
 
 def _able(
@@ -291,6 +278,7 @@ __all__ = [
     "PanelBlocks",
     "PanelBytes",
     "Reference",
+    "Site",
     "memory",
     "remembered_bytes",
     "select",

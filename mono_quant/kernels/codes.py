@@ -57,6 +57,8 @@ def flat(x: Tensor, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
         raise RuntimeError(
             f"an input {list(x.shape)} does not meet a weight whose rows are {length}"
         )
+    if x.dtype == dtype and x.is_contiguous():  # calls that do nothing take time as well
+        return x if x.dim() == 2 else x.view(-1, length)
     return x.reshape(-1, length).to(dtype).contiguous()
 
 
@@ -69,7 +71,9 @@ def shaped(rows: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     """Return ``rows [M, out]`` with the bias added, in the leading shape and dtype of `x`."""
     if bias is not None:
         rows = rows.add_(bias.to(rows.dtype))
-    return rows.reshape(*x.shape[:-1], rows.shape[-1]).to(x.dtype)
+    if x.dim() != 2:
+        rows = rows.view(*x.shape[:-1], rows.shape[-1])
+    return rows if rows.dtype == x.dtype else rows.to(x.dtype)
 
 
 def scales_and_zeros(weight: PackedTensor) -> tuple[Tensor, Tensor]:

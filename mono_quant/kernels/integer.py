@@ -15,6 +15,7 @@ from mono_quant.kernels.digits import (
     on_one_grid,
     parts,
     rows_of,
+    times,
 )
 from mono_quant.kernels.ops import LONGEST_ROW, SHORTEST_ROW, int_mm, int_mm_refusal
 from mono_quant.numerics.granularity import PerChannel, PerTensor, PerToken
@@ -79,9 +80,9 @@ def _of_one_row(inputs: OneGrid, weight: PackedTensor, bias: Tensor | None) -> T
     sums = int_mm(row, codes[0])
     if zero:
         sums.sub_(row_sums(codes), alpha=zero)
-    out = sums * weight.tensors["scale"].to(torch.float32).reshape(-1)
+    out = sums * weight.tensors["scale"].view(-1).float()
     if bias is None:
-        return out.mul_(unit)
+        return times(out, unit)
     return torch.add(bias.to(torch.float32), out, alpha=unit)
 
 

@@ -274,16 +274,20 @@ def followed(*tensors: Tensor | None) -> bool:
         return True
     if forward_ad._current_level >= 0:  # tangents leave no trace on the tensor's flags
         return True
-    given = [tensor for tensor in tensors if tensor is not None]
-    if gradient_asked(*given):
-        return True
-    return any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in given)
+    for tensor in tensors:  # a loop, since every layer waits for it at each call
+        if tensor is not None and type(tensor) not in _PLAIN:
+            return True
+    return gradient_asked(*tensors)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def gradient_asked(*tensors: Tensor | None) -> bool:
     """Return whether gradients go backward through what is computed from `tensors`."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    if not torch.is_grad_enabled():
+        return False
+    return any(tensor.requires_grad for tensor in tensors if tensor is not None)
 
 
 def unfollowed(make: Callable[[], Tensor]) -> Tensor:

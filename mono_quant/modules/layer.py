@@ -19,10 +19,13 @@ from mono_quant.base import (
     PackedTensor,
     QuantizedModule,
 )
-from mono_quant.kernels import REFERENCE, select
+from mono_quant.kernels import REFERENCE, Site, select
 from mono_quant.modules.weight import QuantizedInput, QuantizedWeight
 
-_NOT_COPIED = ("_compiled_call_impl",)  # as nn.Module leaves it out of its own pickles
+_SITES = "_sites"
+"""Where a layer keeps what was chosen for its products, by weight."""
+
+_NOT_COPIED = ("_compiled_call_impl", _SITES)  # the first as nn.Module leaves it out of its pickles
 
 _PARAMETERS = "_float_parameters"
 """Where a layer keeps the names of its float parameters in their order, and which were trained."""
@@ -75,7 +78,8 @@ class QuantizedLayer(QuantizedModule):
         self.give_back()
         for holder in HOLDERS:
             del self._modules[holder]
-        self.__dict__.pop("made_by", None)
+        for kept in ("made_by", _SITES):
+            self.__dict__.pop(kept, None)
         self.__class__ = float_class_of(type(self))  # type: ignore[assignment]  # that is the point
         for name, trained in self.__dict__.pop(_PARAMETERS).items():
             if name in weights:
@@ -134,18 +138,32 @@ class QuantizedLayer(QuantizedModule):
         return result if then is None else cast("Tensor", then(result))  # as every activation's
 
     def _result(self, operation: Operation, x: Tensor, bias: Tensor | None, name: str) -> Tensor:
-        held = self._holder(name)
-        spec = KernelSpec(operation, held.scheme, held.layout, self._activation(name))
-        rows = operation.count(x)
-        kernel = select(spec, x.device, x.dtype, rows, x, bias, arrange=held.is_arrangeable)
-        self.note(name, kernel)
+        held, rows = self._holder(name), operation.count(x)
         if torch.compiler.is_compiling():
-            return kernel(spec, x, held.peek(), bias)
+            spec = KernelSpec(operation, held.scheme, held.layout, self._activation(name))
+            return select(spec, x.device, x.dtype, rows, x, bias)(spec, x, held.peek(), bias)
+        site = self._site(operation, held, name)
+        spec = site.spec
+        kernel = site.kernel(x.device, x.dtype, rows, (x, bias), held.is_arrangeable)
+        self.note(name, kernel)
         if kernel is REFERENCE:
             return kernel(spec, x, held.pin() if operation.reads_rows else held.peek(), bias)
         if isinstance(kernel, ArrangingKernel):
             return kernel.product(spec, x, held.arranged(kernel, spec), bias)
         return kernel(spec, x, held.read(), bias)
+
+    def _site(self, operation: Operation, held: QuantizedWeight, name: str) -> Site:
+        """Return where a weight meets its inputs; another one if what is asked has changed."""
+        sites: dict[str, Site] = self.__dict__.setdefault(_SITES, {})
+        site = sites.get(name)
+        if site is not None:
+            spec = site.spec
+            same = spec.scheme is held.scheme and spec.layout is held.layout
+            if same and spec.operation == operation and self._is_met_by(spec.activation, name):
+                return site
+        spec = KernelSpec(operation, held.scheme, held.layout, self._activation(name))
+        site = sites[name] = Site(spec)
+        return site
 
     def note(self, name: str, kernel: Kernel) -> None:
         """Tell those who listen which kernel computes with the weight of that name."""
@@ -164,14 +182,28 @@ class QuantizedLayer(QuantizedModule):
         return self.packed_weights()[name].dequantize()
 
     def _holder(self, name: str) -> QuantizedWeight:
-        found = self.quantized_weights._modules[name]  # less of a detour than by its own lookup
-        return cast("QuantizedWeight", found)  # `convert` puts nothing else there
+        return cast("QuantizedWeight", self._child("quantized_weights", name))
+
+    def _input(self, name: str) -> QuantizedInput | None:
+        return cast("QuantizedInput | None", self._child("quantized_inputs", name))
+
+    def _child(self, holder: str, name: str) -> nn.Module | None:
+        held = cast("nn.ModuleDict", self._modules[holder])
+        return held._modules.get(name)  # less of a detour than by attribute and by its own lookup
 
     def _activation(self, name: str) -> Activation | None:
-        found = cast("QuantizedInput | None", self.quantized_inputs._modules.get(name))
+        found = self._input(name)
         if found is None:
             return None
         return found.activation.sparing(self._holder(name).columns_apart)
+
+    def _is_met_by(self, activation: Activation | None, name: str) -> bool:
+        """Return whether this one, which `_activation` once returned, still holds."""
+        found = self._input(name)
+        if found is None or activation is None:
+            return found is None and activation is None
+        apart = self._holder(name).columns_apart if activation.scale is None else None
+        return found.is_held(activation) and activation.apart is apart
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         """Pickle and copy by the two classes that made this one, which may have no name."""

@@ -167,7 +167,8 @@ class QuantizedWeight(Fixed):
     def _with(self, codes: Tensor) -> PackedTensor:
         tensors = {name: cast("Tensor", self._buffers[name]) for name in self._names}
         tensors["codes"] = codes
-        return PackedTensor(tensors, self.scheme, self.layout, self.get_buffer("_like").dtype)
+        like = cast("Tensor", self._buffers["_like"])  # less of a detour than `get_buffer`
+        return PackedTensor(tensors, self.scheme, self.layout, like.dtype)
 
     def _found(self, kernel: ArrangingKernel[ArrangedT]) -> ArrangedT | None:
         """Return what is held, if `kernel` reads it and nothing it was made of has changed."""
@@ -302,6 +303,12 @@ class QuantizedInput(Fixed):
         """How inputs are quantized, sharing this module's memory."""
         tensors = self._buffers
         return Activation(self.scheme, tensors.get("scale"), tensors.get("zero_point"))
+
+    def is_held(self, activation: Activation) -> bool:
+        """Return whether an activation, once this one's, still shares this module's memory."""
+        tensors = self._buffers
+        scale, zero_point = tensors.get("scale"), tensors.get("zero_point")
+        return activation.scale is scale and activation.zero_point is zero_point
 
     def extra_repr(self) -> str:
         """Return the mode and the scheme."""

@@ -105,7 +105,7 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append(f"{type(spec.operation).__name__} {found.shape[-1]}")
         return found
 
-    monkeypatch.setattr("mono_quant.modules.layer.select", lambda *_, **__: counting)
+    monkeypatch.setattr("mono_quant.kernels.Site.kernel", lambda *_, **__: counting)
     return calls
 
 

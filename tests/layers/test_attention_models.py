@@ -306,7 +306,7 @@ def test_a_transformer_computes_what_its_float_twin_does(
         calls.append(type(spec.operation).__name__)
         return REFERENCE(spec, x, weight, bias)
 
-    monkeypatch.setattr("mono_quant.modules.layer.select", lambda *_, **__: counting)
+    monkeypatch.setattr("mono_quant.kernels.Site.kernel", lambda *_, **__: counting)
     source = nn.Transformer(
         SIZE, HEADS, 2, 1, 128, batch_first=batch_first, dropout=0.0, norm_first=False
     ).train(training)
