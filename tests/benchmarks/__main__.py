@@ -31,12 +31,22 @@ NAMES = (
     "faster",
 )
 
+CONTESTS = ("decoder", "convolutions")
+"""Those in which packages take turns, some of whose ways can be left out."""
+
 
 def main() -> None:
     """Run the benchmarks that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="name", help=", ".join(NAMES))
     parser.add_argument("--list", action="store_true", help="say what each one measures")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=(),
+        metavar="PATTERN",
+        help="of the packages' ways in decoder and convolutions those, as '*torch.ao: *'",
+    )
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(NAMES):
         parser.error(f"there is no benchmark {', '.join(sorted(unknown))}")
@@ -46,7 +56,10 @@ def main() -> None:
             print(f"{name:20}{(module.__doc__ or '').splitlines()[0]}")
             continue
         print(f"\n## {name}\n\n{machine()}\n", flush=True)
-        module.main()
+        if name in CONTESTS:
+            module.main(arguments.only or ("*",))
+        else:
+            module.main()
 
 
 main()

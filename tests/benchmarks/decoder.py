@@ -1,5 +1,7 @@
 """Language models beside peers: a small Llama and SmolLM2, one token and prefill, each package."""
 
+from collections.abc import Sequence
+
 from tests.benchmarks.contenders import (
     bitsandbytes,
     onnxruntime,
@@ -19,15 +21,19 @@ PACKAGES = {
 ROUNDS = {"1 token": 15, "cached": 15, "tokens": 5}
 
 
-def main() -> None:
-    """Print what each package gains on each network, and how near it stays to float."""
+def main(patterns: Sequence[str] = ("*",)) -> None:
+    """Print what each package gains on each network, and how near it stays to float.
+
+    Args:
+        patterns: of what runs, "network, package: way".
+    """
     print("Speed over the eager float32 model of the same process: medians over rounds in which")
     print("all packages take turns; by processor time, every process on one thread of one core.")
     print("dB: SQNR of the logits against that model's. Every package has its own environment.")
     print("'cached': one token after 256 whose keys and values are given; ONNX Runtime and")
     print("OpenVINO are given whole sequences only. MB: as saved.\n")
     for network in NETWORKS:
-        compare(network, PACKAGES, ROUNDS, "decoders")
+        compare(network, PACKAGES, ROUNDS, "decoders", patterns)
 
 
 if __name__ == "__main__":

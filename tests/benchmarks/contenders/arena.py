@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import median
 from typing import IO, Any
@@ -154,7 +155,11 @@ class Worker:
 
 
 def compare(
-    network: str, packages: Mapping[str, Package], rounds: Mapping[str, int], kind: str
+    network: str,
+    packages: Mapping[str, Package],
+    rounds: Mapping[str, int],
+    kind: str,
+    patterns: Sequence[str],
 ) -> None:
     """Print how a network does in each package.
 
@@ -163,7 +168,11 @@ def compare(
         packages: by the module that holds each.
         rounds: how often each workload is run, by the end of its name.
         kind: "decoders" or "convolutions".
+        patterns: of what runs, "network, package: way"; the rest is left out.
     """
+    packages = _matching(network, packages, kind, patterns)
+    if not packages:
+        return
     try:
         inputs = networks.inputs(network)
     except AssetUnavailable as reason:
@@ -186,6 +195,24 @@ def compare(
         rows = [row for worker in workers for row in worker.rows(workloads)]
     print(f"### {network}\n")
     print_table(("package", "setting", *workloads, "weights, MB"), rows)
+
+
+def _matching(
+    network: str, packages: Mapping[str, Package], kind: str, patterns: Sequence[str]
+) -> Mapping[str, Package]:
+    """Return the packages with those of their ways alone that a pattern names."""
+    found = {}
+    for module, package in packages.items():
+        ways: Ways = getattr(package, kind)
+        named = {title: f"{network}, {package.title}: {title}" for title in ways}
+        chosen = {
+            title: way
+            for title, way in ways.items()
+            if any(fnmatchcase(named[title], pattern) for pattern in patterns)
+        }
+        if chosen:
+            found[module] = Package(package.title, package.requirements, **{kind: chosen})
+    return found
 
 
 @contextmanager
