@@ -99,8 +99,8 @@ class use(Switch):
         return tuple(kernel.name for kernel in KERNELS)
 
 
-_Key = tuple[int, str | None, bool, bool, torch.device, torch.dtype, bool, int, int]
-"""What a choice was made for: the switches, the inputs, and whether codes may be arranged."""
+_Asked = tuple[torch.device, torch.dtype, int, bool, bool]
+"""Inputs, how many rows of them, whether somebody follows, and whether codes may be arranged."""
 
 
 @attrs.define(eq=False)
@@ -114,7 +114,9 @@ class Site:
     """
 
     spec: KernelSpec
-    _chosen: dict[_Key, Kernel] = attrs.field(factory=dict, init=False)
+    _chosen: dict[_Asked, Kernel] = attrs.field(factory=dict, init=False)
+    _state: tuple[int, int] | None = attrs.field(default=None, init=False)
+    """For which age and how many threads that is."""
 
     def kernel(
         self,
@@ -128,29 +130,28 @@ class Site:
         is_followed = followed(*others)
         if is_followed and all(one in _MACHINE_CODE for one in KERNELS if one is not REFERENCE):
             return REFERENCE  # before `rows` is counted, which has no value while a trace is made
-        kernel = self._kernel(device, dtype, rows, is_followed, arrange is not None)
+        state = (STORE.age, torch.get_num_threads())
+        if self._state != state:
+            self._state, self._chosen = state, {}
+        kernel = self._kernel((device, dtype, rows, is_followed, arrange is not None))
         if isinstance(kernel, ArrangingKernel) and (arrange is None or not arrange()):
-            kernel = self._kernel(device, dtype, rows, is_followed, False)
+            kernel = self._kernel((device, dtype, rows, is_followed, False))
         return kernel
 
-    def _kernel(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        rows: int,
-        is_followed: bool,
-        is_arranged: bool,
-    ) -> Kernel:
-        name, threads = use.named(), torch.get_num_threads()
-        state = (STORE.age, name, memory.is_double(), is_followed)
-        key = (*state, device, dtype, is_arranged, bucket(rows), threads)
-        kernel = self._chosen.get(key)
+    def _kernel(self, asked: _Asked) -> Kernel:
+        kernel = self._chosen.get(asked)
         if kernel is None:
-            able = _able(self.spec, device, dtype, name, is_followed)
+            if len(self._chosen) > _MOST_CHOICES:  # of as many lengths of sequences, say
+                self._chosen.clear()
+            device, dtype, rows, is_followed, is_arranged = asked
+            able = _able(self.spec, device, dtype, use.named(), is_followed)
             able = tuple(one for one in able if is_arranged or order_of(one) is None)
             kernel = _fastest(able, self.spec, device, dtype, bucket(rows)) if able else REFERENCE
-            self._chosen[key] = kernel
+            self._chosen[asked] = kernel
         return kernel
+
+
+_MOST_CHOICES = 1024
 
 
 def select(

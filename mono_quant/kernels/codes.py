@@ -1,7 +1,9 @@
 """What fast kernels read off a weight: which ones they know, and exact sums of its codes."""
 
 import math
+import weakref
 from collections.abc import MutableMapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,8 +13,13 @@ from mono_quant.base import KernelSpec, PackedTensor
 from mono_quant.numerics.packing import unpack_bits
 from mono_quant.operations import MatrixProduct
 
-_SUMS: MutableMapping[Tensor, tuple[int, Tensor]] = WeakIdKeyDictionary()
-"""By tensor of codes: how often it was written to, and its sums, a thousandth of its size."""
+_Known = tuple[tuple[int, int], "weakref.ref[Tensor]", "Constants"]
+
+_KNOWN: MutableMapping[Tensor, _Known] = WeakIdKeyDictionary()
+"""By tensor of codes: how often it and its scales were written to, these, and what was found.
+
+A thousandth of the size of the codes.
+"""
 
 SMALLEST = 1 << 16
 """Weights of fewer values are left to the reference: the calls cost more than the arithmetic."""
@@ -93,22 +100,41 @@ def scales_and_zeros(weight: PackedTensor) -> tuple[Tensor, Tensor]:
     return scale, unpacked.to(torch.float32).reshape(scale.shape)
 
 
-def row_sums(codes: Tensor) -> Tensor:
-    """Return the sum of each row of ``int8 [1, out, in]`` codes as ``int32 [1, out]``.
+@dataclass(frozen=True, eq=False, slots=True)
+class Constants:
+    """What products of 8-bit codes need beside the codes.
 
-    Remembered for as long as the tensor lives and is not written to, since finding the sums costs
-    as much as a product. Writing through ``.data`` hides from that, here as in torch's autograd.
+    Attributes:
+        sums: of each row of codes, ``int32 [1, out]``.
+        scale: ``float32 [out or 1]``.
     """
-    if codes.is_inference():  # it does not count how often it is written to
-        return codes.sum(-1, dtype=torch.int32)
-    known = _SUMS.get(codes)
-    if known is None or known[0] != codes._version:
-        known = (codes._version, codes.sum(-1, dtype=torch.int32))
-        _SUMS[codes] = known
-    return known[1]
+
+    sums: Tensor
+    scale: Tensor
+
+
+def constants(weight: PackedTensor) -> Constants:
+    """Return sums and scales of a matrix of 8-bit codes, ``int8 [1, out, in]``.
+
+    Remembered for as long as the codes live and neither they nor the scales are written to, since
+    finding the sums costs as much as a product. Writing through ``.data`` hides from that, here as
+    in torch's autograd.
+    """
+    codes, scale = weight.tensors["codes"], weight.tensors["scale"]
+    if codes.is_inference() or scale.is_inference():  # these do not count how often
+        return _constants(codes, scale)
+    state, known = (codes._version, scale._version), _KNOWN.get(codes)
+    if known is None or known[0] != state or known[1]() is not scale:
+        known = (state, weakref.ref(scale), _constants(codes, scale))
+        _KNOWN[codes] = known
+    return known[2]
+
+
+def _constants(codes: Tensor, scale: Tensor) -> Constants:
+    return Constants(codes.sum(-1, dtype=torch.int32), scale.to(torch.float32, copy=True).flatten())
 
 
 def remembered_bytes(codes: Tensor) -> int:
-    """Return the bytes of the sums that are kept for this tensor of codes."""
-    known = _SUMS.get(codes)
-    return known[1].nbytes if known is not None else 0
+    """Return the bytes of the constants that are kept for this tensor of codes."""
+    known = _KNOWN.get(codes)
+    return known[2].sums.nbytes + known[2].scale.nbytes if known is not None else 0

@@ -172,12 +172,12 @@ def on_one_grid(rows: Tensor, activation: Activation) -> OneGrid | None:
     if grid is None:
         return None
     scale, zero = grid
-    values = times(rows, float32(1 / scale))
+    values, least, most = times(rows, float32(1 / scale)), scheme.quant_min, scheme.quant_max
     if not scheme.symmetric:
-        values.add_(_number(zero)).round_().clamp_(scheme.quant_min, scheme.quant_max)
+        values.add_(_number(zero)).round_().clamp_(least, most)
     else:
         zero = _SIGN
-        values.round_().clamp_(scheme.quant_min, scheme.quant_max).add_(_number(zero))
+        values.round_().clamp_(least, most).add_(_number(zero))
     return values.short().byte(), zero, scale  # bytes at once take longer for many values
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mono_quant.base import Activation, KernelSpec, PackedTensor, Scheme
 from mono_quant.kernels.blocks import BLOCKS
-from mono_quant.kernels.codes import flat, has_finite_sum, refuse, row_sums, shaped
+from mono_quant.kernels.codes import constants, flat, has_finite_sum, refuse, shaped
 from mono_quant.kernels.digits import (
     AT_ONCE,
     Factor,
@@ -76,11 +76,11 @@ def _of_one_row(inputs: OneGrid, weight: PackedTensor, bias: Tensor | None) -> T
     In half of the operators: sums of one row need no room of their own, and are not many.
     """
     row, zero, unit = inputs
-    codes = weight.tensors["codes"]
-    sums = int_mm(row, codes[0])
+    known = constants(weight)
+    sums = int_mm(row, weight.tensors["codes"][0])
     if zero:
-        sums.sub_(row_sums(codes), alpha=zero)
-    out = sums * weight.tensors["scale"].view(-1).float()
+        sums.sub_(known.sums, alpha=zero)
+    out = sums * known.scale
     if bias is None:
         return times(out, unit)
     return torch.add(bias.to(torch.float32), out, alpha=unit)
@@ -88,8 +88,9 @@ def _of_one_row(inputs: OneGrid, weight: PackedTensor, bias: Tensor | None) -> T
 
 def factor_of(weight: PackedTensor, bias: Tensor | None) -> Factor:
     """Return a matrix of 8-bit codes as the right factor of products, with its bias."""
-    codes, tensors = weight.tensors["codes"], weight.tensors
-    return Factor.of(codes[0], row_sums(codes), tensors["scale"], tensors.get("zero_point"), bias)
+    known, tensors = constants(weight), weight.tensors
+    zero_point = tensors.get("zero_point")
+    return Factor.of(tensors["codes"][0], known.sums, known.scale, zero_point, bias)
 
 
 def refuse_weight(spec: KernelSpec) -> str | None:

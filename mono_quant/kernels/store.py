@@ -26,7 +26,7 @@ class Store:
         """Read nothing yet."""
         self._known: dict[str, str] | None = None
         self.age = 0
-        """How often everything was forgotten: what was derived from it is to be found anew."""
+        """Grows whenever choices that were made are to be made anew, as when all is forgotten."""
 
     def get(self, name: str) -> str | None:
         """Return what was found, or None."""

@@ -1,17 +1,19 @@
 """What a user says of all kernels at once: for the process, a while, or from outside."""
 
 import os
+from functools import cache
 from types import TracebackType
 from typing import ClassVar, Self
 
 from mono_quant.errors import ConfigurationError
+from mono_quant.kernels.store import STORE
 
 
 class Switch:
     """One of some words, in force everywhere in the process.
 
     From the call on, or as a context manager until its end. The environment is asked where nothing
-    was said.
+    was said, once, when the word is first needed.
     """
 
     variable: ClassVar[str]
@@ -35,11 +37,17 @@ class Switch:
         Raises:
             ConfigurationError: the environment holds a word that there is not.
         """
-        return cls.current or cls._checked(os.environ.get(cls.variable) or None)
+        return cls.current or cls._said_outside()
+
+    @classmethod
+    def reread(cls) -> None:
+        """Ask the environment anew."""
+        cls._said_outside.cache_clear()
+        STORE.age += 1
 
     def __init__(self, name: str | None) -> None:
         self._before = type(self).current
-        type(self).current = self._checked(name)
+        self._say(self._checked(name))
 
     def __enter__(self) -> Self:
         """Do nothing: the word is in force already."""
@@ -52,7 +60,17 @@ class Switch:
         trace: TracebackType | None,
     ) -> None:
         """Let what was said before be in force."""
-        type(self).current = self._before
+        self._say(self._before)
+
+    @classmethod
+    def _say(cls, name: str | None) -> None:
+        cls.current = name
+        STORE.age += 1  # choices that were made for another word do not hold
+
+    @classmethod
+    @cache
+    def _said_outside(cls) -> str | None:
+        return cls._checked(os.environ.get(cls.variable) or None)
 
     @classmethod
     def _checked(cls, name: str | None) -> str | None:

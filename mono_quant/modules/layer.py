@@ -138,14 +138,16 @@ class QuantizedLayer(QuantizedModule):
         return result if then is None else cast("Tensor", then(result))  # as every activation's
 
     def _result(self, operation: Operation, x: Tensor, bias: Tensor | None, name: str) -> Tensor:
-        held, rows = self._holder(name), operation.count(x)
+        held = self._holder(name)
         if torch.compiler.is_compiling():
             spec = KernelSpec(operation, held.scheme, held.layout, self._activation(name))
-            return select(spec, x.device, x.dtype, rows, x, bias)(spec, x, held.peek(), bias)
+            kernel = select(spec, x.device, x.dtype, operation.count(x), x, bias)
+            return kernel(spec, x, held.peek(), bias)
         site = self._site(operation, held, name)
-        spec = site.spec
+        spec, rows = site.spec, operation.count(x)
         kernel = site.kernel(x.device, x.dtype, rows, (x, bias), held.is_arrangeable)
-        self.note(name, kernel)
+        for ran in _LISTENING:
+            ran[self, name] = kernel.name
         if kernel is REFERENCE:
             return kernel(spec, x, held.pin() if operation.reads_rows else held.peek(), bias)
         if isinstance(kernel, ArrangingKernel):
@@ -154,15 +156,15 @@ class QuantizedLayer(QuantizedModule):
 
     def _site(self, operation: Operation, held: QuantizedWeight, name: str) -> Site:
         """Return where a weight meets its inputs; another one if what is asked has changed."""
-        sites: dict[str, Site] = self.__dict__.setdefault(_SITES, {})
-        site = sites.get(name)
+        site = cast("Site | None", self.__dict__.setdefault(_SITES, {}).get(name))
         if site is not None:
             spec = site.spec
             same = spec.scheme is held.scheme and spec.layout is held.layout
-            if same and spec.operation == operation and self._is_met_by(spec.activation, name):
+            same = same and (spec.operation is operation or spec.operation == operation)
+            if same and self._is_met_by(spec.activation, name):
                 return site
         spec = KernelSpec(operation, held.scheme, held.layout, self._activation(name))
-        site = sites[name] = Site(spec)
+        site = self.__dict__[_SITES][name] = Site(spec)
         return site
 
     def note(self, name: str, kernel: Kernel) -> None:

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 from mono_quant.modules.layer import QuantizedLayer
 from mono_quant.operations import BilinearProduct, MatrixProduct
 
+_PRODUCT = MatrixProduct()
+
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):
     """`torch.nn.Linear` with a quantized weight."""
@@ -13,7 +15,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input @ weight.T + bias``."""
-        return self.run(MatrixProduct(), input, self.bias)
+        return self.run(_PRODUCT, input, self.bias)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # a parameter there, computed here

@@ -221,10 +221,9 @@ class Affine(Scheme):
         if self.symmetric:
             return float32(max(high, -low) / self.quant_max), 0
         low, high = min(low, 0.0), max(high, 0.0)
-        steps = self.quant_max - self.quant_min
-        scale = float32(float32(high * 0.5 - low * 0.5) / (steps / 2))
-        zero_point = self.quant_min - round(float32(low / scale))
-        return scale, min(max(zero_point, self.quant_min), self.quant_max)
+        most = self.quant_max  # a property, as the least one is, which is 0 here
+        scale = float32(float32(high * 0.5 - low * 0.5) / (most / 2))
+        return scale, min(max(-round(float32(low / scale)), 0), most)
 
     def quantize(self, x: Tensor, qparams: QParams) -> QTensor:
         """Return the nearest code of each value: ``clamp(round(x / scale + zero_point))``.

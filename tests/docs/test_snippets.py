@@ -19,7 +19,7 @@ from pathlib import Path
 import attrs
 import pytest
 
-from mono_quant.kernels import VARIABLE
+from mono_quant.kernels import VARIABLE, use
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -99,13 +99,25 @@ def assert_printed(said: Snippet, printed: str, name: str) -> None:
         pytest.fail(f"{name}:{said.line}: {difference}", pytrace=False)
 
 
+@pytest.fixture
+def one_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have all computed by one kernel, here and in what snippets start.
+
+    Which one is fastest is a matter of the machine, and 4 bits differ by a tenth of a dB.
+    """
+    monkeypatch.setenv(VARIABLE, "reference")
+    use.reread()
+    yield
+    monkeypatch.undo()
+    use.reread()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.usefixtures("one_kernel")
 def test_every_snippet_of_the_page_runs_and_prints_what_it_says(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    # which kernel is fastest is a matter of the machine, and 4 bits differ by a tenth of a dB
-    monkeypatch.setenv(VARIABLE, "reference")
     name = str(page.relative_to(ROOT))
     namespace: dict[str, object] = {"__name__": "__main__"}
     printed: str | None = None  # by the block just before

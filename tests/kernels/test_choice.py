@@ -3,7 +3,7 @@
 import copy
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import attrs
@@ -15,6 +15,7 @@ from mono_quant import ConfigurationError, QuantizedLayer, Quantizer, kernels
 from mono_quant.base import Kernel, KernelSpec, PackedTensor
 from mono_quant.kernels import ops, store, trial
 from mono_quant.kernels.store import STORE
+from mono_quant.kernels.switches import Switch
 from tests.helpers import noise, same_bits
 from tests.kernels.cases import CPU, DECODED, FLOATS, INTEGERS, each, layer, spec_of
 
@@ -194,24 +195,39 @@ def test_use_names_a_kernel_for_good_or_for_a_while(made: QuantizedLayer) -> Non
         assert chosen(grouped) == "reference", "the kernel cannot do it"
 
 
+Outside = Callable[[type[Switch], str], None]
+
+
+@pytest.fixture
+def outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[Outside]:
+    """Say a word in the environment for one test."""
+
+    def say(switch: type[Switch], word: str) -> None:
+        monkeypatch.setenv(switch.variable, word)
+        switch.reread()
+
+    yield say
+    monkeypatch.undo()
+    kernels.use.reread()
+    kernels.memory.reread()
+
+
 def test_the_environment_names_a_kernel_and_use_overrules_it(
-    made: QuantizedLayer, monkeypatch: pytest.MonkeyPatch
+    made: QuantizedLayer, outside: Outside
 ) -> None:
-    monkeypatch.setenv(kernels.VARIABLE, "blocks")
+    outside(kernels.use, "blocks")
     assert chosen(made) == "blocks"
     with kernels.use("integer"):
         assert chosen(made) == "integer"
-    monkeypatch.setenv(kernels.VARIABLE, "")
+    outside(kernels.use, "")
     assert chosen(made) in {"integer", "blocks"}
 
 
-def test_a_kernel_that_is_none_is_refused(
-    made: QuantizedLayer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kernel_that_is_none_is_refused(made: QuantizedLayer, outside: Outside) -> None:
     with pytest.raises(ConfigurationError, match=r"'turbo'.*blocks, .*integer, .*reference"):
         kernels.use("turbo")
     assert kernels.use.current is None
-    monkeypatch.setenv(kernels.VARIABLE, "turbo")
+    outside(kernels.use, "turbo")
     with pytest.raises(ConfigurationError, match="turbo"):
         chosen(made)
 
@@ -332,15 +348,13 @@ def test_the_trial_of_the_integer_product_names_it(monkeypatch: pytest.MonkeyPat
     assert str(ops.int_mm_refusal()).startswith("the integer product failed on trial: ")
 
 
-def test_memory_is_one_of_two_words_from_the_call_or_the_environment(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_memory_is_one_of_two_words_from_the_call_or_the_environment(outside: Outside) -> None:
     assert not kernels.memory.is_double()
     with kernels.memory("double"):
         assert kernels.memory.is_double()
         with kernels.memory("single"):
             assert not kernels.memory.is_double()
-    monkeypatch.setenv(kernels.memory.variable, "double")
+    outside(kernels.memory, "double")
     assert kernels.memory.is_double()
     with kernels.memory("single"):
         assert not kernels.memory.is_double()

@@ -1,6 +1,7 @@
 """The integer kernel: its sums are exact, so its results are known but for a few roundings."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from mono_quant import QuantizedLayer, Quantizer, kernels
 from mono_quant.base import KernelSpec
 from mono_quant.kernels import REFERENCE, Integer
-from mono_quant.kernels.codes import row_sums
+from mono_quant.kernels.codes import constants
 from mono_quant.operations import MatrixProduct
 from tests.helpers import noise, same_bits
 from tests.kernels.cases import (
@@ -146,11 +147,17 @@ def test_sums_of_codes_follow_what_is_written_to_them() -> None:
     assert not same_bits(run(INTEGER, made, x), expected)
     made.load_state_dict(other.state_dict())
     assert same_bits(run(INTEGER, made, x), expected)
-    codes = made.packed_weights()["weight"].tensors["codes"]
-    assert torch.equal(row_sums(codes), codes.sum(-1, dtype=torch.int32))
+    weight = made.packed_weights()["weight"]
+    codes, scale = weight.tensors["codes"], weight.tensors["scale"]
+    assert torch.equal(constants(weight).sums, codes.sum(-1, dtype=torch.int32))
     with torch.inference_mode():
-        assert torch.equal(row_sums(codes.clone()), row_sums(codes))
+        inferred = replace(weight, tensors={**weight.tensors, "codes": codes.clone()})
+        assert torch.equal(constants(inferred).sums, constants(weight).sums)
     assert same_bits(run(INTEGER, copy.deepcopy(made), x), expected)
+    scale.mul_(2)
+    assert torch.equal(constants(weight).scale, scale.flatten().float())
+    rescaled = replace(weight, tensors={**weight.tensors, "scale": scale / 4})
+    assert torch.equal(constants(rescaled).scale, scale.flatten().float() / 4)
 
 
 def reasons(made: QuantizedLayer, dtype: torch.dtype = torch.float32) -> str | None:
