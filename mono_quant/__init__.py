@@ -105,7 +105,10 @@ try:
         HQQ,
         Hessian,
         HessianState,
+        ImportanceWeighted,
+        InputPower,
         LearnedRounding,
+        PowerState,
         RoundToNearest,
     )
     from mono_quant.schemes import (
@@ -184,7 +187,9 @@ __all__ = [
     "Hessian",
     "HessianState",
     "Histogram",
+    "ImportanceWeighted",
     "InputError",
+    "InputPower",
     "InputReport",
     "Kernel",
     "KernelSpec",
@@ -211,6 +216,7 @@ __all__ = [
     "PerToken",
     "Percentile",
     "Plan",
+    "PowerState",
     "QParams",
     "QTensor",
     "QuantizationResult",

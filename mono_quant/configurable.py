@@ -6,7 +6,7 @@ class name read from a file.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Self, TypeVar, cast
+from typing import ClassVar, Self, TypeGuard, TypeVar, cast
 
 import attrs
 import torch
@@ -154,3 +154,8 @@ def _encode_scalar(value: object) -> Scalar:
     if value is None or isinstance(value, str | int | float | bool):
         return value
     raise ConfigurationError(f"{value!r} cannot be written to a configuration")
+
+
+def is_count(value: object, least: int) -> TypeGuard[int]:
+    """Return whether a parameter is a whole number from `least` on; a boolean is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import attrs
 
-from mono_quant.configurable import Configurable, register
+from mono_quant.configurable import Configurable, is_count, register
 from mono_quant.errors import ConfigurationError, InputError
 
 Shape = tuple[int, ...]
@@ -82,7 +82,7 @@ class PerToken(Granularity):
 
 
 def _check_size(_: object, __: object, size: object) -> None:
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+    if not is_count(size, 1):
         raise ConfigurationError(f"a group has 1 value or more, not {size!r}")
 
 

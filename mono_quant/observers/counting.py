@@ -5,6 +5,7 @@ from abc import abstractmethod
 from torch import Tensor
 
 from mono_quant.base import Observer
+from mono_quant.configurable import is_count
 from mono_quant.errors import ConfigurationError
 from mono_quant.numerics import histogram
 from mono_quant.numerics.histogram import HistogramState
@@ -47,5 +48,5 @@ def check_bins(bins: object) -> None:
     Raises:
         ConfigurationError: it is no whole number, or too small to tell anything.
     """
-    if isinstance(bins, bool) or not isinstance(bins, int) or bins < _FEWEST:
+    if not is_count(bins, _FEWEST):
         raise ConfigurationError(f"bins is a whole number from {_FEWEST} on, not {bins!r}")

@@ -1,9 +1,11 @@
-"""Parameters of single columns of a stack of matrices."""
+"""Parameters of single columns of a stack of matrices, and rows of two forms of one."""
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from mono_quant.numerics.values import QParams
+from mono_quant.numerics.values import QParams, QTensor
 
 
 def columns_of(qparams: QParams, order: Tensor) -> list[QParams]:
@@ -37,3 +39,25 @@ def columns_of(qparams: QParams, order: Tensor) -> list[QParams]:
 def as_bytes(parts: Tensor) -> Tensor:
     """Return floats of 8 bits as bytes, which torch can move about, and all else as it is."""
     return parts.view(torch.uint8) if parts.element_size() == 1 else parts
+
+
+def rows_where(where: Tensor, one: QTensor, other: QTensor) -> QTensor:
+    """Return rows of one form of a weight where so, and of another elsewhere.
+
+    Args:
+        where: bool, ``[G, out, 1]``.
+        one: on a grid whose zero points are those of `other`, and where rows share scales, these.
+        other: another form.
+    """
+    codes = _chosen(where, one.codes, other.codes)
+    left, right = one.qparams.scale, other.qparams.scale
+    if left is right or left is None or right is None:
+        return QTensor(codes, other.qparams, other.dtype)
+    qparams = replace(other.qparams, scale=_chosen(where, left, right))
+    return QTensor(codes, qparams, other.dtype)
+
+
+def _chosen(where: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    wide = one.dtype if one.dtype == other.dtype else torch.promote_types(one.dtype, other.dtype)
+    found = torch.where(where, as_bytes(one.to(wide)), as_bytes(other.to(wide)))
+    return found.view(wide)

@@ -1,6 +1,5 @@
 """Rounding columns one by one, the others making up for what each misses."""
 
-from dataclasses import replace
 from typing import ClassVar
 
 import attrs
@@ -8,11 +7,11 @@ import torch
 from torch import Tensor
 
 from mono_quant.base import AnyStatistic, Grid, Rounding, Scheme, Statistics
-from mono_quant.configurable import register
+from mono_quant.configurable import is_count, register
 from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.numerics.granularity import Shape
 from mono_quant.numerics.values import QParams, QTensor
-from mono_quant.rounding.columns import as_bytes, columns_of
+from mono_quant.rounding.columns import columns_of, rows_where
 from mono_quant.rounding.hessian import Factor, Hessian, HessianState
 from mono_quant.rounding.nearest import to_nearest
 from mono_quant.rounding.scales import fit_scales
@@ -62,13 +61,13 @@ class GPTQ(Rounding):
 
     @block.validator
     def _check_block(self, _: object, value: int) -> None:
-        if value < 1:
-            raise ConfigurationError(f"block is 1 or more columns, not {value!r}")
+        if not is_count(value, 1):
+            raise ConfigurationError(f"block is a whole number of columns, not {value!r}")
 
     @refinements.validator
     def _check_refinements(self, _: object, value: int) -> None:
-        if value < 0:
-            raise ConfigurationError(f"refinements are 0 or more, not {value!r}")
+        if not is_count(value, 0):
+            raise ConfigurationError(f"refinements is a whole number, 0 or more, not {value!r}")
 
     def describe(self) -> str:
         """Return its name and what it takes."""
@@ -132,25 +131,9 @@ def output_error(weight: Tensor, rounded: Tensor, state: HessianState) -> Tensor
 def _better(
     weight: Tensor, scheme: Scheme, state: HessianState, one: QTensor, other: QTensor
 ) -> QTensor:
-    """Return the rows of `one`, or those of `other` where they are better.
-
-    Where rows share parameters, those of both are the same.
-    """
+    """Return the rows of `one`, or those of `other` where they are better."""
     errors = [output_error(weight, scheme.dequantize(q), state) for q in (one, other)]
-    worse = (errors[0] > errors[1]).unsqueeze(2)
-    codes = _chosen(worse, other.codes, one.codes)
-    left, right = one.qparams.scale, other.qparams.scale
-    if left is right or left is None or right is None:
-        return QTensor(codes, one.qparams, one.dtype)
-    qparams = replace(one.qparams, scale=_chosen(worse, right, left))
-    return QTensor(codes, qparams, one.dtype)
-
-
-def _chosen(where: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """Return rows of one tensor where so, and of another elsewhere."""
-    wide = one.dtype if one.dtype == other.dtype else torch.promote_types(one.dtype, other.dtype)
-    found = torch.where(where, as_bytes(one.to(wide)), as_bytes(other.to(wide)))
-    return found.view(wide)
+    return rows_where((errors[0] > errors[1]).unsqueeze(2), other, one)
 
 
 def _compensated(

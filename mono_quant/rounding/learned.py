@@ -21,7 +21,7 @@ from mono_quant.base import (
     Scheme,
     Statistics,
 )
-from mono_quant.configurable import register
+from mono_quant.configurable import is_count, register
 from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.numerics.blocks import meet
 from mono_quant.numerics.extremes import all_finite
@@ -89,8 +89,10 @@ class LearnedRounding(BlockRounding):
 
     def __attrs_post_init__(self) -> None:
         """Refuse what is no learning."""
-        if self.steps < 1:
-            raise ConfigurationError(f"steps is 1 or more, not {self.steps!r}")
+        if not is_count(self.steps, 1):
+            raise ConfigurationError(f"steps is a whole number, 1 or more, not {self.steps!r}")
+        if not is_count(self.seed, 0):
+            raise ConfigurationError(f"seed is a whole number, 0 or more, not {self.seed!r}")
         if self.minutes is not None and not self.minutes > 0:
             raise ConfigurationError(f"minutes is more than 0, not {self.minutes!r}")
         start: object = self.start  # which may come from a configuration, or be a class

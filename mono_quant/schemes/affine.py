@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mono_quant.base import Scheme
-from mono_quant.configurable import as_dtype, dtype_name, register
+from mono_quant.configurable import as_dtype, dtype_name, is_count, register
 from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.numerics.blocks import AT_ONCE, block_counts, block_range, meet
 from mono_quant.numerics.granularity import Granularity, PerChannel, Shape
@@ -34,7 +34,7 @@ def _size(block_size: Shape) -> int:
 
 
 def _check_bits(_: object, __: object, bits: object) -> None:
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+    if not is_count(bits, 2) or bits > 8:
         raise ConfigurationError(f"Affine has 2 to 8 bits, not {bits!r}; for 16 use FloatCast()")
 
 

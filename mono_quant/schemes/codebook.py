@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mono_quant.base import RangeEstimator
-from mono_quant.configurable import as_dtype, register
+from mono_quant.configurable import as_dtype, is_count, register
 from mono_quant.errors import ConfigurationError
 from mono_quant.numerics.blocks import block_range, to_blocks
 from mono_quant.numerics.granularity import Granularity, PerGroup, Shape
@@ -136,7 +136,7 @@ class Codebook(Scaled):
 
 
 def _check_bits(_: object, __: object, bits: object) -> None:
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+    if not is_count(bits, 2) or bits > 8:
         raise ConfigurationError(f"a codebook has 2 to 8 bits, not {bits!r}")
 
 

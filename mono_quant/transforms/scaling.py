@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mono_quant.base import WITHOUT_DATA, Change, Transform, TransformContext
+from mono_quant.configurable import is_count
 from mono_quant.errors import ConfigurationError
 from mono_quant.text import joined
 from mono_quant.transforms.groups import WATCHED, Group, find_groups, weight_of
@@ -115,7 +116,7 @@ def check_alpha(_: object, __: object, alpha: float | None) -> None:
 
 def check_steps(_: object, __: object, steps: int) -> None:
     """Refuse a number of steps that is none."""
-    if type(steps) is not int or steps < 1:
+    if not is_count(steps, 1):
         raise ConfigurationError(f"steps is 1 or more, not {steps!r}")
 
 

@@ -17,6 +17,7 @@ from mono_quant import (
     GPTQ,
     MSE,
     FittedCodebook,
+    ImportanceWeighted,
     PerGroup,
     Quantizer,
     Rounding,
@@ -35,6 +36,7 @@ assert best is not None
 
 ROUNDINGS: Mapping[str, Rounding] = {
     "to nearest": RoundToNearest(),
+    "to nearest, scales weighed by inputs": ImportanceWeighted(),
     "GPTQ": GPTQ(),
     "GPTQ refined once": GPTQ(refinements=1),
     "learned, 16 steps (balanced)": balanced,

@@ -189,7 +189,9 @@ def test_a_budget_of_time_ends_it() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"steps": 0}, "steps is 1 or more"),
+        ({"steps": 0}, "steps is a whole number, 1 or more, not 0"),
+        ({"steps": 2.5}, "steps is a whole number"),
+        ({"seed": 0.5}, "seed is a whole number"),
         ({"minutes": 0.0}, "minutes is more than 0"),
         ({"scale_rate": -1.0}, "rates are 0 or more"),
         ({"float_rate": math.nan}, "rates are 0 or more"),
