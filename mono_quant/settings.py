@@ -286,13 +286,17 @@ class Settings:
         grid = Grid(self._scheme(shape), self.observer or ranges)
         observer = cast("Observer[object]", self.activation_observer or ranges)  # checked above
         return Recipe(
-            grid, self._rounding(has_data and not looked_up), self._activations(has_data), observer
+            grid, self._rounding(has_data, looked_up), self._activations(has_data), observer
         )
 
-    def _rounding(self, has_inputs: bool) -> Rounding:
-        """Return what was asked for, or what the quality means; to nearest without data for it."""
+    def _rounding(self, has_data: bool, looked_up: bool) -> Rounding:
+        """Return what was asked for, or what the quality means; to nearest without data for it.
+
+        To nearest too for rows that are looked up where inputs would be needed.
+        """
         if self.rounding is not None:
-            return self.rounding
+            return RoundToNearest() if looked_up and self.rounding.needs else self.rounding
+        has_inputs = has_data and not looked_up
         learned = QUALITIES.get(self.quality or "") if has_inputs and self.width < 16 else None
         return learned or RoundToNearest()
 

@@ -13,6 +13,7 @@ from mono_quant.plan.stages import block_of
 from mono_quant.result import Outline
 from mono_quant.rounding import RoundToNearest
 from mono_quant.settings import Recipe
+from mono_quant.text import joined
 
 WORK_BYTES = 12
 """Bytes of working memory that each value of the layer at hand takes while it is quantized."""
@@ -73,7 +74,17 @@ def _roundings(weights: Sequence[WeightPlan]) -> Iterable[str]:
     )
     for (quality, rounding, observer), count in counts.items():
         chosen = f"quality {quality!r}: " if quality is not None else ""
-        yield f"{chosen}{count} weights by {rounding.describe()}; ranges by {observer!r}"
+        noun = "weight" if count == 1 else "weights"
+        yield f"{chosen}{count} {noun} by {rounding.describe()}; ranges by {observer!r}"
+    blind = [
+        weight
+        for weight, recipe in recipes
+        if weight.tied_to is None and weight.settings.rounding not in (None, recipe.rounding)
+    ]
+    if blind:
+        names = joined([weight.key for weight in blind])
+        asked = joined(sorted({type(weight.settings.rounding).__name__ for weight in blind}))
+        yield f"rows of {names} are looked up and meet no inputs for {asked}: rounded to nearest"
     missed = {
         weight.settings.quality
         for weight, recipe in recipes

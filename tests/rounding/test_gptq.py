@@ -17,11 +17,13 @@ from mono_quant import (
     Hessian,
     HessianState,
     InputError,
+    LearnedRounding,
     MinMax,
     PerChannel,
     PerGroup,
     PerTensor,
     Quantizer,
+    Rounding,
     RoundToNearest,
     Scheme,
     Statistics,
@@ -253,6 +255,28 @@ def test_it_is_deterministic_and_comes_back_from_its_configuration() -> None:
     quantizer = Quantizer().bits(4).rounding(GPTQ(damping=0.05, refinements=2)).fit(data)
     again = Quantizer.from_config(quantizer.to_config()).fit(data)
     assert same_tensors(quantizer.apply(source).model, again.apply(source).model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("rounding", [GPTQ(), LearnedRounding(steps=2)], ids=["gptq", "learned"])
+def test_rows_that_are_looked_up_are_rounded_to_nearest_and_the_plan_says_so(
+    rounding: Rounding, tied: bool
+) -> None:
+    torch.manual_seed(0)
+    source = nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 32), nn.Linear(32, 50, bias=False))
+    if tied:
+        source[2].weight = source[0].weight
+    data = [torch.randint(0, 50, (8, 6)) for _ in range(3)]
+    quantizer = Quantizer().bits(4).only("*").fit(data)
+    plan = quantizer.rounding(rounding).plan(source.eval())
+    name = type(rounding).__name__
+    told = f"rows of 0.weight are looked up and meet no inputs for {name}: rounded to nearest"
+    assert told in plan.explain()
+    result, nearest = plan.run(progress=False), quantizer.apply(source)
+    assert result.validate()
+    embeddings = [one.model.get_submodule("0") for one in (result, nearest)]
+    assert same_tensors(embeddings[0], embeddings[1])
+    assert not same_tensors(result.model.get_submodule("1"), nearest.model.get_submodule("1"))
 
 
 def test_without_data_the_plan_refuses_it() -> None:
