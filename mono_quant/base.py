@@ -788,6 +788,18 @@ class Transform(Configurable, ABC):
     needs_data: ClassVar[bool] = False
     """Whether a plan without data refuses it."""
 
+    def foresee(self, model: nn.Module, *, has_data: bool) -> Sequence[Change]:
+        """Return what `apply` will do, and refuse, as far as a plan can know: nothing by default.
+
+        Names, shapes and the model's code tell; no weight is read, and no data runs. Edits that are
+        likely to come are named, for the sizes that a plan predicts.
+
+        Args:
+            model: as it was given.
+            has_data: whether there will be data, which may decide what is left open.
+        """
+        return ()
+
     @abstractmethod
     def apply(self, model: nn.Module, context: TransformContext = WITHOUT_DATA) -> Sequence[Change]:
         """Change `model` in place and return what was done to it, and what was refused and why."""

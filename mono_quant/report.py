@@ -411,6 +411,7 @@ class Report:
             *self._warned(),
             f"peak memory: {format_bytes(peak_bytes)} for apply{in_place}",
             *self._timed(),
+            *self._changed(),
             *self.notes,
         ]
         return "\n".join([*head, "", *self._lines()])

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import attrs
 from torch import nn
 
+from mono_quant.base import Change
 from mono_quant.configurable import Config
 from mono_quant.plan.accounting import account
 from mono_quant.plan.request import WeightPlan
@@ -24,11 +25,21 @@ def outline_of(
     config: Config,
     notes: Iterable[str],
     warnings: Iterable[str],
+    changes: Sequence[Change] = (),
 ) -> Outline:
-    """Return the outline of a plan, with further notes after its own."""
+    """Return the outline of a plan, with further notes after its own.
+
+    Args:
+        model: as it was given.
+        weights: their fates.
+        config: what was asked for.
+        notes: further ones.
+        warnings: those of the plan.
+        changes: what is foreseen to be done to the model first.
+    """
     todo = [weight for weight in weights if weight.recipe is not None]
     report = attrs.evolve(
-        account(model, weights), notes=(*_notes(weights), *notes), warnings=tuple(warnings)
+        account(model, weights, changes), notes=(*_notes(weights), *notes), warnings=tuple(warnings)
     )
     work = WORK_BYTES * max((weight.parameters for weight in todo), default=0)
     work += _of_roundings(model, todo)

@@ -1,7 +1,8 @@
 """What warnings advise on real models: of weights without data, and of inputs with it.
 
 Without data a weight is warned of where little is left of its product with drawn inputs. The first
-table shows the weight of each model that is nearest to that, by the smaller half of its rows.
+table shows the weight of each model that is nearest to that, by the smaller half of its rows, and
+by how many dB that half is worse than the whole in the weight where it is most of all.
 
 Then the calls that warnings of inputs name are followed, round after round, on four models. A
 round applies every call that is named, three of a kind at most. The output SQNR is that on the data
@@ -78,7 +79,7 @@ CASES: tuple[tuple[str, Callable[[], Loaded], Quantizer], ...] = (
 
 def main() -> None:
     """Print a row for each model, then one for each model and setting."""
-    columns = ("model", "nearest weight", "all its values", "the smaller half", "warned of")
+    columns = ("model", "nearest weight", "all its values", "the smaller half", "most", "warned of")
     print_table(columns, _estimates())
     rounds = (f"after round {number}" for number in range(1, ROUNDS + 1))
     print_table(("model and setting", "SQNR, dB", "warnings of inputs", *rounds), _rows())
@@ -109,12 +110,18 @@ def _estimates() -> Iterator[tuple[str, ...]]:
         try:
             report = Quantizer().apply(load(), progress=False).report
         except AssetUnavailable as reason:
-            yield (name, f"skipped: {reason}", "", "", "")
+            yield (name, f"skipped: {reason}", *[""] * 4)
             continue
-        found = [(row.faint_db, row) for row in report.quantized if row.faint_db is not None]
-        faint, row = min(found, key=lambda one: one[0])
+        found = [
+            (row.faint_db, row.sqnr_db, row.name)
+            for row in report.quantized
+            if row.faint_db is not None and row.sqnr_db is not None
+        ]
+        faint, whole, weight = min(found)
+        most = max(one[1] - one[0] for one in found)
         warned = [row.name for row in report.quantized if row.loses_faint]
-        yield (name, row.name, f"{row.sqnr_db:.1f}", f"{faint:.1f}", ", ".join(warned) or "nothing")
+        figures = (f"{value:.1f}" for value in (whole, faint, most))
+        yield (name, weight, *figures, ", ".join(warned) or "nothing")
 
 
 def _rows() -> Iterator[tuple[str, ...]]:
