@@ -788,6 +788,18 @@ class Transform(Configurable, ABC):
     needs_data: ClassVar[bool] = False
     """Whether a plan without data refuses it."""
 
+    def foresee(self, model: nn.Module, *, has_data: bool) -> Sequence[Change]:
+        """Return what `apply` will do, and refuse, as far as a plan can know: nothing by default.
+
+        Names, shapes and the model's code tell; no weight is read, and no data runs. Edits that are
+        likely to come are named, for the sizes that a plan predicts.
+
+        Args:
+            model: as it was given.
+            has_data: whether there will be data, which may decide what is left open.
+        """
+        return ()
+
     @abstractmethod
     def apply(self, model: nn.Module, context: TransformContext = WITHOUT_DATA) -> Sequence[Change]:
         """Change `model` in place and return what was done to it, and what was refused and why."""
@@ -868,6 +880,12 @@ class LayerQuantizer(Configurable, ABC):
     __slots__ = ()
     slowed: ClassVar[str | None] = None
     """How quantized inputs make such a layer slower than the float one, for notes; None if not."""
+
+    rather_dynamic: ClassVar[str | None] = None
+    """Why the inputs of such a layer are dynamic by default though there is data; None if static.
+
+    What a user says of activations, or of how static ranges are found, goes before.
+    """
 
     looks_up: ClassVar[bool] = False
     """Whether such a layer returns rows of its weight, and no product with it."""

@@ -48,7 +48,8 @@ class Quantizer(Builder):
     def plan(self, model: ModelT | Mapping[str, Tensor]) -> Plan[ModelT] | Plan[BareModule]:
         """Return what will be done to each layer of a model, or of a bare state dict.
 
-        No tensor is touched. Print it, or `run` it.
+        No tensor is touched. Print it, or `run` it. Where batch normalizations are to be folded,
+        the model's code is traced, on symbols, to say into which layers.
 
         Raises:
             InputError: the model cannot be quantized (lazy, on the meta device, scripted).

@@ -15,6 +15,12 @@ from mono_quant.text import format_bytes, format_db, format_ms, table
 CRITICAL_DB = 10.0
 WARNING_DB = 20.0
 GOOD_DB = 30.0
+_UNSEEN_DB = 15.0
+"""By how much the smaller half of the values of a row has to be worse than all of them together.
+
+For values that are spread normally it is 8 dB, for those of sound trained layers up to 14, whatever
+the bits (`tests/benchmarks/advice.py` prints it).
+"""
 
 
 @attrs.frozen
@@ -67,6 +73,12 @@ class LayerReport:
             column counts alike, or all alike where its rows are too few to tell; of a weight that
             is only looked up, of its rows. An estimate without data, and without the error of
             quantized inputs; None where nothing was quantized.
+        faint_db: the same for inputs drawn so that each row meets the smaller half of its values
+            alone, and rows count alike: loud where weights are small, and faint where they are
+            large. Of evenly spread rows; None where nothing was quantized, and where the weight is
+            no matrix that inputs meet or has fewer than 16 rows.
+        cast_db: the estimate that is low, once more with the weight at 16 bits, which is tried
+            then; None where none is.
         outliers: root mean square of the largest column over that of the median one, or None.
         row_outliers: the same of the rows.
         columns: how many values a row of the weight's matrix has; 0 for a module's parameters.
@@ -98,6 +110,8 @@ class LayerReport:
     reason: str | None = None
     sqnr_db: float | None = None
     estimated_db: float | None = None
+    faint_db: float | None = None
+    cast_db: float | None = None
     outliers: float | None = None
     row_outliers: float | None = None
     columns: int = 0
@@ -121,6 +135,31 @@ class LayerReport:
     def is_sound(self) -> bool:
         """Whether the layer was measured and returns what it should."""
         return self.output_sqnr_db is not None and self.output_sqnr_db >= GOOD_DB
+
+    @property
+    def loses_faint(self) -> bool:
+        """Whether inputs that are loud for small weights are lost, which `sqnr_db` does not see.
+
+        That is so where some values of a row dwarf the others and few codes are left to those.
+        """
+        if self.faint_db is None or self.sqnr_db is None:
+            return False
+        return self.faint_db < min(WARNING_DB, self.sqnr_db - _UNSEEN_DB)
+
+    @property
+    def drawn_db(self) -> float | None:
+        """What a product with the weight comes to for drawn inputs, in dB: the estimate to go by.
+
+        For those that meet small weights alone, where they are lost.
+        """
+        return self.faint_db if self.loses_faint else self.estimated_db
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether little is left of what the layer returns, by the estimate."""
+        return self.loses_faint or (
+            self.estimated_db is not None and self.estimated_db < CRITICAL_DB
+        )
 
     def with_inputs(
         self,
@@ -295,6 +334,8 @@ class Report:
                 "reason": layer.reason,
                 "sqnr_db": _finite(layer.sqnr_db),
                 "estimated_db": _finite(layer.estimated_db),
+                "faint_db": _finite(layer.faint_db),
+                "cast_db": _finite(layer.cast_db),
                 "outliers": layer.outliers,
                 "row_outliers": layer.row_outliers,
                 "columns": layer.columns,
@@ -370,6 +411,7 @@ class Report:
             *self._warned(),
             f"peak memory: {format_bytes(peak_bytes)} for apply{in_place}",
             *self._timed(),
+            *self._changed(),
             *self.notes,
         ]
         return "\n".join([*head, "", *self._lines()])
@@ -472,7 +514,8 @@ class Report:
 _OUTPUT = "output"
 _ESTIMATED = (
     "~ estimated, not measured: of a product with the quantized weight alone, for inputs drawn so "
-    "that all of its columns count alike; of an embedding, of its rows"
+    "that all of its columns count alike, or, where that is far worse, so that rows meet the "
+    "smaller half of their values alone; of an embedding, of its rows"
 )
 
 
@@ -481,7 +524,7 @@ def _decibels(value: float | None) -> str:
 
 
 def _estimate(layer: LayerReport) -> str:
-    return f"~{format_db(layer.estimated_db)}" if layer.estimated_db is not None else ""
+    return f"~{format_db(layer.drawn_db)}" if layer.drawn_db is not None else ""
 
 
 _COLUMNS: dict[str, Callable[[LayerReport], str]] = {

@@ -424,7 +424,8 @@ ESTIMATED = attrs.evolve(
 )
 MEANING = (
     "~ estimated, not measured: of a product with the quantized weight alone, for inputs drawn so "
-    "that all of its columns count alike; of an embedding, of its rows"
+    "that all of its columns count alike, or, where that is far worse, so that rows meet the "
+    "smaller half of their values alone; of an embedding, of its rows"
 )
 
 
@@ -444,6 +445,21 @@ def test_without_measured_layers_every_rendering_shows_estimates_and_what_marks_
     first = rows[0]
     assert isinstance(first, dict)
     assert (first["estimated_db"], first["output_sqnr_db"]) == (19.04, None)
+
+
+def test_the_estimate_that_is_shown_is_the_one_to_go_by() -> None:
+    unmeasured = attrs.evolve(WEIGHT, output_sqnr_db=None)
+    sound = attrs.evolve(unmeasured, sqnr_db=42.0, estimated_db=39.0, faint_db=26.9)
+    doubtful = attrs.evolve(sound, faint_db=14.8)
+    measured = attrs.evolve(doubtful, output_sqnr_db=35.0)
+    assert [row.drawn_db for row in (sound, doubtful)] == [39.0, 14.8]
+    assert [row.is_doubtful for row in (sound, doubtful)] == [False, True]
+    assert "~14.8 dB" in str(attrs.evolve(ESTIMATED, layers=(doubtful,)))
+    assert "~" not in str(attrs.evolve(ESTIMATED, layers=(measured,)))
+    # at few bits all values are coarse: only what is far worse than that counts
+    coarse = attrs.evolve(sound, sqnr_db=20.0, estimated_db=19.0)
+    fates = [attrs.evolve(coarse, faint_db=db).is_doubtful for db in (7.0, 3.0, None)]
+    assert fates == [False, True, False]
 
 
 def test_estimates_are_not_shown_among_measured_figures() -> None:

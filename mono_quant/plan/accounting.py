@@ -1,24 +1,35 @@
 """What a model's bytes are and will be: every parameter and buffer counted once."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
+import attrs
 from torch import Tensor, nn
 
-from mono_quant.base import QuantizedModule
+from mono_quant.base import Change, QuantizedModule
 from mono_quant.modules import BareModule, QuantizedInput, QuantizedWeight
 from mono_quant.numerics.metrics import memory_of, tensor_bytes
 from mono_quant.plan.request import WeightPlan, by_layer
 from mono_quant.report import LayerReport, Report
+from mono_quant.transforms.edits import BIAS, IDENTITY
+from mono_quant.transforms.graph import NORMS
+from mono_quant.transforms.rescaling import widths
 
 
-def account(model: nn.Module, weights: Sequence[WeightPlan]) -> Report:
-    """Return a report of predicted bytes: a row for each weight and for all that stays float."""
-    rows = tuple(_rows(model, weights))
-    return Report(
-        layers=rows,
-        buffer_bytes=sum(map(tensor_bytes, _buffers(model))),
-        head=_last_weight(model, rows),
-    )
+def account(
+    model: nn.Module, weights: Sequence[WeightPlan], changes: Sequence[Change] = ()
+) -> Report:
+    """Return a report of predicted bytes: a row for each weight and for all that stays float.
+
+    Args:
+        model: to be quantized, or quantized.
+        weights: their fates.
+        changes: of the float model, made or to come; those that come change the bytes.
+    """
+    rows = tuple(_rows(model, weights, changes))
+    left = sum(map(tensor_bytes, _buffers(model, without=_edited(changes, IDENTITY))))
+    gone = sum(map(tensor_bytes, _buffers(model))) - left
+    report = Report(rows, left, head=_last_weight(model, rows), changes=tuple(changes))
+    return attrs.evolve(report, original_bytes=report.float_bytes + gone) if gone else report
 
 
 def inside(path: str, paths: set[str]) -> bool:
@@ -27,13 +38,17 @@ def inside(path: str, paths: set[str]) -> bool:
     return any(".".join(parts[:end]) in paths for end in range(1, len(parts)))
 
 
-def _rows(model: nn.Module, weights: Sequence[WeightPlan]) -> Iterable[LayerReport]:
+def _rows(
+    model: nn.Module, weights: Sequence[WeightPlan], changes: Sequence[Change]
+) -> Iterable[LayerReport]:
     """Yield a row for each weight, one for each module's other parameters, one for all biases."""
+    removed, given = _edited(changes, IDENTITY), _edited(changes, BIAS)
     by_path = by_layer(weights)
     tied = [weight for weight in weights if weight.tied_to is not None]
     sources = (source for weight in weights for source in weight.sources)
     counted: set[object] = {memory_of(model.get_parameter(source)) for source in sources}
     biases: list[nn.Parameter] = []
+    new: list[nn.Module] = []  # layers that will be given a bias
     for path, module in model.named_modules():
         for weight in by_path.get(path, ()):
             if weight.tied_to is None:
@@ -43,6 +58,8 @@ def _rows(model: nn.Module, weights: Sequence[WeightPlan]) -> Iterable[LayerRepo
                 yield row
         if isinstance(module, QuantizedModule):
             yield from _quantized_rows(path, module, counted)
+        if path in given and module._parameters.get("bias") is None:
+            new.append(module)
         own = {memory_of(one): one for one in module._parameters.values() if one is not None}
         rest = [one for identity, one in own.items() if identity not in counted]
         counted.update(own)
@@ -51,16 +68,41 @@ def _rows(model: nn.Module, weights: Sequence[WeightPlan]) -> Iterable[LayerRepo
         elif rest:
             layer = type(module).__name__
             reason = f"no quantizer knows a {layer}"
-            if inside(path, set(by_path)):
+            if isinstance(module, NORMS) and (fate := _folding(path, changes)) is not None:
+                reason = fate
+            elif inside(path, set(by_path)):
                 reason = "its parent's quantizer leaves it"
             elif isinstance(module, BareModule):
                 reason = (
                     "of a state dict, tensors of 2 to 5 dimensions called as weights are quantized"
                 )
-            yield _float_row(path or "(root)", layer, rest, reason)
-    if biases:
-        name = f"({len(biases)} biases)" if len(biases) > 1 else "(1 bias)"
-        yield _float_row(name, "", biases, "biases stay float")
+            row = _float_row(path or "(root)", layer, rest, reason)
+            yield attrs.evolve(row, bytes=0) if path in removed else row
+    if count := len(biases) + len(new):
+        name = f"({count} biases)" if count > 1 else "(1 bias)"
+        row = _float_row(name, "", biases, "biases stay float")
+        yield attrs.evolve(
+            row,
+            parameters=row.parameters + sum(widths(layer)[1] for layer in new),
+            bytes=row.bytes + sum(map(_bias_bytes, new)),
+        )
+
+
+def _folding(path: str, changes: Iterable[Change]) -> str | None:
+    """Return what changes say of a batch normalization, as a sentence on it, or None."""
+    start = f"{path} is "
+    texts = (one.text for one in changes if one.path == path and one.text.startswith(start))
+    return next((f"it is {text.removeprefix(start)}" for text in texts), None)
+
+
+def _edited(changes: Iterable[Change], op: str) -> set[str]:
+    """Return the names of the modules that changes edit in one way."""
+    return {edit.path for change in changes for edit in change.edits if edit.op == op}
+
+
+def _bias_bytes(layer: nn.Module) -> int:
+    """Return the bytes of a bias that a layer without one is given, in the dtype of its weight."""
+    return widths(layer)[1] * layer.get_parameter("weight").dtype.itemsize
 
 
 def _float_row(
@@ -131,12 +173,17 @@ def _last_weight(model: nn.Module, rows: Iterable[LayerReport]) -> str | None:
     return max(names, key=lambda name: places.get(name.rpartition(".")[0], -1), default=None)
 
 
-def _buffers(model: nn.Module) -> Iterable[Tensor]:
-    """Return every buffer once, those of quantized weights left out: their rows count them."""
+def _buffers(model: nn.Module, without: Collection[str] = ()) -> Iterable[Tensor]:
+    """Return every buffer once, those of quantized weights left out: their rows count them.
+
+    Args:
+        model: holds them.
+        without: names of modules whose buffers are left out too.
+    """
     found = {
         memory_of(buffer): buffer
-        for module in model.modules()
-        if not isinstance(module, QuantizedWeight | QuantizedInput)
+        for path, module in model.named_modules()
+        if path not in without and not isinstance(module, QuantizedWeight | QuantizedInput)
         for buffer in module._buffers.values()
         if buffer is not None
     }

@@ -6,7 +6,7 @@ from functools import partial
 
 import attrs
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mono_quant.base import Grid, QuantizedModule
 from mono_quant.calibration import CalibrationData, output_error
@@ -30,11 +30,15 @@ class Culprit:
         weight_db: SQNR of the layer's output with this weight alone quantized; of an estimate for a
             model without data.
         both_db: with its inputs quantized too; None where they are not.
+        cast_db: of the same estimate with the weight at 16 bits; None where that was not tried.
+        faint: whether the estimate is for inputs that meet small weights alone.
     """
 
     key: str
     weight_db: float
     both_db: float | None = None
+    cast_db: float | None = None
+    faint: bool = False
 
     @property
     def by_weight(self) -> bool:
@@ -71,10 +75,18 @@ class Damage:
         """Return what happened, what does it, and the calls that mend it."""
         if self.output_db is None:
             ((one),) = self.culprits
+            where = (
+                " where inputs are loud for the smaller half of each row's values, to which the "
+                "largest leave few codes"
+                if one.faint
+                else ""
+            )
+            tried = f", which leaves {format_db(one.cast_db)}" if one.cast_db is not None else ""
             return (
-                f"{one.key} would leave {format_db(one.weight_db)} of what its layer returns "
-                "(an estimate: no layer was measured); fit(data) has it measured, "
-                f'on_damage("keep") mends it, and so does override({one.key!r}, bits=16)'
+                f"{one.key} would leave {format_db(one.weight_db)} of what its layer returns"
+                f"{where} (an estimate for drawn inputs: no layer was measured); fit(data) has it "
+                'measured, on_damage("keep") mends it, and so does '
+                f"override({one.key!r}, bits=16){tried}"
             )
         causes, calls = [], []
         for one in self.guilty:
@@ -94,11 +106,12 @@ class Damage:
 
 def estimated(rows: Iterable[LayerReport]) -> tuple[Damage, ...]:
     """Return the weights whose estimate, without data, is below what a layer needs."""
-    return tuple(
-        Damage(row.name.rpartition(".")[0], None, (Culprit(row.name, row.estimated_db),))
-        for row in rows
-        if row.estimated_db is not None and row.estimated_db < CRITICAL_DB
-    )
+    found = []
+    for row in rows:
+        if row.is_doubtful and row.drawn_db is not None:
+            one = Culprit(row.name, row.drawn_db, cast_db=row.cast_db, faint=row.loses_faint)
+            found.append(Damage(row.name.rpartition(".")[0], None, (one,)))
+    return tuple(found)
 
 
 def diagnosed(
@@ -164,14 +177,16 @@ def amended(
     return tuple(map(kept, weights))
 
 
-def _cast(model: nn.Module, weight: WeightPlan) -> Recipe:
-    """Return a cast to float16, or to bfloat16 where the values are too large for that."""
-    largest = max(
-        (float(model.get_parameter(name).detach().abs().max()) for name in weight.sources),
-        default=0.0,
-    )
+def cast_of(tensors: Iterable[Tensor]) -> FloatCast:
+    """Return a cast to float16, or to bfloat16 where some values are too large for that."""
+    largest = max((float(x.detach().abs().max()) for x in tensors if x.numel()), default=0.0)
     fits = largest <= torch.finfo(torch.float16).max
-    scheme = FloatCast() if fits else FloatCast(torch.bfloat16)
+    return FloatCast() if fits else FloatCast(torch.bfloat16)
+
+
+def _cast(model: nn.Module, weight: WeightPlan) -> Recipe:
+    """Return the recipe of a weight that is kept at 16 bits."""
+    scheme = cast_of(map(model.get_parameter, weight.sources))
     return Recipe(Grid(scheme, MinMax()), RoundToNearest())
 
 

@@ -26,9 +26,30 @@ from mono_quant.gathering import Gathered, Gathering, Wanted
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.numerics.nested import tensors_in
 from mono_quant.plan.inputs import InputUses
-from mono_quant.plan.request import WeightPlan, by_layer
+from mono_quant.plan.request import Request, WeightPlan, by_layer
 from mono_quant.report import LayerReport
+from mono_quant.transforms import FoldBatchNorm
 from mono_quant.transforms.edits import mark
+
+
+def transforms_of(request: Request, weights: Iterable[WeightPlan]) -> tuple[Transform, ...]:
+    """Return what is done to the float model: folding first, where it is asked for or due."""
+    fold = request.fold
+    if fold is None:
+        recipes = [weight.recipe for weight in weights if weight.recipe is not None]
+        fold = any(recipe.activations.mode is not None for recipe in recipes)
+    return (*((FoldBatchNorm(),) if fold else ()), *request.transforms)
+
+
+def foreseen(
+    model: nn.Module, request: Request, weights: Iterable[WeightPlan]
+) -> tuple[Change, ...]:
+    """Return what a plan can know of what its transforms will do to a model."""
+    has_data = request.data is not None
+    found: list[Change] = []
+    for one in transforms_of(request, weights):
+        found += one.foresee(model, has_data=has_data)
+    return tuple(found)
 
 
 def transform(

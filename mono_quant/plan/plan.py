@@ -13,7 +13,6 @@ from mono_quant.base import (
     Container,
     CorrectionContext,
     QuantizedModule,
-    Transform,
     TransformContext,
 )
 from mono_quant.calibration import CalibrationData, Kept, compare, count_samples
@@ -31,8 +30,10 @@ from mono_quant.plan.journal import Journal
 from mono_quant.plan.measure import (
     LayerErrors,
     correct,
+    foreseen,
     left_out,
     transform,
+    transforms_of,
     with_outputs,
 )
 from mono_quant.plan.outline import outline_of
@@ -43,7 +44,6 @@ from mono_quant.plan.warnings import warnings_of
 from mono_quant.plan.written import skipping
 from mono_quant.report import WARNING_DB, LayerReport, Report
 from mono_quant.result import Outline, QuantizationResult
-from mono_quant.transforms import FoldBatchNorm
 
 
 @attrs.frozen(eq=False)
@@ -160,7 +160,7 @@ class Plan(Generic[ModelT]):
             if data is not None:
                 kept.add_all(data.outputs(self._model, label and "float outputs"))
         work = self._model if in_place else copy_structure(self._model)
-        changes = transform(work, self._transforms(), todo, data, progress)
+        changes = transform(work, transforms_of(request, todo), todo, data, progress)
         compared = data is not None or bool(request.corrections)
         floats = copy_structure(work) if compared and not in_place else None
         if sequential is None:
@@ -226,6 +226,7 @@ class Plan(Generic[ModelT]):
             skipping(before.config, self._model, set_apart(weights)),
             [outcome(weights, faster.margin)],
             before.report.warnings,
+            foreseen(self._model, self._request, weights),
         )
         return attrs.evolve(self, weights=weights, outline=outline, measured=True)
 
@@ -277,14 +278,6 @@ class Plan(Generic[ModelT]):
             measured=False,
         )
 
-    def _transforms(self) -> tuple[Transform, ...]:
-        """Return what is done to the float model: folding first, where it is asked for or due."""
-        fold = self._request.fold
-        if fold is None:
-            recipes = [weight.recipe for weight in self.weights if weight.recipe is not None]
-            fold = any(recipe.activations.mode is not None for recipe in recipes)
-        return (*((FoldBatchNorm(),) if fold else ()), *self._request.transforms)
-
     @property
     def _containers(self) -> tuple[Container, ...]:
         return (*self._request.containers, *BUILT_IN_CONTAINERS)
@@ -292,7 +285,8 @@ class Plan(Generic[ModelT]):
     def _report(self, work: nn.Module, found: "_Evidence", data: CalibrationData | None) -> Report:
         """Return the report of a finished model: transforms may have changed what there is."""
         before = self.outline.report
-        after = account(work, [weight for weight in self.weights if weight.recipe is None])
+        floats = [weight for weight in self.weights if weight.recipe is None]
+        after = account(work, floats, found.changes)
         report = attrs.evolve(
             after,
             layers=tuple(found.rows.get(row.name, row) for row in after.layers),

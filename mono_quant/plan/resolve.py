@@ -15,6 +15,7 @@ from mono_quant.layers import BUILT_IN_CONTAINERS, BUILT_IN_LAYERS
 from mono_quant.numerics.metrics import memory_of, tensor_bytes
 from mono_quant.plan.accounting import inside
 from mono_quant.plan.faster import rule
+from mono_quant.plan.measure import foreseen
 from mono_quant.plan.outline import outline_of
 from mono_quant.plan.plan import Plan
 from mono_quant.plan.request import LOW_BITS, Request, WeightPlan
@@ -43,7 +44,8 @@ def resolve(model: ModelT, request: Request, config: Config) -> Plan[ModelT]:
     warnings = tuple(_refused_inputs(todo))
     _check_data(request, todo)
     rules = [rule(request.faster.margin)] if request.faster is not None else []
-    outline = outline_of(model, weights, config, rules, warnings)
+    changes = foreseen(model, request, weights)
+    outline = outline_of(model, weights, config, rules, warnings, changes)
     return Plan(model=model, request=request, weights=tuple(weights), outline=outline)
 
 
@@ -222,6 +224,10 @@ def _decide(
         if float_inputs is not None:
             recipe = attrs.evolve(recipe, activations=Activations())
             return attrs.evolve(weight, recipe=recipe, float_inputs=float_inputs)
+    rather = weight.maker.rather_dynamic
+    if mode == "static" and rather is not None and not weight.settings.says_inputs:
+        recipe = attrs.evolve(recipe, activations=Activations("dynamic"))
+        return attrs.evolve(weight, recipe=recipe, dynamic_inputs=rather)
     return attrs.evolve(weight, recipe=recipe)
 
 

@@ -7,7 +7,7 @@ from typing import Generic, cast
 
 import attrs
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from mono_quant import kernels
@@ -18,8 +18,10 @@ from mono_quant.errors import InputError, Mend
 from mono_quant.gathering import Gathered, Gathering, Wanted
 from mono_quant.modules import tie
 from mono_quant.numerics.metrics import tensor_bytes
+from mono_quant.observers import MinMax
 from mono_quant.plan.blocks import BlockRun, unlearned
 from mono_quant.plan.checks import check_finite, check_gathered
+from mono_quant.plan.damage import cast_of
 from mono_quant.plan.journal import Journal
 from mono_quant.plan.measure import gather_for, wanted_of
 from mono_quant.plan.relay import Relay
@@ -230,6 +232,8 @@ def rounded(
         f"{dead} of {error.by_row.numel()} rows are all zero" if dead else None,
         _met_by_all(weight) if apart is not None else None,
     )
+    # A convolution's values meet neighbours of one input: those that meet small ones meet large.
+    by_value = len(weight.layout.native) == _MATRIX and not looked_up
     packed = given or PackedTensor.pack(q, scheme, weight.layout, view.native.dtype, consume=True)
     row = LayerReport(
         weight.key,
@@ -241,6 +245,7 @@ def rounded(
         scheme=scheme.describe(),
         sqnr_db=error.total.sqnr_db,
         estimated_db=error.total.sqnr_db if looked_up else error.estimated_db,
+        faint_db=error.faint_db if by_value else None,
         outliers=error.outliers,
         row_outliers=error.row_outliers,
         columns=stack.shape[2],
@@ -251,7 +256,15 @@ def rounded(
         speed=weight.speed,
         kernel=weight.kernel,
     )
-    return packed, row
+    return packed, _tried_at_16_bits(row, stack) if row.is_doubtful else row
+
+
+def _tried_at_16_bits(row: LayerReport, stack: Tensor) -> LayerReport:
+    """Return a row whose estimate is low with the same estimate for the weight at 16 bits."""
+    half = cast_of([stack])
+    q = half.quantize(stack, half.choose_qparams(stack, MinMax()))
+    error = WeightError.of(stack, q, half)
+    return attrs.evolve(row, cast_db=error.faint_db if row.loses_faint else error.estimated_db)
 
 
 def _met_by_all(weight: WeightPlan) -> str | None:

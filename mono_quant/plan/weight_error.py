@@ -15,6 +15,12 @@ _ENOUGH_ROWS = 16
 _FAINT = 1e-8
 """Columns fainter than this share of the mean energy count as if they had it."""
 
+_LOOKED_AT = 1 << 14
+"""Values whose rows are sorted by size, evenly spread rows of them: a median takes long."""
+
+_LEAST_ROWS = 64
+"""Rows that are looked at however long they are."""
+
 
 @attrs.frozen(eq=False)
 class WeightError:
@@ -24,12 +30,15 @@ class WeightError:
         signal: sum of the squared values of each column, ``float64 [G, in]``.
         noise: sum of the squared errors of each column.
         by_row: sum of the squared values of each row, ``float64 [G, out]``.
+        faint: sum of the squared errors of the smaller half of each row's values, as a share of
+            their squares, 0 to 1, of evenly spread rows, ``float64 [G, n]``.
         apart: columns that share no scale with others, ``int64 [k]``; None if there are none.
     """
 
     signal: Tensor
     noise: Tensor
     by_row: Tensor
+    faint: Tensor
     apart: Tensor | None = None
 
     @classmethod
@@ -46,14 +55,19 @@ class WeightError:
         signal = torch.zeros(matrices, length, dtype=torch.float64, device=stack.device)
         noise = signal.clone()
         by_row = torch.zeros(matrices, rows, dtype=torch.float64, device=stack.device)
+        faint: list[Tensor] = []
+        every = _step(matrices, rows, length)
         for part in row_parts(tuple(stack.shape)):
             exact = stack[:, part].to(torch.float64)
             values = scheme.dequantize(q.rows(part)) if whole is None else whole[:, part]
             squares = exact.square()
             signal += squares.sum(1)
             by_row[:, part] = squares.sum(2)
-            noise += (exact - values).square_().sum(1)
-        return cls(signal, noise, by_row, apart)
+            errors = (exact - values).square_()
+            noise += errors.sum(1)
+            some = slice(-part.start % every, None, every)
+            faint.append(_lost_of_faint(squares[:, some], errors[:, some]))
+        return cls(signal, noise, by_row, torch.cat(faint, 1) if faint else by_row, apart)
 
     @property
     def rows(self) -> int:
@@ -85,6 +99,18 @@ class WeightError:
         return weighted.sqnr_db
 
     @property
+    def faint_db(self) -> float | None:
+        """SQNR of the product for inputs that meet the smaller half of each row alone, in dB.
+
+        That half is all that counts where inputs are loud for small weights and faint for large
+        ones, which do not stand out as columns if each row has its own. Rows are taken to count
+        alike, so that a few loud ones do not hide the others. None as above.
+        """
+        if self.signal.shape[0] != 1 or self.rows < _ENOUGH_ROWS or not self.faint.numel():
+            return None
+        return SquaredError(1, float(self.faint.mean()), 1).sqnr_db
+
+    @property
     def estimated_db(self) -> float:
         """What is expected of the SQNR of a product, in dB: `balanced_db`, or of inputs all alike.
 
@@ -109,6 +135,32 @@ class WeightError:
     def row_outliers(self) -> float | None:
         """Root mean square of the largest row over that of the median one; None for few rows."""
         return _over_median(self.by_row) if self.by_row.numel() >= _ENOUGH_ROWS else None
+
+
+def _step(matrices: int, rows: int, length: int) -> int:
+    """Return which rows are looked at closely: one of so many.
+
+    An odd number, which does not fall into step with heads of 64 rows.
+    """
+    enough = max(_LEAST_ROWS, _LOOKED_AT // max(1, matrices * length))
+    return rows // enough | 1
+
+
+def _lost_of_faint(squares: Tensor, errors: Tensor) -> Tensor:
+    """Return the share of the squares of the smaller half of each row that errors are, 0 to 1.
+
+    Zeros, which a pruned row is full of, do not count.
+
+    Args:
+        squares: of the values, ``float64 [G, n, in]``.
+        errors: squared, of the same shape.
+    """
+    if not squares.shape[-1]:
+        return squares.new_zeros(squares.shape[:-1])
+    median = squares.masked_fill(squares == 0, torch.nan).nanmedian(-1, keepdim=True).values
+    half = squares <= median
+    lost = (errors * half).sum(-1) / (squares * half).sum(-1)
+    return lost.nan_to_num(0).clamp(max=1)
 
 
 def _over_median(energies: Tensor) -> float | None:

@@ -117,7 +117,7 @@ class Rescaling:
             new["bias"] = bias.to(old.dtype)
         if not all(bool(torch.isfinite(value).all()) for value in new.values()):
             return f"the new parameters would hold NaN or infinity in {old.dtype}"
-        if _has_own_forward(layer) and (reason := self._try_on_copy(layer)) is not None:
+        if has_own_forward(layer) and (reason := self._try_on_copy(layer)) is not None:
             return reason
         before = {name: layer._parameters[name] for name in new}
         for name, value in new.items():
@@ -197,7 +197,8 @@ def _other_owner(model: nn.Module, layer: nn.Module, parameter: nn.Parameter) ->
     return None
 
 
-def _has_own_forward(layer: nn.Module) -> bool:
+def has_own_forward(layer: nn.Module) -> bool:
+    """Return whether a layer may compute something else than torch's own of its kind does."""
     kind = kind_of(layer)
     if kind is None or "forward" in vars(layer) or type(layer).forward is not kind.forward:
         return True

@@ -1,4 +1,4 @@
-"""Dynamic INT8 of recurrent models (LSTM, GRU, LSTMCell), each by its own metric, beside torch.ao.
+"""INT8 of recurrent models (LSTM, GRU, LSTMCell), by their own metrics, beside torch.ao's dynamic.
 
 The speaker encoder is the hard one: the first input weight of its LSTM has a median magnitude of
 0.16 and a maximum of 61, since it reads spectrograms that were not put on a logarithmic scale.
@@ -27,18 +27,24 @@ FIRST = "lstm.weight_ih_l0"
 def speaker_settings() -> Mapping[str, Quantizer]:
     """Return what is tried on the speaker encoder; what is fitted sees synthetic voices."""
     named = f'override("{FIRST}", bits=16)'
+    synthetic = resemblyzer.sample_inputs()
     return {
         "dynamic": DYNAMIC,
         "dynamic, asymmetric weights": DYNAMIC.asymmetric(),
         "weights alone": Quantizer().activations(None),
         'dynamic, on_damage("keep")': DYNAMIC.on_damage("keep"),
-        'dynamic, on_damage("keep"), fitted': DYNAMIC.on_damage("keep").fit(
-            [resemblyzer.sample_inputs()]
-        ),
+        'dynamic, on_damage("keep"), fitted': DYNAMIC.on_damage("keep").fit([synthetic]),
         f"dynamic, {named}": DYNAMIC.override(FIRST, bits=16),
         f"dynamic, {named}, asymmetric weights": DYNAMIC.asymmetric().override(FIRST, bits=16),
+        **{f"{title}, {named}": one.override(FIRST, bits=16) for title, one in fitted(synthetic)},
         "FP16": Quantizer().bits(16),
     }
+
+
+def fitted(inputs: tuple[Tensor, ...]) -> Iterator[tuple[str, Quantizer]]:
+    """Yield how inputs are quantized with data: those of recurrent layers dynamic by default."""
+    yield "static, fitted", Quantizer().activations("static").fit([inputs])
+    yield "default, fitted", Quantizer().fit([inputs])
 
 
 def chosen(name: str, module: nn.Module) -> bool:
@@ -105,7 +111,8 @@ def _others() -> Iterator[tuple[str, ...]]:
         except AssetUnavailable as reason:
             yield (name, "", "", f"skipped: {reason}")
             continue
-        for found in dynamic(model, chosen, {"dynamic": DYNAMIC}, TORCH):
+        ours = {"dynamic": DYNAMIC, **dict(fitted(loader.sample_inputs()))}
+        for found in dynamic(model, chosen, ours, TORCH):
             shown = found.reason if found.model is None else _metrics(loader, found.model)
             yield (name, found.package, found.setting, shown)
 

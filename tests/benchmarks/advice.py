@@ -1,7 +1,12 @@
-"""What warnings of inputs advise, followed round after round, on four real models.
+"""What warnings advise on real models: of weights without data, and of inputs with it.
 
-A round applies every call that the warnings of inputs name, three of a kind at most. The output
-SQNR is that on the data that was given to `fit`.
+Without data a weight is warned of where little is left of its product with drawn inputs. The first
+table shows the weight of each model that is nearest to that, by the smaller half of its rows, and
+by how many dB that half is worse than the whole in the weight where it is most of all.
+
+Then the calls that warnings of inputs name are followed, round after round, on four models. A
+round applies every call that is named, three of a kind at most. The output SQNR is that on the data
+that was given to `fit`.
 """
 
 import re
@@ -14,6 +19,7 @@ from mono_quant.demo import encode, lee_documents
 from tests.benchmarks import activations_speech, activations_text, activations_vision
 from tests.benchmarks.measure import print_table
 from tests.benchmarks.minilm import in_blocks, original
+from tests.benchmarks.models import NAMES, real_model
 from tests.models import AssetUnavailable, resemblyzer
 
 ROUNDS = 3
@@ -72,7 +78,9 @@ CASES: tuple[tuple[str, Callable[[], Loaded], Quantizer], ...] = (
 
 
 def main() -> None:
-    """Print a row for each model and setting."""
+    """Print a row for each model, then one for each model and setting."""
+    columns = ("model", "nearest weight", "all its values", "the smaller half", "most", "warned of")
+    print_table(columns, _estimates())
     rounds = (f"after round {number}" for number in range(1, ROUNDS + 1))
     print_table(("model and setting", "SQNR, dB", "warnings of inputs", *rounds), _rows())
 
@@ -92,6 +100,28 @@ def followed(quantizer: Quantizer, report: Report) -> Quantizer:
 
 def _of_inputs(report: Report) -> list[str]:
     return [one for one in report.warnings if one.startswith(("the inputs of", "the range of"))]
+
+
+def _estimates() -> Iterator[tuple[str, ...]]:
+    """Yield what is estimated without data, in dB, of the weight that would be warned of first."""
+    loaders: dict[str, Callable[[], nn.Module]]
+    loaders = {"minilm": original, **{name: real_model(name).load for name in NAMES}}
+    for name, load in loaders.items():
+        try:
+            report = Quantizer().apply(load(), progress=False).report
+        except AssetUnavailable as reason:
+            yield (name, f"skipped: {reason}", *[""] * 4)
+            continue
+        found = [
+            (row.faint_db, row.sqnr_db, row.name)
+            for row in report.quantized
+            if row.faint_db is not None and row.sqnr_db is not None
+        ]
+        faint, whole, weight = min(found)
+        most = max(one[1] - one[0] for one in found)
+        warned = [row.name for row in report.quantized if row.loses_faint]
+        figures = (f"{value:.1f}" for value in (whole, faint, most))
+        yield (name, weight, *figures, ", ".join(warned) or "nothing")
 
 
 def _rows() -> Iterator[tuple[str, ...]]:

@@ -55,6 +55,19 @@ def test_a_speaker_encoder_loses_what_its_first_weight_costs(
     assert low < error_db(result.model, source, x) < high
 
 
+def test_without_data_the_report_warns_of_that_weight_and_names_what_mends_it() -> None:
+    source, x = speech()
+    plain = Quantizer().apply(source).report
+    (line,) = [one for one in plain.warnings if "would leave" in one]
+    assert line.startswith(FIRST)
+    assert "no layer was measured" in line
+    assert f"override({FIRST!r}, bits=16)" in line
+    kept = Quantizer().on_damage("keep").apply(source)
+    assert [row.name for row in kept.report.quantized if row.scheme == "float16"] == [FIRST]
+    assert not any("would leave" in one for one in kept.report.warnings)
+    assert error_db(kept.model, source, x) > 23  # of 4 to 10, above
+
+
 @pytest.mark.parametrize("mode", [None, "dynamic", "static"])
 def test_a_spelling_model_says_the_same_phonemes(mode: str | None) -> None:
     source, x = spelling()

@@ -1,5 +1,6 @@
 """Layers that quantizing destroys: found, explained, and kept away."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,116 @@ def test_the_estimate_is_the_expected_sqnr_for_inputs_that_make_columns_count_al
     exact = inputs @ weight[0].double().t()
     rounded = inputs @ scheme.dequantize(q)[0].double().t()
     assert found == pytest.approx(sqnr64([exact], [rounded]), abs=0.05)
+
+
+LOUD = 8
+
+
+def crossed() -> tuple[nn.Sequential, Tensor]:
+    """Return a layer of which no column stands out, and inputs that are loud for small weights.
+
+    All rows but the last ones have one large weight each, which faint inputs meet; the last rows
+    are loud all over, as a recurrent layer's may be.
+    """
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 64, bias=False)).eval(), noise(512, 64)
+    with torch.no_grad():
+        weight = model[0].get_parameter("weight").normal_()
+        weight[-LOUD:] *= 1000
+        weight[torch.arange(64 - LOUD), torch.arange(64 - LOUD) % 16] = 300
+    x[:, :16] *= 1e-4
+    return model, x
+
+
+def test_large_weights_that_no_column_shares_are_warned_of_with_a_setting_that_was_tried() -> None:
+    model, x = crossed()
+    plain = Quantizer().activations(None)
+    report = plain.apply(model).report
+    (row,) = report.quantized
+    assert row.sqnr_db is not None
+    assert row.estimated_db is not None
+    assert row.outliers is not None
+    assert row.faint_db is not None
+    assert min(row.sqnr_db, row.estimated_db) > 35, "the other evidence does not see it"
+    assert row.outliers < 2
+    (line,) = [one for one in report.warnings if "would leave" in one]
+    assert f"0.weight would leave {row.faint_db:.1f} dB" in line
+    assert "an estimate for drawn inputs: no layer was measured" in line
+    assert f"~{row.faint_db:.1f} dB" in str(report)
+    mended = plain.override("0.weight", bits=16).apply(model)
+    (better,) = mended.report.quantized
+    assert better.faint_db == pytest.approx(row.cast_db)
+    assert line.endswith(f"override('0.weight', bits=16), which leaves {better.faint_db:.1f} dB")
+    assert not any("would leave" in one for one in mended.report.warnings)
+    kept = plain.on_damage("keep").apply(model)
+    with pytest.raises(DamageError, match="would leave"):
+        plain.on_damage("error").apply(model)
+
+    def left(result: QuantizationResult[nn.Sequential]) -> float:
+        with torch.no_grad():
+            return sqnr64([model(x)[:, :-LOUD]], [result.model(x)[:, :-LOUD]])
+
+    assert left(plain.apply(model)) < 10
+    assert left(mended) > 50
+    assert torch.equal(kept.model(x), mended.model(x))
+
+
+def test_the_estimate_of_faint_values_is_the_expected_sqnr_of_rows_that_meet_those_alone() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(1, 48, 31) ** 5
+    weight[0, 3, :9] = 0
+    scheme = Affine(8)
+    low, high = weight.amin(2, keepdim=True), weight.amax(2, keepdim=True)
+    q = scheme.quantize(weight, scheme.calculate_qparams(low, high, block_size=(1, 1, 31)))
+    error = scheme.dequantize(q)[0].double() - weight[0].double()
+    lost = []
+    for row, wrong in zip(weight[0].double(), error, strict=True):
+        order = row.abs().argsort()[int((row == 0).sum()) :]
+        half = order[: (len(order) + 1) // 2]
+        inputs = torch.randn(20_000, len(half), dtype=torch.float64)
+        lost.append((inputs @ wrong[half]).square().sum() / (inputs @ row[half]).square().sum())
+    expected = -10 * torch.stack(lost).mean().log10()
+    found = WeightError.of(weight, q, scheme).faint_db
+    assert found == pytest.approx(float(expected), abs=0.1)
+
+
+@pytest.mark.parametrize("every", [8, 10])
+def test_such_rows_are_counted_though_only_some_rows_of_a_large_weight_are_looked_at(
+    every: int,
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 2048))
+    with torch.no_grad():
+        model[0].get_parameter("weight")[::every, 7] = 300
+    (row,) = Quantizer().apply(model).report.quantized
+    assert row.faint_db == pytest.approx(10 * math.log10(every), abs=1)
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4, 3])
+@pytest.mark.parametrize("kind", ["normal", "Laplace", "Student", "pruned", "a few rows"])
+def test_ordinary_weights_are_not_taken_for_such(kind: str, bits: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 512))
+    weight = model[0].get_parameter("weight")
+    with torch.no_grad():
+        weight.normal_()
+        if kind == "Laplace":
+            weight.copy_(torch.distributions.Laplace(0.0, 1.0).sample(weight.shape))
+        elif kind == "Student":
+            weight.copy_(torch.distributions.StudentT(4.0).sample(weight.shape))
+        elif kind == "pruned":
+            weight[torch.rand_like(weight) < 0.7] = 0
+        elif kind == "a few rows":
+            weight[::128, 5] *= 500
+    report = Quantizer().bits(bits).apply(model).report
+    assert not any(row.loses_faint for row in report.quantized)
+    assert not any("would leave" in line for line in report.warnings)
+
+
+def test_what_meets_no_inputs_value_by_value_has_no_such_estimate() -> None:
+    model = nn.Sequential(nn.Conv1d(64, 64, 5), nn.Linear(64, 8), nn.Embedding(64, 64))
+    rows = Quantizer().apply(model).report.quantized
+    assert [row.faint_db for row in rows] == [None] * 3
 
 
 class Reader(nn.Module):
