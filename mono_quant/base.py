@@ -881,12 +881,6 @@ class LayerQuantizer(Configurable, ABC):
     slowed: ClassVar[str | None] = None
     """How quantized inputs make such a layer slower than the float one, for notes; None if not."""
 
-    rather_dynamic: ClassVar[str | None] = None
-    """Why the inputs of such a layer are dynamic by default though there is data; None if static.
-
-    What a user says of activations, or of how static ranges are found, goes before.
-    """
-
     looks_up: ClassVar[bool] = False
     """Whether such a layer returns rows of its weight, and no product with it."""
 

@@ -183,8 +183,7 @@ class Builder:
         """Say how the inputs of layers are quantized. **Replaces**.
 
         Without a word, 8-bit weights get static activations where there is data to calibrate on
-        and dynamic ones where there is none, recurrent layers dynamic ones always; other widths,
-        and a scheme of your own, get none.
+        and dynamic ones where there is none; other widths, and a scheme of your own, get none.
 
         Args:
             mode: "dynamic" (each input has a range of its own), "static" (calibrated by `fit`) or

@@ -274,11 +274,6 @@ class Settings:
             return self.scheme.code_bits or 16
         return self.bits or DEFAULT_BITS
 
-    @property
-    def says_inputs(self) -> bool:
-        """Whether anything was said of inputs: how they are quantized, or how ranges are found."""
-        return self.activations is not None or self.activation_observer is not None
-
     def recipe(self, shape: Shape, has_data: bool = False, looked_up: bool = False) -> Recipe:
         """Return how a weight that is a stack of `shape` is quantized, and its inputs.
 

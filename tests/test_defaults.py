@@ -1,22 +1,15 @@
 """What is done where nothing was said: low widths, small layers, groups that do not divide."""
 
 from collections.abc import Callable
-from typing import ClassVar
 
-import attrs
 import pytest
-from torch import Tensor, nn
+from torch import nn
 
 from mono_quant import (
-    Activations,
     Affine,
-    MinMax,
-    OutlierColumns,
-    QuantizedModule,
     Quantizer,
 )
-from mono_quant.layers import LinearQuantizer
-from tests.helpers import fates, layer_rows, noise, three_layers
+from tests.helpers import fates, layer_rows, three_layers
 
 Call = Callable[[Quantizer], Quantizer]
 
@@ -107,84 +100,3 @@ def test_a_group_size_that_was_not_asked_for_gives_way_to_channels() -> None:
     assert fates(Quantizer().bits(4).only("3"), three_layers())["3.weight"] == (
         "4-bit asymmetric per-channel"
     )
-
-
-class Speech(nn.Module):
-    """A layer and a cell that are recurrent, and one that is not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gru, self.cell, self.head = nn.GRU(8, 16), nn.LSTMCell(16, 16), nn.Linear(16, 32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.head(self.cell(self.gru(x)[0][-1])[0])
-        return found
-
-
-def input_modes(quantizer: Quantizer, model: nn.Module) -> dict[str, str]:
-    """Return what a plan says first of each layer's inputs: of all its weights the same."""
-    found: dict[str, set[str]] = {}
-    for row in quantizer.plan(model).outline.report.quantized:
-        word = (row.activation or "float").partition(" ")[0]
-        found.setdefault(row.name.partition(".")[0], set()).add(word)
-    return {name: "/".join(sorted(words)) for name, words in found.items()}
-
-
-CALIBRATED = Quantizer().fit(noise(5, 3, 8))
-RECURRENT = ("gru", "cell")
-
-
-def test_inputs_of_recurrent_layers_are_dynamic_with_data_too_and_the_plan_says_why() -> None:
-    model = Speech().eval()
-    modes = {"gru": "dynamic", "cell": "dynamic", "head": "static"}
-    assert input_modes(CALIBRATED, model) == modes
-    (note,) = [one for one in CALIBRATED.plan(model).outline.report.notes if "though" in one]
-    assert note.startswith("inputs of gru and 1 more are dynamic though there is data: one ")
-    assert 'activations("static")' in note
-    result = CALIBRATED.apply(model, progress=False)
-    assert note in result.report.notes
-    scales: dict[str, set[bool]] = {}
-    for name in modes:
-        layer = result.model.get_submodule(name)
-        assert isinstance(layer, QuantizedModule)
-        scales[name] = {one.scale is not None for one in layer.activations().values()}
-    assert scales == {"gru": {False}, "cell": {False}, "head": {True}}
-
-
-SAID = {
-    "static": (CALIBRATED.activations("static"), "static"),
-    "overridden": (CALIBRATED.override("*", activations=Activations("static")), "static"),
-    "observer": (CALIBRATED.observer(activations=MinMax()), "static"),
-    "dynamic": (CALIBRATED.activations("dynamic"), "dynamic"),
-    "float": (CALIBRATED.activations(None), "float"),
-    "outliers": (CALIBRATED.outliers(OutlierColumns(1)), "dynamic"),
-    "4 bits": (CALIBRATED.bits(4).only("*"), "float"),
-}
-
-
-@pytest.mark.parametrize("said", SAID)
-def test_what_is_said_of_inputs_goes_before_that_default(said: str) -> None:
-    quantizer, mode = SAID[said]
-    modes = input_modes(quantizer, Speech().eval())
-    assert {modes[name] for name in RECURRENT} == {mode}
-    assert not any("though" in one for one in quantizer.plan(Speech()).outline.report.notes)
-
-
-def test_without_data_nothing_is_said_of_it() -> None:
-    report = Quantizer().plan(Speech().eval()).outline.report
-    assert not any("though" in one for one in report.notes)
-
-
-@attrs.frozen
-class Timid(LinearQuantizer):
-    """Somebody's own quantizer, which has that default too."""
-
-    kind: ClassVar[str] = "timid"
-    rather_dynamic: ClassVar[str | None] = "it is timid"
-
-
-def test_a_quantizer_of_ones_own_has_the_same_default_by_a_word() -> None:
-    quantizer = CALIBRATED.layer(Timid())
-    assert input_modes(quantizer, Speech().eval())["head"] == "dynamic"
-    notes = quantizer.plan(Speech().eval()).outline.report.notes
-    assert "inputs of head are dynamic though there is data: it is timid" in notes

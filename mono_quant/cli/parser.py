@@ -208,7 +208,7 @@ def _add_inputs(inputs: _ArgumentGroup) -> None:
         "--activations",
         choices=("dynamic", "static", "float"),
         help="how inputs of layers are quantized (default at 8 bits: static with --calibration, "
-        "dynamic without, and of recurrent layers dynamic always; otherwise float)",
+        "dynamic without; otherwise float)",
     )
     modes.add_argument(
         "--dynamic",

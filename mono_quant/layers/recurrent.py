@@ -42,11 +42,6 @@ class _SeveralWeightsQuantizer(ConvertingQuantizer):
         'activations(None), or override(..., activations="float"), leaves its inputs in float'
     )
 
-    rather_dynamic: ClassVar[str | None] = (
-        "one calibrated range for all steps and samples keeps less of what they return; "
-        'activations("static"), which is somewhat faster, calibrates it all the same'
-    )
-
     def refuse(self, layer: nn.Module, scheme: Scheme) -> str | None:
         """Return that a subclass computes something else, or why a weight cannot be taken over."""
         if reason := ConvertingQuantizer.refuse(self, layer, scheme):

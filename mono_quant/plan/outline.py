@@ -64,26 +64,15 @@ def _notes(weights: Sequence[WeightPlan]) -> Iterable[str]:
     if not any(weight.recipe is not None for weight in weights):
         yield "no weight is quantized by this"
     yield from _roundings(weights)
-    modes = [
-        (weight, weight.recipe.activations.mode) for weight in weights if weight.recipe is not None
-    ]
-    slowed = [(weight.path, weight.maker.slowed) for weight, mode in modes if mode is not None]
-    dynamic = [(weight.path, weight.dynamic_inputs) for weight, mode in modes if mode == "dynamic"]
-    for names, text in _of_layers(slowed):
+    slowed: dict[str, list[str]] = {}
+    for weight in weights:
+        quantized = weight.recipe is not None and weight.recipe.activations.mode is not None
+        if quantized and weight.maker.slowed is not None:
+            paths = slowed.setdefault(weight.maker.slowed, [])
+            paths += [weight.path] if weight.path not in paths else []
+    for text, (first, *more) in slowed.items():
+        names = f"{first or 'the layer'} and {len(more)} more" if more else first or "the layer"
         yield f"quantized inputs of {names}: {text}"
-    for names, text in _of_layers(dynamic):
-        yield f"inputs of {names} are dynamic though there is data: {text}"
-
-
-def _of_layers(said: Iterable[tuple[str, str | None]]) -> Iterable[tuple[str, str]]:
-    """Yield each thing that is said of layers once, after the first of them and how many more."""
-    paths: dict[str, dict[str, None]] = {}
-    for path, text in said:
-        if text is not None:
-            paths.setdefault(text, {})[path] = None
-    for text, (first, *more) in paths.items():
-        named = first or "the layer"
-        yield (f"{named} and {len(more)} more" if more else named), text
 
 
 def _roundings(weights: Sequence[WeightPlan]) -> Iterable[str]:

@@ -91,7 +91,6 @@ class WeightPlan:
         recipe: how it is quantized, if it is.
         kept: why it is kept at 16 bits, or its inputs in float, or None.
         float_inputs: why its inputs stay float although they were to be quantized, or None.
-        dynamic_inputs: why its inputs are dynamic although there is data, or None.
         tied_to: the weight that it shares its values with, if that comes first.
         aliases: names of the later weights that share its values.
         speed: of its layer with those that share its values, if it was measured.
@@ -113,7 +112,6 @@ class WeightPlan:
     recipe: Recipe | None = None
     kept: str | None = None
     float_inputs: str | None = None
-    dynamic_inputs: str | None = None
     tied_to: "WeightPlan | None" = None
     aliases: tuple[str, ...] = ()
     speed: LayerSpeed | None = None

@@ -224,10 +224,6 @@ def _decide(
         if float_inputs is not None:
             recipe = attrs.evolve(recipe, activations=Activations())
             return attrs.evolve(weight, recipe=recipe, float_inputs=float_inputs)
-    rather = weight.maker.rather_dynamic
-    if mode == "static" and rather is not None and not weight.settings.says_inputs:
-        recipe = attrs.evolve(recipe, activations=Activations("dynamic"))
-        return attrs.evolve(weight, recipe=recipe, dynamic_inputs=rather)
     return attrs.evolve(weight, recipe=recipe)
 
 

@@ -42,9 +42,15 @@ def speaker_settings() -> Mapping[str, Quantizer]:
 
 
 def fitted(inputs: tuple[Tensor, ...]) -> Iterator[tuple[str, Quantizer]]:
-    """Yield how inputs are quantized with data: those of recurrent layers dynamic by default."""
-    yield "static, fitted", Quantizer().activations("static").fit([inputs])
-    yield "default, fitted", Quantizer().fit([inputs])
+    """Yield how inputs are quantized with data: static, and those of recurrent layers dynamic."""
+    static = Quantizer().activations("static").fit([inputs])
+    yield "static, fitted", static
+    yield "the same, recurrent ones dynamic", static.override(is_recurrent, activations="dynamic")
+
+
+def is_recurrent(name: str, module: nn.Module) -> bool:
+    """Return whether a layer has steps."""
+    return isinstance(module, nn.RNNBase | nn.RNNCellBase)
 
 
 def chosen(name: str, module: nn.Module) -> bool:
