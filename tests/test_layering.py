@@ -32,7 +32,7 @@ RANKS = {
             "builder comparison",
             "quantizer",
             "api",
-            "demo",
+            "demo testing",
             "cli",
             "__main__",
         ]
@@ -43,7 +43,7 @@ RANKS = {
 
 ONLY_IN = {"safetensors": "serializers", "argparse": "cli", "torch.ops": "kernels"}
 """What only these packages may touch."""
-LAZY = {"demo"}
+LAZY = {"demo", "testing"}
 """Packages that may import inside functions: what they need is optional."""
 DEPENDENCIES = {"torch", "safetensors", "attrs", "tqdm"}
 
