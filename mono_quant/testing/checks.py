@@ -27,6 +27,7 @@ from mono_quant.text import table
 TestT = TypeVar("TestT", bound=Callable[..., None])
 
 HOLDS, BROKEN, DOES_NOT_APPLY = "holds", "broken", "does not apply"
+_MANY = {HOLDS: "hold", DOES_NOT_APPLY: "do not apply", BROKEN: "broken"}
 
 
 @attrs.frozen
@@ -71,8 +72,8 @@ class Verdict:
         """Return a line for each law, and how many hold."""
         rows = [(one.law, one.status, one.seen) for one in self.outcomes]
         counts = [
-            f"{count} {status}"
-            for status in (HOLDS, DOES_NOT_APPLY, BROKEN)
+            f"{count} {words}"
+            for status, words in _MANY.items()
             if (count := sum(one.status == status for one in self.outcomes))
         ]
         return "\n".join([f"{self.subject}: {', '.join(counts)}", *table(("law", "", ""), rows)])
@@ -106,9 +107,15 @@ def checks_for(subject: object) -> tuple[Check, ...]:
         )
     if isinstance(subject, Container):
         raise InputError(
-            f"a {type(subject).__name__} has no laws of its own: check the layers inside"
+            f"there is no law about a {type(subject).__name__}: check the layers inside"
         )
-    return tuple(_laws(subject))
+    found = tuple(_laws(subject))
+    if not found:
+        raise InputError(
+            f"there is no law about a {type(subject).__name__}: give a strategy, a Serializer, or "
+            "a LayerCase, KernelCase, TransformCase or CorrectionCase"
+        )
+    return found
 
 
 def check(subject: object) -> Verdict:
