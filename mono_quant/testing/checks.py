@@ -72,11 +72,12 @@ class Verdict:
         """Return a line for each law, and how many hold."""
         rows = [(one.law, one.status, one.seen) for one in self.outcomes]
         counts = [
-            f"{count} {words}"
-            for status, words in _MANY.items()
+            f"{count} {many if count > 1 else status}"
+            for status, many in _MANY.items()
             if (count := sum(one.status == status for one in self.outcomes))
         ]
-        return "\n".join([f"{self.subject}: {', '.join(counts)}", *table(("law", "", ""), rows)])
+        lines = table(("law", "", ""), rows)[1:]
+        return "\n".join([f"{self.subject}: {', '.join(counts)}", *lines])
 
     def to_dict(self) -> Config:
         """Return everything as JSON data."""
