@@ -125,7 +125,7 @@ def dist(session: nox.Session) -> None:
             session.run("monoquant", "--help")
 
 
-@nox.session(reuse_venv=False)
+@nox.session(default=False, reuse_venv=False)
 def plugins(session: nox.Session) -> None:
     """Install two distributions of extensions beside the built package, check and test them."""
     found = sorted(path.parent.resolve() for path in Path("tests/plugins").glob("*/pyproject.toml"))

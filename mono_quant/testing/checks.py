@@ -129,7 +129,7 @@ def check(subject: object) -> Verdict:
         InputError: as `checks_for` does.
     """
     checks = checks_for(subject)
-    return Verdict(_named(checks[0].subject), tuple(map(_outcome, checks)))
+    return Verdict(_named(_instance(subject)), tuple(map(_outcome, checks)))
 
 
 def parametrize_with_checks(subjects: Iterable[object]) -> Callable[[TestT], TestT]:
