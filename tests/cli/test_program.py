@@ -12,7 +12,17 @@ from mono_quant import Quantizer
 from tests.cli.conftest import Monoquant
 from tests.cli.networks import small
 
-COMMANDS = ("quantize", "info", "validate", "compare", "dequantize", "demo")
+COMMANDS = (
+    "quantize",
+    "plan",
+    "info",
+    "validate",
+    "benchmark",
+    "compare",
+    "dequantize",
+    "check",
+    "demo",
+)
 
 
 def test_the_version_is_that_of_the_package(monoquant: Monoquant) -> None:
