@@ -26,7 +26,7 @@ RANKS = {
             "modules",
             "layers serializers",
             "calibration checkpoint gathering",
-            "benchmark",
+            "benchmark statistics",
             "result flow",
             "plan files",
             "builder comparison",

@@ -65,6 +65,17 @@ def add_calibration(command: ArgumentParser | _ArgumentGroup) -> None:
     )
 
 
+def add_statistics(model: _ArgumentGroup) -> None:
+    """What was gathered before."""
+    model.add_argument(
+        "--statistics",
+        type=Path,
+        metavar="FILE",
+        help="calibrate by what monoquant calibrate gathered with the same options, in place of a "
+        "run over --calibration, on which the result is then only measured",
+    )
+
+
 def add_grid(grid: _ArgumentGroup) -> None:
     """How weights are quantized."""
     grid.add_argument("--bits", type=int, help="2 to 8, or 16 for a cast (default: 8)")

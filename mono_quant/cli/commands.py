@@ -23,6 +23,7 @@ from mono_quant.cli.inputs import (
 )
 from mono_quant.cli.options import (
     BenchmarkOptions,
+    CalibrateOptions,
     CheckOptions,
     CompareOptions,
     DemoOptions,
@@ -127,9 +128,39 @@ def plan(given: Namespace) -> Outcome:
     return Outcome("" if options.quiet else in_options(found.explain()), answer)
 
 
+def calibrate(given: Namespace) -> Outcome:
+    """Gather what the data tells of the inputs of layers, for later runs of quantize."""
+    options = CalibrateOptions(statistics=None, **vars(given))
+    _import_all(options)
+    if options.calibration is None:
+        raise ConfigurationError("what is gathered is gathered from data: add --calibration FILE")
+    quantizer = build_quantizer(options)
+    model = float_model(options)
+    planned = _with_data(quantizer, options, runs=isinstance(model, nn.Module)).plan(model)
+    found = planned.calibrate(progress=not options.quiet)
+    if not found.weights:
+        raise ConfigurationError(
+            "nothing is asked of the data: inputs that are calibrated (--activations static) and "
+            "roundings that look at them (--rounding gptq) are"
+        )
+    saved = found.save(_checked_output(options.output, model_path(options)))
+    size = saved.stat().st_size
+    text = f"saved {saved} ({format_bytes(size)}, the inputs of {len(found.weights)} weights)"
+    answer: Config = {
+        "output": str(saved),
+        "file_bytes": size,
+        "weights": [".".join(filter(None, key)) for key in found.weights],
+    }
+    return Outcome("" if options.quiet else text, answer)
+
+
 def _with_data(quantizer: Quantizer, options: PlanOptions, *, runs: bool) -> Quantizer:
     """Return the quantizer with the data and the example that the options name."""
-    named = {"--calibration": options.calibration, "--example": options.example}
+    named = {
+        "--calibration": options.calibration,
+        "--statistics": options.statistics,
+        "--example": options.example,
+    }
     said = [name for name, path in named.items() if path is not None]
     if said and not runs:
         raise ConfigurationError(
@@ -154,6 +185,8 @@ def _with_data(quantizer: Quantizer, options: PlanOptions, *, runs: bool) -> Qua
             samples=samples_of(options.samples),
             forward=forward_of(options),
         )
+    if options.statistics is not None:
+        quantizer = quantizer.statistics(options.statistics)
     if options.example is not None:
         quantizer = quantizer.only_if_faster(
             data_of(options.example, options, 1).first(),

@@ -51,9 +51,16 @@ class PlanOptions(ModelOptions):
     margin: float | None
     calibration: Path | None
     samples: int | None
+    statistics: Path | None
     layer: list[str]
     config: Path | None
     quiet: bool
+
+
+class CalibrateOptions(PlanOptions):
+    """What ``calibrate`` was told; see its help."""
+
+    output: Path
 
 
 class QuantizeOptions(PlanOptions):

@@ -25,6 +25,7 @@ from mono_quant.cli.arguments import (
     add_model,
     add_quiet,
     add_speed,
+    add_statistics,
 )
 from mono_quant.errors import ConfigurationError
 from mono_quant.version import __version__
@@ -56,6 +57,13 @@ _PLAN = """examples:
   monoquant plan --factory my_package.models:make --only-if-faster --example batch.pt
 
 Takes the options of quantize: see monoquant quantize --help for patterns and strategies."""
+_CALIBRATE = """examples:
+  monoquant calibrate model.pt --factory my_package.models:make --calibration data --bits 8 \\
+      -o statistics.safetensors
+  monoquant quantize model.pt --factory my_package.models:make --bits 8 \\
+      --statistics statistics.safetensors -o small.safetensors
+
+Takes the options of quantize, which say whose statistics are asked for."""
 _INFO = """examples:
   monoquant info small.safetensors
   monoquant info small.safetensors --json | jq .config"""
@@ -103,6 +111,7 @@ def build_parser() -> ArgumentParser:
     known = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_quantize(known)
     _add_plan(known)
+    _add_calibrate(known)
     _add_info(known)
     _add_validate(known)
     _add_benchmark(known)
@@ -159,10 +168,21 @@ def _add_plan(known: _SubParsersAction[_Parser]) -> None:
     add_quiet(command)
 
 
-def _add_how(command: ArgumentParser) -> None:
+def _add_calibrate(known: _SubParsersAction[_Parser]) -> None:
+    command = _command(known, "calibrate", commands.calibrate, _CALIBRATE)
+    _add_how(command, statistics=False)
+    command.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", required=True, help="where to: .safetensors"
+    )
+    add_quiet(command)
+
+
+def _add_how(command: ArgumentParser, *, statistics: bool = True) -> None:
     """Add what says which model, and how it is to be quantized."""
     model = command.add_argument_group("the model")
     add_model(model)
+    if statistics:
+        add_statistics(model)
     add_grid(command.add_argument_group("how weights are quantized"))
     add_inputs(command.add_argument_group("how inputs of layers are quantized, and changes"))
     layers = command.add_argument_group("which layers")

@@ -17,7 +17,7 @@ from mono_quant.errors import InputError, Mend
 from mono_quant.gathering import Gathered, Gathering, Wanted
 from mono_quant.modules import tie
 from mono_quant.numerics.metrics import tensor_bytes
-from mono_quant.plan.blocks import BlockRun, unlearned
+from mono_quant.plan.blocks import BlockRun, on_floats, unlearned
 from mono_quant.plan.checks import check_finite, check_gathered
 from mono_quant.plan.journal import Journal
 from mono_quant.plan.measure import gather_for, wanted_of
@@ -28,6 +28,7 @@ from mono_quant.plan.weight_error import WeightError
 from mono_quant.progress import progress_bar
 from mono_quant.report import LayerReport
 from mono_quant.settings import Recipe
+from mono_quant.statistics import CalibrationStatistics
 from mono_quant.transforms.edits import put
 
 NOTHING: Mapping[str, PackedTensor] = MappingProxyType({})
@@ -110,6 +111,7 @@ def quantize_weights(
     sequential: bool,
     journal: Journal | None,
     label: str | None,
+    statistics: CalibrationStatistics | None = None,
 ) -> None:
     """Quantize weights of a working copy, after gathering what that needs from the data.
 
@@ -123,13 +125,19 @@ def quantize_weights(
             fastest here. Else one pass over the float model serves all layers.
         journal: where each stage is written once it is finished, and read from if it was.
         label: of progress bars; None for none.
+        statistics: what was gathered before; the data is then not asked.
     """
     layers = by_layer(todo)
     bar = progress_bar(label, "layer", len(layers))
     with bar, calling(run.model, containers, layers):
         if not sequential or data is None:
-            found = gather_for(run.model, todo, data, label)
-            run.changes += unlearned(todo, "sequential=False was asked for")
+            if statistics is not None:
+                found, why = statistics.gathered(), "statistics were given in place of data"
+                run.changes += on_floats(todo)
+            else:
+                found = gather_for(run.model, todo, data, label)
+                why = "sequential=False was asked for"
+            run.changes += unlearned(todo, why)
             for weights in layers.values():
                 run.quantize(weights, found)
                 bar.update()

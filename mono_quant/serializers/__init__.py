@@ -24,7 +24,7 @@ from mono_quant.serializers.torch import (
     state_dict_in,
     write_pickled,
 )
-from mono_quant.serializers.wire import FORMAT, decode, encode
+from mono_quant.serializers.wire import FORMAT, checksum, decode, encode
 
 SAFETENSORS = SafetensorsSerializer()
 TORCH = TorchSerializer()
@@ -137,6 +137,7 @@ __all__ = [
     "BUILT_IN_SERIALIZERS",
     "SafetensorsSerializer",
     "TorchSerializer",
+    "checksum",
     "decode",
     "encode",
     "is_quantized",
@@ -145,9 +146,11 @@ __all__ = [
     "read_plain",
     "read_safetensors",
     "read_state_dict",
+    "read_texts",
     "replacing",
     "serializer_for",
     "state_dict_in",
     "stored_bytes",
+    "write_safetensors",
     "write_state_dict",
 ]

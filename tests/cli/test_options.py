@@ -226,9 +226,7 @@ bits = 8
 def test_a_configuration_may_be_toml(folder: Path, monoquant: Monoquant) -> None:
     (folder / "four.toml").write_text(TOML)
     done = monoquant("quantize", "--config", "four.toml", "--override", "4=6", "--dump-config")
-    expected = (
-        Quantizer().bits(4).observer(MSE(9, 0.5)).skip("0")
-    ).override("2", bits=8)
+    expected = (Quantizer().bits(4).observer(MSE(9, 0.5)).skip("0")).override("2", bits=8)
     expected = expected.on_damage("keep").override("4", bits=6)
     assert done.json == expected.to_config()
 

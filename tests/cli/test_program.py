@@ -15,6 +15,7 @@ from tests.cli.networks import small
 COMMANDS = (
     "quantize",
     "plan",
+    "calibrate",
     "info",
     "validate",
     "benchmark",
