@@ -130,7 +130,7 @@ def test_what_they_lack_is_named_with_the_layers() -> None:
 def test_those_of_a_model_that_was_changed_otherwise_are_refused() -> None:
     model = Perceptron()
     known = EIGHT.fit(model.example()).plan(model).calibrate(progress=False)
-    with pytest.raises(CalibrationError, match=r"after fold_batch_norm was done .* equalize_layers"):
+    with pytest.raises(CalibrationError, match=r"after fold_batch_norm was .* equalize_layers"):
         EIGHT.transform(EqualizeLayers()).statistics(known).plan(model)
 
 

@@ -27,6 +27,7 @@ from mono_quant.cli.arguments import (
     add_speed,
     add_statistics,
 )
+from mono_quant.cli.completion import completion_script
 from mono_quant.errors import ConfigurationError
 from mono_quant.version import __version__
 
@@ -85,6 +86,9 @@ _CHECK = """examples:
 A class that needs no argument, an instance, or a LayerCase, KernelCase, TransformCase or
 CorrectionCase of mono_quant.testing, which say what a layer quantizer, a kernel or a transform is
 checked on. Exit code 1 says that a law is broken."""
+_COMPLETION = """examples:
+  monoquant completion > ~/.monoquant-completion
+  echo 'source ~/.monoquant-completion' >> ~/.bashrc"""
 _DEMO = """examples:
   pip install "mono-quant[demo]" && monoquant demo
   monoquant demo --output demo-files --json"""
@@ -119,6 +123,7 @@ def build_parser() -> ArgumentParser:
     _add_dequantize(known)
     _add_check(known)
     _add_demo(known)
+    _add_completion(known)
     return parser
 
 
@@ -263,6 +268,15 @@ def _add_demo(known: _SubParsersAction[_Parser]) -> None:
         "-o", "--output", type=Path, metavar="DIR", help="keep the files (default: a temporary one)"
     )
     add_quiet(command)
+
+
+def _add_completion(known: _SubParsersAction[_Parser]) -> None:
+    def completion(given: Namespace) -> commands.Outcome:
+        """Print a script by which bash and zsh complete commands, options and choices."""
+        script = completion_script(_PROGRAM, known.choices)
+        return commands.Outcome(script, {"script": script})
+
+    _command(known, "completion", completion, _COMPLETION)
 
 
 def _command(
