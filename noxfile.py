@@ -75,8 +75,8 @@ def install(session: nox.Session, *packages: str, older: dict[str, str] | None =
 
 
 def run_tests(session: nox.Session, *options: str) -> None:
-    """Run pytest on all but the benchmarks and the snippets, which have sessions of their own."""
-    elsewhere = ("--ignore=tests/benchmarks", "--ignore=tests/docs")
+    """Run pytest on all but the benchmarks, the docs and the types: they have other sessions."""
+    elsewhere = [f"--ignore=tests/{name}" for name in ("benchmarks", "docs", "typing")]
     workers = f"--numprocesses={WORKERS}"
     session.run("pytest", workers, *elsewhere, *options, *session.posargs, env=ONE_THREAD)
 
@@ -93,6 +93,7 @@ def typecheck(session: nox.Session) -> None:
     """Check every type, strictly."""
     install(session, "-e", ".", *group("typecheck"))
     session.run("mypy", *session.posargs)
+    session.run("pytest", "tests/typing")
 
 
 @nox.session
@@ -122,6 +123,24 @@ def dist(session: nox.Session) -> None:
         with session.chdir(empty):
             session.run("python", "-c", SMOKE)
             session.run("monoquant", "--help")
+
+
+@nox.session(default=False, reuse_venv=False)
+def plugins(session: nox.Session) -> None:
+    """Install two distributions of extensions beside the built package, check and test them."""
+    found = sorted(path.parent.resolve() for path in Path("tests/plugins").glob("*/pyproject.toml"))
+    install(session, ".", *map(str, found), "pytest", "mypy")
+    for plugin in found:
+        with session.chdir(plugin):  # from where the checkout's own package is not seen
+            session.run("mypy")
+            session.run("pytest", "-p", "no:cacheprovider", env=ONE_THREAD)
+
+
+@nox.session(default=False)
+def pyright(session: nox.Session) -> None:
+    """See that pyright agrees with mypy on what is rejected (brings a Node.js of its own)."""
+    install(session, "-e", ".", *group("typecheck"), "pyright[nodejs]")
+    session.run("pytest", "tests/typing", "--pyright")
 
 
 @nox.session

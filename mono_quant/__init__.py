@@ -125,6 +125,7 @@ try:
     from mono_quant.serializers import SafetensorsSerializer, TorchSerializer, read_state_dict
     from mono_quant.settings import Activations
     from mono_quant.speed import LayerSpeed, Speed
+    from mono_quant.statistics import CalibrationStatistics
     from mono_quant.transforms import (
         AWQ,
         BiasCorrection,
@@ -155,6 +156,7 @@ __all__ = [
     "BlockRounding",
     "BlockWeight",
     "CalibrationError",
+    "CalibrationStatistics",
     "Change",
     "Checkpoint",
     "CheckpointError",

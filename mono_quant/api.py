@@ -154,7 +154,16 @@ def save_model(model: nn.Module, path: Path_, *, serializer: Serializer | None =
 @overload
 def load_model(
     path: Path_,
-    model: ModelT | Callable[[], ModelT],
+    model: ModelT,
+    *,
+    kinds: Kinds | None = None,
+    layers: tuple[LayerQuantizer, ...] = (),
+    serializer: Serializer | None = None,
+) -> ModelT: ...
+@overload
+def load_model(
+    path: Path_,
+    model: Callable[[], ModelT],
     *,
     kinds: Kinds | None = None,
     layers: tuple[LayerQuantizer, ...] = (),

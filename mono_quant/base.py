@@ -587,6 +587,11 @@ class Statistics:
             "StateT", self._states[of]
         )  # a state is stored under the statistic that made it
 
+    @property
+    def states(self) -> Mapping[AnyStatistic, object]:
+        """All states that were gathered, by the statistics that made them."""
+        return dict(self._states)
+
     def __contains__(self, of: AnyStatistic) -> bool:
         """Return whether the state of `of` was gathered."""
         return of in self._states

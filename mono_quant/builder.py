@@ -1,6 +1,7 @@
 """The calls that say how a model is to be quantized: they name things and compute nothing."""
 
 import math
+from os import PathLike
 from typing import ClassVar, Self
 
 import attrs
@@ -27,6 +28,7 @@ from mono_quant.schemes import OutlierColumns
 from mono_quant.selection import Selector, check_selector
 from mono_quant.settings import Activations, Settings, granularity_of_inputs, granularity_of_weights
 from mono_quant.speed import NO_DIFFERENCE
+from mono_quant.statistics import CalibrationStatistics
 
 FASTER_GRAPH = (
     "only_if_faster measures each layer by itself, on floats, and in a graph layers pass codes on: "
@@ -406,8 +408,26 @@ class Builder:
             attrs.evolve(self._request, data=CalibrationData.bind(data, samples, forward))
         )
 
+    def statistics(self, statistics: CalibrationStatistics | str | PathLike[str]) -> Self:
+        """Calibrate by what was gathered before, without a pass over the data. **Replaces**.
+
+        They are of the inputs of float layers, so roundings that take block after block, as `GPTQ`
+        does with data, see those; one that learns from the outputs of blocks rounds each weight
+        apart, and the report says so. Data that is bound too is measured on.
+
+        Args:
+            statistics: what `Plan.calibrate` returned, or a file of it; one that names a class of
+                your own is read with `CalibrationStatistics.load(path, kinds=...)`.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        if not isinstance(statistics, CalibrationStatistics):
+            statistics = CalibrationStatistics.load(statistics)
+        return self._asking(attrs.evolve(self._request, statistics=statistics))
+
     def to_config(self) -> Config:
-        """Return everything but the data as JSON data.
+        """Return everything but data and statistics as JSON data.
 
         Raises:
             ConfigurationError: a selector cannot be written down; use a name.

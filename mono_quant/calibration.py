@@ -2,9 +2,10 @@
 
 import inspect
 import shutil
+import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -13,7 +14,6 @@ import attrs
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from tqdm import tqdm
 
 from mono_quant.batches import NamedItems, as_tensors, is_array, read
 from mono_quant.configurable import dtype_name
@@ -22,6 +22,7 @@ from mono_quant.modules import QuantizedInput, QuantizedWeight
 from mono_quant.numerics.extremes import all_finite
 from mono_quant.numerics.metrics import SquaredError, tensor_bytes
 from mono_quant.numerics.nested import each, tensors_in
+from mono_quant.progress import progress_bar
 
 Forward = Callable[[nn.Module, object], object]
 
@@ -178,15 +179,15 @@ class CalibrationData:
         Raises:
             CalibrationError: a batch holds NaN, or the model failed on it; names the batch.
         """
-        bar: tqdm[object] = tqdm(
-            desc=progress, unit="batch", disable=None if progress else True, leave=False
-        )
-        with evaluating(model), bar:
+        with evaluating(model), progress_bar(progress, "sample") as bar:
             for place, batch in enumerate(self.batches()):
                 with torch.no_grad():  # not across the yield: there it would hold for the caller
                     found = self._run(model, batch, place)
                 yield found
-                bar.update()
+                count = count_samples(batch)
+                if not place and isinstance(self.source, Sized):
+                    bar.total = min(self.samples, count * _length(self.source))
+                bar.update(count)
 
     def _run(self, model: nn.Module, batch: object, place: int) -> list[Tensor]:
         if any(bool(x.isnan().any()) for x in tensors_in(batch) if x.is_floating_point()):
@@ -212,6 +213,14 @@ class CalibrationData:
                 f"{type(model).__name__} returned no floating tensor to measure", Mend.OUTPUT
             )
         return found
+
+
+def _length(source: Sized) -> int:
+    """Return how many batches there are, or one more than is asked for where none can tell."""
+    try:
+        return len(source)
+    except TypeError:  # a DataLoader of an IterableDataset has a length and does not know it
+        return sys.maxsize
 
 
 def _unfit(model: nn.Module, batch: object) -> str | None:

@@ -33,6 +33,7 @@ class Mend(Enum):
     TUPLE = "write fit([(inputs, labels)]) for one batch, or fit(list(batches)) for several"
     DATA = "give some with fit(data)"
     DATA_OR_DYNAMIC = 'give some with fit(data), or say activations("dynamic")'
+    STATISTICS = "gather them with the same settings: quantizer.fit(data).plan(model).calibrate()"
     NO_STATIC = 'leave activations("static") out; of a state dict, quantize its model instead'
     COPY = "use apply"
     GRID = (

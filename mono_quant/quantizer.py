@@ -64,6 +64,10 @@ class Quantizer(Builder):
             )
         if self._request.data is not None:
             raise InputError("a state dict cannot be run, so fit(data) has no use; give the model")
+        if self._request.statistics is not None:
+            raise InputError(
+                "a state dict's layers are guessed, so statistics(...) has no use; give the model"
+            )
         if self._request.faster is not None:
             raise InputError(
                 "a state dict cannot be run, so only_if_faster(example) can measure nothing; give "

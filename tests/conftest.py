@@ -8,6 +8,9 @@ import hypothesis
 import pytest
 import torch
 
+collect_ignore = ["plugins"]
+"""Distributions of their own, with tests of their own: `nox -s plugins`."""
+
 # Derandomized, so that a check that passed yesterday passes today. To search for more:
 # pytest --hypothesis-profile=search
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, max_examples=60)

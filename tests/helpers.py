@@ -11,7 +11,6 @@ from typing import ClassVar, TypeVar
 
 import attrs
 import torch
-from hypothesis import strategies
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -39,6 +38,9 @@ from mono_quant.configurable import register
 from mono_quant.numerics.blocks import block_range
 from mono_quant.numerics.granularity import Shape
 from mono_quant.schemes.codebook import NF4
+from mono_quant.testing.law import same_bits as same_bits
+from mono_quant.testing.models import noise as noise
+from mono_quant.testing.strategies import tensors as tensors
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -248,19 +250,6 @@ def same_tensors(one: nn.Module, other: nn.Module) -> bool:
     )
 
 
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors are equal to the bit, NaN and minus zero included."""
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    left, right = one.detach().contiguous(), other.detach().contiguous()
-    return torch.equal(left.flatten().view(torch.uint8), right.flatten().view(torch.uint8))
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    """Return normal noise, the same each time."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def for_each(per_block: Tensor, shape: Sequence[int]) -> Tensor:
     """Return values per block repeated to `shape`: for each value that of its block."""
     for dim, size in enumerate(shape):
@@ -315,18 +304,6 @@ class Doubled(Transform):
                 module.weight = nn.Parameter(module.weight.detach() * 2)
                 changes.append(Change(path, f"{path}.weight is doubled"))
         return changes
-
-
-@strategies.composite
-def tensors(
-    draw: strategies.DrawFn, shape: Sequence[int], low: float = -1e3, high: float = 1e3
-) -> Tensor:
-    """Draw a float32 tensor of finite values, zero and denormal ones among them."""
-    count = torch.Size(shape).numel()
-    low, high = (float(torch.tensor(end, dtype=torch.float32)) for end in (low, high))
-    values = strategies.floats(low, high, width=32)
-    drawn = draw(strategies.lists(values, min_size=count, max_size=count))
-    return torch.tensor(drawn, dtype=torch.float32).reshape(list(shape))
 
 
 def three_layers() -> nn.Sequential:

@@ -17,7 +17,7 @@ RANKS = {
     name: rank
     for rank, names in enumerate(
         [
-            "version errors text",
+            "version errors progress text",
             "configurable",
             "numerics",
             "base speed",
@@ -26,13 +26,13 @@ RANKS = {
             "modules",
             "layers serializers",
             "calibration checkpoint gathering",
-            "benchmark",
+            "benchmark statistics",
             "result flow",
             "plan files",
             "builder comparison",
             "quantizer",
             "api",
-            "demo",
+            "demo testing",
             "cli",
             "__main__",
         ]
@@ -41,9 +41,14 @@ RANKS = {
 }
 """A module imports only from lower ranks; of the package's own __init__ nothing is asked."""
 
-ONLY_IN = {"safetensors": "serializers", "argparse": "cli", "torch.ops": "kernels"}
+ONLY_IN = {
+    "safetensors": "serializers",
+    "argparse": "cli",
+    "torch.ops": "kernels",
+    "tqdm": "progress",
+}
 """What only these packages may touch."""
-LAZY = {"demo"}
+LAZY = {"demo", "testing"}
 """Packages that may import inside functions: what they need is optional."""
 DEPENDENCIES = {"torch", "safetensors", "attrs", "tqdm"}
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from mono_quant import (
     MSE,
     Affine,
+    CalibrationStatistics,
     Change,
     ConfigurationError,
     ConvQuantizer,
@@ -54,6 +55,7 @@ CALLS: dict[str, Call] = {
     "layer": lambda q: q.layer(LinearLikeQuantizer("a.b")),
     "transform": lambda q: q.transform(Doubled()),
     "fit": lambda q: q.fit(torch.zeros(2, 128)),
+    "statistics": lambda q: q.statistics(CalibrationStatistics({})),
     "only_if_faster": lambda q: q.only_if_faster(torch.zeros(2, 128)),
 }
 

@@ -16,17 +16,21 @@ from mono_quant.cli.inputs import (
     float_model,
     forward_of,
     import_module,
+    imported,
     model_path,
     read_data,
     samples_of,
 )
 from mono_quant.cli.options import (
     BenchmarkOptions,
+    CalibrateOptions,
+    CheckOptions,
     CompareOptions,
     DemoOptions,
     DequantizeOptions,
     InfoOptions,
     ModelOptions,
+    PlanOptions,
     QuantizeOptions,
     ValidateOptions,
 )
@@ -41,6 +45,7 @@ from mono_quant.quantizer import Quantizer
 from mono_quant.result import Validation
 from mono_quant.serializers import read_checkpoint, serializer_for, write_state_dict
 from mono_quant.speed import NO_DIFFERENCE
+from mono_quant.testing import check as check_laws
 from mono_quant.text import format_bytes
 
 OK = 0
@@ -75,26 +80,16 @@ def quantize(given: Namespace) -> Outcome:
     if options.dump_config:
         config = quantizer.to_config()
         return Outcome(_json_text(config), config)
-    output = None
-    if not options.dry_run or options.output is not None:
-        output = _checked_output(options.output, model_path(options))
+    output = _checked_output(options.output, model_path(options))
     model = float_model(options)
-    quantizer = _with_data(quantizer, options, runs=isinstance(model, nn.Module))
-    plan = quantizer.plan(model)
+    planned = _with_data(quantizer, options, runs=isinstance(model, nn.Module)).plan(model)
     del model  # so that --in-place can free the tensors of a bare checkpoint
-    if output is None or options.dry_run:
-        plan = plan.measured(progress=not options.quiet)
-        outline = plan.outline
-        return Outcome(
-            in_options(plan.explain()),
-            {
-                "plan": report_in_options(outline.report.to_dict()),
-                "peak_bytes": outline.peak_bytes,
-                "peak_bytes_in_place": outline.peak_bytes_in_place,
-                "config": outline.config,
-            },
-        )
-    result = plan.run(in_place=options.in_place, resume=options.resume, progress=not options.quiet)
+    result = planned.run(
+        in_place=options.in_place,
+        sequential=options.sequential,
+        resume=options.resume,
+        progress=not options.quiet,
+    )
     saved = result.save(output)
     size = saved.stat().st_size
     lines = [in_options(str(result.report)), "", f"saved {saved} ({format_bytes(size)})"]
@@ -115,9 +110,57 @@ def quantize(given: Namespace) -> Outcome:
     return Outcome("" if options.quiet else "\n".join(lines), answer, problem)
 
 
-def _with_data(quantizer: Quantizer, options: QuantizeOptions, *, runs: bool) -> Quantizer:
+def plan(given: Namespace) -> Outcome:
+    """Say what would be done to each layer and why, and what that takes; write nothing."""
+    options = PlanOptions(**vars(given))
+    _import_all(options)
+    quantizer = build_quantizer(options)
+    model = float_model(options)
+    found = _with_data(quantizer, options, runs=isinstance(model, nn.Module)).plan(model)
+    found = found.measured(progress=not options.quiet)
+    outline = found.outline
+    answer: Config = {
+        "plan": report_in_options(outline.report.to_dict()),
+        "peak_bytes": outline.peak_bytes,
+        "peak_bytes_in_place": outline.peak_bytes_in_place,
+        "config": outline.config,
+    }
+    return Outcome("" if options.quiet else in_options(found.explain()), answer)
+
+
+def calibrate(given: Namespace) -> Outcome:
+    """Gather what the data tells of the inputs of layers, for later runs of quantize."""
+    options = CalibrateOptions(statistics=None, **vars(given))
+    _import_all(options)
+    if options.calibration is None:
+        raise ConfigurationError("what is gathered is gathered from data: add --calibration FILE")
+    quantizer = build_quantizer(options)
+    model = float_model(options)
+    planned = _with_data(quantizer, options, runs=isinstance(model, nn.Module)).plan(model)
+    found = planned.calibrate(progress=not options.quiet)
+    if not found.weights:
+        raise ConfigurationError(
+            "nothing is asked of the data: inputs that are calibrated (--activations static) and "
+            "roundings that look at them (--rounding gptq) are"
+        )
+    saved = found.save(_checked_output(options.output, model_path(options)))
+    size = saved.stat().st_size
+    text = f"saved {saved} ({format_bytes(size)}, the inputs of {len(found.weights)} weights)"
+    answer: Config = {
+        "output": str(saved),
+        "file_bytes": size,
+        "weights": [".".join(filter(None, key)) for key in found.weights],
+    }
+    return Outcome("" if options.quiet else text, answer)
+
+
+def _with_data(quantizer: Quantizer, options: PlanOptions, *, runs: bool) -> Quantizer:
     """Return the quantizer with the data and the example that the options name."""
-    named = {"--calibration": options.calibration, "--example": options.example}
+    named = {
+        "--calibration": options.calibration,
+        "--statistics": options.statistics,
+        "--example": options.example,
+    }
     said = [name for name, path in named.items() if path is not None]
     if said and not runs:
         raise ConfigurationError(
@@ -142,6 +185,8 @@ def _with_data(quantizer: Quantizer, options: QuantizeOptions, *, runs: bool) ->
             samples=samples_of(options.samples),
             forward=forward_of(options),
         )
+    if options.statistics is not None:
+        quantizer = quantizer.statistics(options.statistics)
     if options.example is not None:
         quantizer = quantizer.only_if_faster(
             data_of(options.example, options, 1).first(),
@@ -224,6 +269,16 @@ def dequantize(given: Namespace) -> Outcome:
     text = f"saved {output} ({format_bytes(size)}, {len(tensors)} tensors)"
     answer: Config = {"output": str(output), "file_bytes": size, "tensors": len(tensors)}
     return Outcome("" if options.quiet else text, answer)
+
+
+def check(given: Namespace) -> Outcome:
+    """Say which laws of its kind an extension keeps, and what breaks the others."""
+    options = CheckOptions(**vars(given))
+    _import_all(options)
+    found = check_laws(imported(options.target))
+    broken = ", ".join(one.law for one in found.broken)
+    problem = f"{found.subject} breaks {broken}" if broken else None
+    return Outcome(str(found), found.to_dict(), problem)
 
 
 def demo(given: Namespace) -> Outcome:

@@ -3,15 +3,18 @@
 import importlib
 import pickle
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import overload
 
+import attrs
 import torch
 from torch import Tensor, nn
 
 from mono_quant.base import Checkpoint
 from mono_quant.calibration import DEFAULT_SAMPLES, CalibrationData, Forward
-from mono_quant.cli.options import ModelOptions, QuantizeOptions
+from mono_quant.cli.arrays import read_arrays
+from mono_quant.cli.options import ModelOptions, PlanOptions
 from mono_quant.errors import ConfigurationError, CorruptCheckpointError, InputError
 from mono_quant.files import fill
 from mono_quant.numerics.nested import tensors_in
@@ -104,16 +107,20 @@ def forward_of(options: ModelOptions) -> Forward | None:
 
 
 def read_data(path: Path) -> object:
-    """Return the data that a file holds: what `fit` takes.
+    """Return the data that a file, or a folder of files, holds: what `fit` takes.
 
     Raises:
         InputError: it holds no tensors.
         CheckpointError: it cannot be read.
+        OSError: there is no such file.
     """
+    if path.is_dir():
+        return Folder.of(path)
     data: object
-    if path.suffix == ".safetensors":
-        tensors = read_safetensors(path)
-        data = next(iter(tensors.values())) if len(tensors) == 1 else tensors
+    if path.suffix in _BY_NAME:
+        tensors = _BY_NAME[path.suffix](path)
+        single = isinstance(tensors, Mapping) and len(tensors) == 1
+        data = next(iter(tensors.values())) if single else tensors
     else:
         data = read_plain(path)
     if next(tensors_in(data), None) is None:
@@ -122,6 +129,51 @@ def read_data(path: Path) -> object:
             "keyword arguments) or a list of batches"
         )
     return data
+
+
+_BY_NAME: Mapping[str, Callable[[Path], Tensor | Mapping[str, Tensor]]] = {
+    ".safetensors": read_safetensors,
+    ".npz": read_arrays,
+    ".npy": read_arrays,
+}
+"""Files of tensors by name: one of them is a batch, several are a batch of keyword arguments."""
+
+
+@attrs.frozen(eq=False)
+class Folder(Sequence[object]):
+    """The batches of a folder of files, in the order of their names, each read when it is used."""
+
+    files: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, path: Path) -> "Folder":
+        """Return those of a folder.
+
+        Raises:
+            InputError: there is none, or a file that is none.
+        """
+        files = sorted(one for one in path.iterdir() if not one.name.startswith("."))
+        foreign = [one.name for one in files if one.suffix not in (*_BY_NAME, ".pt", ".pth")]
+        known = ", ".join((".pt", ".pth", *_BY_NAME))
+        if foreign:
+            raise InputError(f"{path} holds {foreign[0]}, which is no batch: expected {known}")
+        if not files:
+            raise InputError(f"{path} is empty: expected a batch in each file, {known}")
+        return cls(tuple(files))
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self.files)
+
+    @overload
+    def __getitem__(self, place: int) -> object: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[object]: ...
+    def __getitem__(self, place: int | slice) -> object:
+        """Return one batch, or a part of the folder."""
+        if isinstance(place, slice):
+            return Folder(self.files[place])
+        return read_data(self.files[place])
 
 
 def samples_of(samples: int | None) -> int:
@@ -134,7 +186,7 @@ def data_of(path: Path, options: ModelOptions, samples: int | None) -> Calibrati
     return CalibrationData.bind(read_data(path), samples_of(samples), forward_of(options))
 
 
-def float_model(options: QuantizeOptions) -> nn.Module | Mapping[str, Tensor]:
+def float_model(options: PlanOptions) -> nn.Module | Mapping[str, Tensor]:
     """Return the model that the options name, or the bare state dict where there is no factory.
 
     Raises:
@@ -153,7 +205,7 @@ def float_model(options: QuantizeOptions) -> nn.Module | Mapping[str, Tensor]:
     return fill(make(), Checkpoint({}, state))
 
 
-def model_path(options: QuantizeOptions) -> Path | None:
+def model_path(options: PlanOptions) -> Path | None:
     """Return the path of the model, which may be said in two ways.
 
     Raises:

@@ -18,12 +18,11 @@ class ModelOptions(Namespace):
     imports: list[str]
 
 
-class QuantizeOptions(ModelOptions):
-    """What ``quantize`` was told; see its help."""
+class PlanOptions(ModelOptions):
+    """What ``plan`` was told, and ``quantize`` too; see their help."""
 
     positional: Path | None
     model: Path | None
-    output: Path | None
     trust_pickle: bool
     bits: int | None
     quality: str | None
@@ -52,13 +51,27 @@ class QuantizeOptions(ModelOptions):
     margin: float | None
     calibration: Path | None
     samples: int | None
-    in_place: bool
-    resume: Path | None
-    dry_run: bool
-    validate: bool
+    statistics: Path | None
+    layer: list[str]
     config: Path | None
-    dump_config: bool
     quiet: bool
+
+
+class CalibrateOptions(PlanOptions):
+    """What ``calibrate`` was told; see its help."""
+
+    output: Path
+
+
+class QuantizeOptions(PlanOptions):
+    """What ``quantize`` was told beside that; see its help."""
+
+    output: Path | None
+    in_place: bool
+    sequential: bool | None
+    resume: Path | None
+    validate: bool
+    dump_config: bool
 
 
 class InfoOptions(ModelOptions):
@@ -97,6 +110,12 @@ class DequantizeOptions(ModelOptions):
     file: Path
     output: Path
     quiet: bool
+
+
+class CheckOptions(ModelOptions):
+    """What ``check`` was told; see its help."""
+
+    target: str
 
 
 class DemoOptions(Namespace):

@@ -1,15 +1,24 @@
 """From the words of a command line to strategies and a `Quantizer`."""
 
 import json
+import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 from torch import nn
 
-from mono_quant.base import Correction, RangeEstimator, Rounding, Scheme, Transform
+from mono_quant.base import (
+    Container,
+    Correction,
+    LayerQuantizer,
+    RangeEstimator,
+    Rounding,
+    Scheme,
+    Transform,
+)
 from mono_quant.cli.inputs import imported
-from mono_quant.cli.options import QuantizeOptions
+from mono_quant.cli.options import PlanOptions
 from mono_quant.configurable import (
     Config,
     Configurable,
@@ -29,6 +38,7 @@ from mono_quant.selection import Selector
 StrategyT = TypeVar("StrategyT", bound=Configurable)
 
 _OF_TYPE = "type:"
+_TOML = ".toml"
 _IN_OVERRIDE = (
     "bits",
     "symmetric",
@@ -45,7 +55,7 @@ _IN_OVERRIDE = (
 )
 
 
-def build_quantizer(options: QuantizeOptions) -> Quantizer:
+def build_quantizer(options: PlanOptions) -> Quantizer:
     """Return the quantizer that the options describe, the file of ``--config`` first.
 
     Raises:
@@ -76,6 +86,7 @@ def build_quantizer(options: QuantizeOptions) -> Quantizer:
     if options.rounding is not None:
         quantizer = quantizer.rounding(_rounding(options.rounding))
     quantizer = _inputs(quantizer, options)
+    quantizer = quantizer.layer(*map(_layer, options.layer))
     quantizer = quantizer.only(*map(_selector, options.only))
     quantizer = quantizer.skip(*map(_selector, options.skip))
     for text in options.override:
@@ -83,7 +94,7 @@ def build_quantizer(options: QuantizeOptions) -> Quantizer:
     return quantizer
 
 
-def _inputs(quantizer: Quantizer, options: QuantizeOptions) -> Quantizer:
+def _inputs(quantizer: Quantizer, options: PlanOptions) -> Quantizer:
     """Return the quantizer with what was said of the inputs of layers, and of changes."""
     more = {
         "--activation-bits": options.activation_bits,
@@ -111,6 +122,13 @@ def _inputs(quantizer: Quantizer, options: QuantizeOptions) -> Quantizer:
     return quantizer
 
 
+def _layer(text: str) -> LayerQuantizer | Container:
+    found = find_kind(_described(text).get("kind")) if _known(text) else LayerQuantizer
+    if issubclass(found, Container):
+        return _strategy(Container.from_config, Container, text)
+    return _strategy(LayerQuantizer.from_config, LayerQuantizer, text, Container)
+
+
 def _transform(text: str) -> Transform | Correction:
     found = find_kind(_described(text).get("kind")) if _known(text) else Transform
     if issubclass(found, Correction):
@@ -123,10 +141,14 @@ def _known(text: str) -> bool:
 
 
 def _read_config(path: Path) -> Config:
+    """Return the configuration of a JSON file, or of a TOML one by its suffix."""
+    text = path.read_text(encoding="utf-8")
+    in_toml = path.suffix == _TOML
     try:
-        config: Json = json.loads(path.read_text(encoding="utf-8"))
+        config: Json = tomllib.loads(text) if in_toml else json.loads(text)
     except ValueError as error:
-        raise ConfigurationError(f"{path} is not JSON: {error}") from error
+        format_ = "TOML" if in_toml else f"JSON (a file in TOML is called {_TOML})"
+        raise ConfigurationError(f"{path} is not {format_}: {error}") from error
     if not isinstance(config, Mapping):
         raise ConfigurationError(f"{path} holds no JSON object; --dump-config prints one")
     return config

@@ -19,6 +19,7 @@ OPTIONS = {
     "several batches",
     Mend.DATA: "give some with --calibration FILE",
     Mend.DATA_OR_DYNAMIC: "give some with --calibration FILE, or say --activations dynamic",
+    Mend.STATISTICS: "gather them with the same options: monoquant calibrate",
     Mend.NO_STATIC: "leave --activations static out; of a bare checkpoint, name its model with "
     "--factory package.module:callable",
     Mend.COPY: "leave --in-place out",

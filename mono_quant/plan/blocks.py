@@ -196,6 +196,21 @@ def unlearned(todo: Sequence[WeightPlan], why: str) -> list[Change]:
     return [Change(key, f"{key} {text}: {why}", done=False) for key in keys]
 
 
+def on_floats(todo: Sequence[WeightPlan]) -> list[Change]:
+    """Return that roundings see other inputs than they want, where statistics are given."""
+    kinds = {type(one).__name__: one for weight in todo if (one := _rounding(weight)) is not None}
+    return [
+        Change(
+            "",
+            f"{name} sees the inputs that the float model makes, as the statistics have them, and "
+            "not those that quantized blocks make of the data",
+            done=False,
+        )
+        for name, one in kinds.items()
+        if one.sequential
+    ]
+
+
 def _rounding(weight: WeightPlan) -> Rounding | None:
     return weight.recipe.rounding if weight.recipe is not None else None
 

@@ -150,6 +150,11 @@ def resolve_graph(model: ModelT, request: Request, config: Config) -> GraphPlan[
             "graph() lets layers pass codes, on grids that are calibrated on data; give some with "
             "fit(data)"
         )
+    if request.statistics is not None:
+        raise ConfigurationError(
+            "a graph calibrates what passes between layers too, which statistics do not hold: "
+            "leave statistics(...) or graph() out"
+        )
     plan = resolve(model, request, config)
     reasons = {weight.path: _refusal(model, weight) for weight in plan.weights}
     flowing = [path for path, reason in reasons.items() if reason is None]

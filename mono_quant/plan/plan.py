@@ -17,6 +17,7 @@ from mono_quant.base import (
 )
 from mono_quant.calibration import CalibrationData, Kept, compare, count_samples
 from mono_quant.checkpoint import ModelT, adapt_containers, calling, copy_structure
+from mono_quant.configurable import Config
 from mono_quant.errors import CalibrationError, DamageError, InputError, Mend
 from mono_quant.layers import BUILT_IN_CONTAINERS
 from mono_quant.numerics.metrics import SquaredError
@@ -31,19 +32,22 @@ from mono_quant.plan.measure import (
     LayerErrors,
     correct,
     foreseen,
+    gather_for,
     left_out,
     transform,
     transforms_of,
+    wanted_of,
     with_outputs,
 )
 from mono_quant.plan.outline import outline_of
 from mono_quant.plan.relief import Relief, relief, with_tried_groups
-from mono_quant.plan.request import Request, WeightPlan
+from mono_quant.plan.request import Request, WeightPlan, by_layer
 from mono_quant.plan.run import LayerRun, quantize_weights
 from mono_quant.plan.warnings import warnings_of
 from mono_quant.plan.written import skipping
 from mono_quant.report import WARNING_DB, LayerReport, Report
 from mono_quant.result import Outline, QuantizationResult
+from mono_quant.statistics import CalibrationStatistics
 
 
 @attrs.frozen(eq=False)
@@ -142,6 +146,11 @@ class Plan(Generic[ModelT]):
         request = self._request
         if sequential and request.data is None:
             raise CalibrationError("sequential calibration needs data", Mend.DATA)
+        if sequential and request.statistics is not None:
+            raise CalibrationError(
+                "statistics are of the inputs of float layers, and sequential=True asks for those "
+                "that quantized layers make: leave one of the two out"
+            )
         if request.faster is not None and not self._measured:
             if in_place:
                 self._check_in_place([])
@@ -163,6 +172,8 @@ class Plan(Generic[ModelT]):
         changes = transform(work, transforms_of(request, todo), todo, data, progress)
         compared = data is not None or bool(request.corrections)
         floats = copy_structure(work) if compared and not in_place else None
+        if request.statistics is not None:
+            sequential = False
         if sequential is None:
             recipes = [weight.recipe for weight in todo if weight.recipe is not None]
             sequential = any(recipe.rounding.sequential for recipe in recipes)
@@ -183,6 +194,7 @@ class Plan(Generic[ModelT]):
             sequential=sequential,
             journal=journal,
             label=label,
+            statistics=request.statistics,
         )
         work, rows = layers.model, layers.rows
         changes = (*changes, *layers.changes)
@@ -202,6 +214,51 @@ class Plan(Generic[ModelT]):
         report = self._report(work, found, data)
         example = CalibrationData([data.first()], 1, data.forward) if data is not None else None
         return QuantizationResult(work, report, self.outline, example, request.layers)
+
+    def calibrate(self, *, progress: bool = True) -> CalibrationStatistics:
+        """Return what the data tells of the inputs of the weights that are going to be quantized.
+
+        One pass over the float model, after its transforms. What comes back can be saved, and
+        stands in for that pass by `statistics(...)`.
+
+        Args:
+            progress: show a progress bar where the output is a terminal.
+
+        Raises:
+            CalibrationError: there is no data, or the model failed on it.
+        """
+        if self._request.data is None:
+            raise CalibrationError("what is calibrated is calibrated on data", Mend.DATA)
+        data = self._request.data.held()
+        todo = [weight for weight in self.weights if weight.recipe is not None]
+        work = copy_structure(self._model)
+        transform(work, transforms_of(self._request, todo), todo, data, progress)
+        label = "calibrating" if progress else None
+        with calling(work, self._containers, by_layer(todo)):
+            gathered = gather_for(work, todo, data, label)
+        return CalibrationStatistics.of(wanted_of(todo), gathered, self._before())
+
+    def check_statistics(self) -> None:
+        """Refuse statistics of a model that was changed in another way first.
+
+        Raises:
+            CalibrationError: naming what is done now and what was done then.
+        """
+        known = self._request.statistics
+        if known is not None and known.transforms != self._before():
+            then, now = (
+                ", ".join(str(one["kind"]) for one in some) or "nothing"
+                for some in (known.transforms, self._before())
+            )
+            raise CalibrationError(
+                f"the statistics were gathered after {then} was done to the float model, and now "
+                f"that is {now} (or the same otherwise)",
+                Mend.STATISTICS,
+            )
+
+    def _before(self) -> tuple[Config, ...]:
+        """Return what is done to the float model first, as configurations."""
+        return tuple(one.to_config() for one in transforms_of(self._request, self.weights))
 
     def _decided(self, floats: nn.Module, progress: bool) -> "Plan[ModelT]":
         """Return the plan whose layers were measured in a float model, which shares the weights.

@@ -10,6 +10,7 @@ from mono_quant.numerics.values import Layout
 from mono_quant.selection import Selector
 from mono_quant.settings import Recipe, Settings
 from mono_quant.speed import LayerSpeed
+from mono_quant.statistics import CalibrationStatistics
 
 LOW_BITS = 8
 """Widths below this are low: small layers and embeddings stay float by default."""
@@ -54,6 +55,7 @@ class Request:
         on_damage: "warn" of destroyed layers, "keep" what does the damage at 16 bits or its inputs
             in float, or take it for an "error".
         data: batches to measure and calibrate on.
+        statistics: what calibration gathered before, in place of a pass over the data.
         faster: what keeps layers float that gain no speed; None: all are quantized.
     """
 
@@ -68,7 +70,13 @@ class Request:
     fold: bool | None = None
     on_damage: str = "warn"
     data: CalibrationData | None = None
+    statistics: CalibrationStatistics | None = None
     faster: OnlyIfFaster | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether something is known of the inputs of layers."""
+        return self.data is not None or self.statistics is not None
 
 
 @attrs.frozen(eq=False)

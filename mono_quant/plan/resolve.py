@@ -15,7 +15,7 @@ from mono_quant.layers import BUILT_IN_CONTAINERS, BUILT_IN_LAYERS
 from mono_quant.numerics.metrics import memory_of, tensor_bytes
 from mono_quant.plan.accounting import inside
 from mono_quant.plan.faster import rule
-from mono_quant.plan.measure import foreseen
+from mono_quant.plan.measure import foreseen, wanted_of
 from mono_quant.plan.outline import outline_of
 from mono_quant.plan.plan import Plan
 from mono_quant.plan.request import LOW_BITS, Request, WeightPlan
@@ -46,16 +46,26 @@ def resolve(model: ModelT, request: Request, config: Config) -> Plan[ModelT]:
     rules = [rule(request.faster.margin)] if request.faster is not None else []
     changes = foreseen(model, request, weights)
     outline = outline_of(model, weights, config, rules, warnings, changes)
-    return Plan(model=model, request=request, weights=tuple(weights), outline=outline)
+    plan = Plan(model=model, request=request, weights=tuple(weights), outline=outline)
+    plan.check_statistics()
+    return plan
 
 
 def _check_data(request: Request, todo: Sequence[WeightPlan]) -> None:
-    if request.data is not None:
-        return
     changing: tuple[Transform | Correction, ...] = (*request.transforms, *request.corrections)
     for change in changing:
-        if change.needs_data:
+        if change.needs_data and request.data is None:
             raise CalibrationError(f"{change!r} needs data", Mend.DATA)
+    if request.statistics is not None:
+        lacking = request.statistics.lacking(wanted_of(todo))
+        if lacking:
+            first = next(iter(lacking.values()))
+            names = ", ".join(path or "the model" for path in lacking)
+            raise CalibrationError(
+                f"the statistics have no {first!r} of the inputs of {names}", Mend.STATISTICS
+            )
+    if request.calibrated:
+        return
     needy = [
         weight
         for weight in todo
@@ -195,7 +205,7 @@ def _weights(model: nn.Module, request: Request) -> list[WeightPlan]:
                 float_bytes=sum(tensor_bytes(tensor) for tensor in tensors),
                 asked=asked,
             )
-            found.append(_decide(weight, module, reason or odd, request.data is not None))
+            found.append(_decide(weight, module, reason or odd, request.calibrated))
     return found
 
 

@@ -8,7 +8,6 @@ from typing import Generic, cast
 import attrs
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mono_quant import kernels
 from mono_quant.base import Activation, Change, Container, PackedTensor, Statistics
@@ -19,7 +18,7 @@ from mono_quant.gathering import Gathered, Gathering, Wanted
 from mono_quant.modules import tie
 from mono_quant.numerics.metrics import tensor_bytes
 from mono_quant.observers import MinMax
-from mono_quant.plan.blocks import BlockRun, unlearned
+from mono_quant.plan.blocks import BlockRun, on_floats, unlearned
 from mono_quant.plan.checks import check_finite, check_gathered
 from mono_quant.plan.damage import cast_of
 from mono_quant.plan.journal import Journal
@@ -28,8 +27,10 @@ from mono_quant.plan.relay import Relay
 from mono_quant.plan.request import WeightPlan, by_layer
 from mono_quant.plan.stages import Stage, stages_of
 from mono_quant.plan.weight_error import WeightError
+from mono_quant.progress import progress_bar
 from mono_quant.report import LayerReport
 from mono_quant.settings import Recipe
+from mono_quant.statistics import CalibrationStatistics
 from mono_quant.transforms.edits import put
 
 NOTHING: Mapping[str, PackedTensor] = MappingProxyType({})
@@ -112,6 +113,7 @@ def quantize_weights(
     sequential: bool,
     journal: Journal | None,
     label: str | None,
+    statistics: CalibrationStatistics | None = None,
 ) -> None:
     """Quantize weights of a working copy, after gathering what that needs from the data.
 
@@ -125,15 +127,19 @@ def quantize_weights(
             fastest here. Else one pass over the float model serves all layers.
         journal: where each stage is written once it is finished, and read from if it was.
         label: of progress bars; None for none.
+        statistics: what was gathered before; the data is then not asked.
     """
     layers = by_layer(todo)
-    bar = tqdm(
-        total=len(layers), desc=label, unit="layer", disable=None if label else True, leave=False
-    )
+    bar = progress_bar(label, "layer", len(layers))
     with bar, calling(run.model, containers, layers):
         if not sequential or data is None:
-            found = gather_for(run.model, todo, data, label)
-            run.changes += unlearned(todo, "sequential=False was asked for")
+            if statistics is not None:
+                found, why = statistics.gathered(), "statistics were given in place of data"
+                run.changes += on_floats(todo)
+            else:
+                found = gather_for(run.model, todo, data, label)
+                why = "sequential=False was asked for"
+            run.changes += unlearned(todo, why)
             for weights in layers.values():
                 run.quantize(weights, found)
                 bar.update()

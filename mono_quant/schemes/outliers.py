@@ -19,7 +19,8 @@ from mono_quant.base import (
     Statistics,
 )
 from mono_quant.configurable import Configurable, register
-from mono_quant.errors import ConfigurationError
+from mono_quant.errors import ConfigurationError, InputError
+from mono_quant.numerics.extremes import all_finite
 from mono_quant.numerics.granularity import Granularity, Shape
 from mono_quant.numerics.values import QParams, QTensor
 from mono_quant.schemes.affine import Affine
@@ -167,7 +168,13 @@ class Outliers(Scheme):
         return self.scheme.calculate_qparams(min_val, max_val, block_size=block_size)
 
     def choose_qparams(self, x: Tensor, observer: RangeEstimator) -> QParams:
-        """Return the parameters for a stack, whose columns are chosen by its values alone."""
+        """Return the parameters for a stack, whose columns are chosen by its values alone.
+
+        Raises:
+            InputError: `x` holds NaN or infinity.
+        """
+        if not all_finite(x):
+            raise InputError("the tensor holds NaN or infinity")
         kept = _kept(x, self._chosen(x, None))
         qparams = self.scheme.choose_qparams(_without(x, kept[COLUMNS]), observer)
         return replace(qparams, extra={**qparams.extra, **kept})
@@ -260,7 +267,8 @@ class Outliers(Scheme):
         return replace(weight, tensors=_others(weight.tensors), scheme=self.scheme)
 
     def _chosen(self, weight: Tensor, peaks: Tensor | None) -> Tensor:
-        standing = _standing(weight.abs().amax((0, 1)))
+        largest = weight.abs().amax((0, 1)) if weight.numel() else weight.new_zeros(weight.shape[2])
+        standing = _standing(largest)
         if peaks is not None:
             standing = torch.maximum(standing, _standing(peaks.to(standing.device)))
         if isinstance(self.columns, OutlierColumns):

@@ -10,6 +10,7 @@ from mono_quant.base import Checkpoint, Serializer
 from mono_quant.configurable import Config, Kinds
 from mono_quant.errors import CheckpointError, CorruptCheckpointError, Mend
 from mono_quant.numerics.metrics import tensor_bytes
+from mono_quant.serializers.atomic import replacing
 from mono_quant.serializers.safetensors import (
     SafetensorsSerializer,
     read_safetensors,
@@ -23,7 +24,7 @@ from mono_quant.serializers.torch import (
     state_dict_in,
     write_pickled,
 )
-from mono_quant.serializers.wire import FORMAT
+from mono_quant.serializers.wire import FORMAT, checksum, decode, encode
 
 SAFETENSORS = SafetensorsSerializer()
 TORCH = TorchSerializer()
@@ -136,14 +137,20 @@ __all__ = [
     "BUILT_IN_SERIALIZERS",
     "SafetensorsSerializer",
     "TorchSerializer",
+    "checksum",
+    "decode",
+    "encode",
     "is_quantized",
     "read_checkpoint",
     "read_header",
     "read_plain",
     "read_safetensors",
     "read_state_dict",
+    "read_texts",
+    "replacing",
     "serializer_for",
     "state_dict_in",
     "stored_bytes",
+    "write_safetensors",
     "write_state_dict",
 ]

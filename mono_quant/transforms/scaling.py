@@ -8,11 +8,11 @@ from typing import ClassVar
 import attrs
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mono_quant.base import WITHOUT_DATA, Change, Transform, TransformContext
 from mono_quant.configurable import is_count
 from mono_quant.errors import ConfigurationError
+from mono_quant.progress import progress_bar
 from mono_quant.text import joined
 from mono_quant.transforms.groups import WATCHED, Group, find_groups, weight_of
 from mono_quant.transforms.objective import Consumer, Objective
@@ -83,23 +83,25 @@ class InputScaling(Transform):
         ]
         inputs = inputs_of(model, context, wanted)
         found: list[_Found] = []
-        quiet = None if context.progress else True
-        for group in tqdm(groups, type(self).kind, unit="group", disable=quiet, leave=False):
-            consumers = [
-                Consumer(
-                    layer,
-                    model.get_submodule(layer),
-                    context.targets[weight_of(layer)],
-                    inputs[layer],
-                )
-                for layer in group.layers
-                if layer in inputs
-            ]
-            reason = self.refuse(consumers) if consumers else "no data reaches them"
-            if reason is not None:
-                found.append(_Found(group, reason=reason))
-                continue
-            found.append(_best(group, consumers, self.scales(group, consumers)))
+        label = type(self).kind if context.progress else None
+        with progress_bar(label, "group", len(groups)) as bar:
+            for group in groups:
+                consumers = [
+                    Consumer(
+                        layer,
+                        model.get_submodule(layer),
+                        context.targets[weight_of(layer)],
+                        inputs[layer],
+                    )
+                    for layer in group.layers
+                    if layer in inputs
+                ]
+                reason = self.refuse(consumers) if consumers else "no data reaches them"
+                if reason is not None:
+                    found.append(_Found(group, reason=reason))
+                else:
+                    found.append(_best(group, consumers, self.scales(group, consumers)))
+                bar.update()
         return found
 
 

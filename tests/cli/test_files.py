@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mono_quant import Quantizer, load_model, read_state_dict
+from mono_quant import QuantizedModule, Quantizer, load_model, read_state_dict
 from tests.cli.conftest import SMALL, TIED, Monoquant, write
 from tests.cli.networks import Tied, small
 
@@ -262,7 +262,7 @@ def test_a_bare_file_loads_into_its_model(folder: Path, monoquant: Monoquant) ->
     assert monoquant("quantize", "model.pt", "-o", "small.pt").code == 0
     done = monoquant("validate", "small.pt", "--factory", SMALL, "--example", "batches.pt")
     assert (done.code, done.out.splitlines()[0]) == (0, "valid")
-    assert load_model("small.pt", small())
+    assert isinstance(load_model("small.pt", small()).get_submodule("0"), QuantizedModule)
 
 
 def test_the_tied_file_is_valid(folder: Path, monoquant: Monoquant) -> None:

@@ -20,6 +20,8 @@ from mono_quant import (
     Float8,
     FloatCast,
     LearnedRounding,
+    LinearLikeQuantizer,
+    LinearQuantizer,
     Microscaling,
     MinMax,
     OutlierColumns,
@@ -30,6 +32,7 @@ from mono_quant import (
     SmoothQuant,
     load_model,
 )
+from mono_quant.layers.containers import TransformerEncoderContainer
 from tests.cli.conftest import SMALL, Monoquant
 from tests.cli.networks import small
 from tests.helpers import same_tensors
@@ -140,6 +143,17 @@ AFFINE_JSON = '{"kind": "affine", "bits": 6, "granularity": {"kind": "per_group"
         ),
         (["--on-damage", "keep"], Quantizer().on_damage("keep")),
         (
+            [
+                *("--layer", "linear:own_forward=true"),
+                *("--layer", "linear_like:class_name=a.b.C", "--layer", "transformer_encoder"),
+            ],
+            Quantizer().layer(
+                LinearQuantizer(own_forward=True),
+                LinearLikeQuantizer("a.b.C"),
+                TransformerEncoderContainer(),
+            ),
+        ),
+        (
             ["--override", "a:activations=float", "--override", "b:activation_observer=minmax"],
             Quantizer()
             .override("a", activations="float")
@@ -169,6 +183,71 @@ def test_a_dumped_configuration_can_be_begun_with(folder: Path, monoquant: Monoq
     assert done.json == Quantizer().bits(3).skip("2").override("0", bits=8).to_config()
 
 
+SPOKEN = (
+    *("--bits", "4", "--group-size", "32", "--observer", "mse:steps=9", "--rounding", "gptq"),
+    *("--override", "2:bits=8,observer=minmax", "--activations", "static", "--no-fold"),
+    *("--transform", "equalize_layers:sweeps=3", "--on-damage", "keep"),
+)
+DATA = ("--factory", SMALL, "--calibration", "batches.pt")
+
+
+def test_what_was_dumped_makes_the_same_bytes(folder: Path, monoquant: Monoquant) -> None:
+    (folder / "dumped.json").write_text(monoquant("quantize", *SPOKEN, "--dump-config").out)
+    written = Quantizer.from_config(json.loads((folder / "dumped.json").read_text()))
+    (folder / "builder.json").write_text(json.dumps(written.to_config()))
+    for name, words in {
+        "spoken": SPOKEN,
+        "dumped": ("--config", "dumped.json"),
+        "builder": ("--config", "builder.json"),
+    }.items():
+        done = monoquant("quantize", "model.pt", *words, *DATA, "-o", f"{name}.safetensors")
+        assert done.code == 0, done.err
+    spoken, *others = (
+        (folder / f"{name}.safetensors").read_bytes() for name in ("spoken", "dumped", "builder")
+    )
+    assert others == [spoken, spoken]
+
+
+TOML = """
+skip = ["0"]
+on_damage = "keep"
+
+[settings]
+bits = 4
+observer = {kind = "mse", steps = 9, smallest = 0.5}
+activation_observer = {kind = "mse", steps = 9, smallest = 0.5}
+
+[[overrides]]
+selector = "2"
+bits = 8
+"""
+
+
+def test_a_configuration_may_be_toml(folder: Path, monoquant: Monoquant) -> None:
+    (folder / "four.toml").write_text(TOML)
+    done = monoquant("quantize", "--config", "four.toml", "--override", "4=6", "--dump-config")
+    expected = (Quantizer().bits(4).observer(MSE(9, 0.5)).skip("0")).override("2", bits=8)
+    expected = expected.on_damage("keep").override("4", bits=6)
+    assert done.json == expected.to_config()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "complaint"),
+    [
+        ("a.toml", "bits = = 4", "a.toml is not TOML: "),
+        ("a.json", "bits = 4", "a.json is not JSON (a file in TOML is called .toml): "),
+        ("a.toml", "bits = 4", "a quantizer has no bits"),
+    ],
+)
+def test_a_configuration_of_the_wrong_format_is_named(
+    name: str, text: str, complaint: str, folder: Path, monoquant: Monoquant
+) -> None:
+    (folder / name).write_text(text)
+    done = monoquant("quantize", "--config", name, "--dump-config")
+    assert done.code == 2
+    assert complaint in done.complaint
+
+
 def test_a_file_carries_the_configuration_that_made_it(folder: Path, monoquant: Monoquant) -> None:
     words = ("--bits", 4, "--override", "2=8", "--observer", "mse:steps=20")
     assert monoquant("quantize", "model.pt", *words, "-o", "s.safetensors").code == 0
@@ -182,18 +261,18 @@ def test_a_file_carries_the_configuration_that_made_it(folder: Path, monoquant: 
 
 @pytest.mark.parametrize("name", ["type:Linear", "type:torch.nn:Linear"])
 def test_layers_can_be_named_by_type(name: str, folder: Path, monoquant: Monoquant) -> None:
-    skipped = monoquant("quantize", "--factory", SMALL, "--skip", name, "--plan")
+    skipped = monoquant("plan", "--factory", SMALL, "--skip", name)
     assert skipped.out.count("float: skipped") == 2
-    overridden = monoquant("quantize", "--factory", SMALL, "--override", f"{name}:bits=5", "--plan")
+    overridden = monoquant("plan", "--factory", SMALL, "--override", f"{name}:bits=5")
     assert overridden.out.count("5-bit asymmetric") == 2
-    shorter = monoquant("quantize", "--factory", SMALL, "--override", f"{name}=5", "--plan")
+    shorter = monoquant("plan", "--factory", SMALL, "--override", f"{name}=5")
     assert shorter.out == overridden.out
 
 
 def test_an_imported_module_brings_its_kinds(folder: Path, monoquant: Monoquant) -> None:
     done = monoquant(
-        "quantize", "model.pt", "--import", "tests.cli.networks",
-        "--scheme", "renamed_for_the_command_line:bits=7", "--plan",
+        "plan", "model.pt", "--import", "tests.cli.networks",
+        "--scheme", "renamed_for_the_command_line:bits=7",
     )  # fmt: skip
     assert "7-bit symmetric per-channel" in done.out
 

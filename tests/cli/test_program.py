@@ -1,6 +1,7 @@
 """The program itself: help, version, and a process of its own."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,22 @@ from mono_quant import Quantizer
 from tests.cli.conftest import Monoquant
 from tests.cli.networks import small
 
-COMMANDS = ("quantize", "info", "validate", "compare", "dequantize", "demo")
+COMMANDS = (
+    "quantize",
+    "plan",
+    "calibrate",
+    "info",
+    "validate",
+    "benchmark",
+    "compare",
+    "dequantize",
+    "check",
+    "demo",
+    "completion",
+)
+
+
+ACTIVATION = ("bits", "symmetric", "granularity", "observer")
 
 
 def test_the_version_is_that_of_the_package(monoquant: Monoquant) -> None:
@@ -35,6 +51,42 @@ def test_the_help_of_a_command_has_examples_and_exit_codes(
     assert done.code == 0
     assert f"examples:\n  {'pip' if command == 'demo' else f'monoquant {command} '}" in done.out
     assert "exit codes:\n  0    done" in done.out
+
+
+COMPLETE = """
+source ./script
+COMP_WORDS=({words} '{word}')
+COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+_monoquant
+printf '%s\n' "${{COMPREPLY[@]}}"
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+@pytest.mark.parametrize(
+    ("words", "word", "found"),
+    [
+        ("monoquant", "", {*COMMANDS, "--help", "--version"}),
+        ("monoquant", "qu", {"quantize"}),
+        ("monoquant quantize model.pt", "--calib", {"--calibration"}),
+        ("monoquant plan", "--acti", {"--activations", *(f"--activation-{n}" for n in ACTIVATION)}),
+        ("monoquant quantize --quality", "b", {"balanced", "best"}),
+        ("monoquant quantize", "mod", {"model.pt", "model.safetensors"}),
+        ("monoquant info", "--only", {""}),
+    ],
+)
+def test_bash_completes_what_the_parser_knows(
+    words: str, word: str, found: set[str], folder: Path, monoquant: Monoquant
+) -> None:
+    (folder / "script").write_text(monoquant("completion").out)
+    done = subprocess.run(
+        ["bash", "-c", COMPLETE.format(words=words, word=word)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+    assert set(done.stdout.splitlines()) == found
 
 
 def test_the_package_runs_as_a_module(folder: Path) -> None:

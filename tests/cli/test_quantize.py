@@ -1,6 +1,7 @@
 """``monoquant quantize``: what comes in, what comes out."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -171,15 +172,14 @@ def test_in_place_writes_the_same_file(folder: Path, monoquant: Monoquant) -> No
     assert same_tensors(one, other)
 
 
-@pytest.mark.parametrize("flag", ["--plan", "--dry-run"])
-def test_a_plan_writes_nothing(flag: str, folder: Path, monoquant: Monoquant) -> None:
+def test_a_plan_writes_nothing(folder: Path, monoquant: Monoquant) -> None:
     before = sorted(folder.iterdir())
-    done = monoquant("quantize", "model.pt", "--bits", 4, "--skip", "2", flag)
+    done = monoquant("plan", "model.pt", "--bits", 4, "--skip", "2")
     assert done.code == 0
     assert "4-bit asymmetric per-group 64" in done.out
     assert "float: skipped" in done.out
     assert sorted(folder.iterdir()) == before
-    shown = monoquant("quantize", "model.pt", "--bits", 4, flag, "--json").json
+    shown = monoquant("plan", "model.pt", "--bits", 4, "--json").json
     assert {"plan", "peak_bytes", "peak_bytes_in_place", "config"} == set(shown)
 
 
@@ -249,23 +249,27 @@ def test_samples_without_data_are_refused(folder: Path, monoquant: Monoquant) ->
     assert not (folder / "s.pt").exists()
 
 
-def test_a_plan_refuses_an_output_that_could_not_be_written(
-    folder: Path, monoquant: Monoquant
-) -> None:
-    assert monoquant("quantize", "model.pt", "--plan", "-o", "s.xyz").code == 2
-    assert monoquant("quantize", "model.pt", "--plan", "-o", "nosuch/s.pt").code == 3
-    assert monoquant("quantize", "model.pt", "--plan", "-o", "s.pt").code == 0
+def test_a_plan_takes_every_option_that_says_how(folder: Path, monoquant: Monoquant) -> None:
+    shown = {
+        command: monoquant(command, "--help").out.partition("what comes out:")[0]
+        for command in ("plan", "quantize")
+    }
+    said = {command: set(re.findall(r"--[a-z-]+", text)) for command, text in shown.items()}
+    kept = {"--output", "--in-place", "--sequential", "--no-sequential", "--resume"}
+    kept |= {"--no-validate", "--dump-config"}
+    assert said["quantize"] - said["plan"] == kept
+    assert monoquant("plan", "model.pt", "-o", "s.pt").code == 2
 
 
 FASTER = ("--only-if-faster", "--example", "batches.pt")
 
 
 def test_layers_are_measured_on_an_example(folder: Path, monoquant: Monoquant) -> None:
-    words = ("quantize", "model.pt", "--factory", SMALL, *FASTER)
-    done = monoquant(*words, "--plan")
+    words = ("model.pt", "--factory", SMALL, *FASTER)
+    done = monoquant("plan", *words)
     assert done.code == 0
     assert "quantized only where that is more than 5% faster on the example" in done.out
-    done = monoquant(*words, "--margin", 1e9, "-o", "s.pt")
+    done = monoquant("quantize", *words, "--margin", 1e9, "-o", "s.pt")
     assert (done.code, done.err) == (0, "")
     assert done.out.count("float: no gain in speed, quantized it is") == 2
     assert done.out.endswith("nothing is faster quantized: the file holds the float model\n")
@@ -273,7 +277,7 @@ def test_layers_are_measured_on_an_example(folder: Path, monoquant: Monoquant) -
 
 
 def test_an_example_is_called_as_the_data_is(folder: Path, monoquant: Monoquant) -> None:
-    words = ("quantize", "--factory", SMALL, "--only-if-faster", "--example", "named.pt", "--plan")
+    words = ("plan", "--factory", SMALL, "--only-if-faster", "--example", "named.pt")
     assert monoquant(*words).code == 2
     done = monoquant(*words, "--forward", "tests.cli.networks:doubled")
     assert done.code == 0
@@ -294,6 +298,6 @@ def test_an_example_is_called_as_the_data_is(folder: Path, monoquant: Monoquant)
 def test_half_of_a_measurement_is_refused(
     words: tuple[object, ...], complaint: str, folder: Path, monoquant: Monoquant
 ) -> None:
-    done = monoquant("quantize", "model.pt", *words, "--plan")
+    done = monoquant("plan", "model.pt", *words)
     assert done.code == 2
     assert complaint in done.complaint

@@ -114,7 +114,7 @@ def test_reports_advise_options(
     assert "warning" in done.out
     assert "--override" in done.out
     assert not CALLS.search(done.out)
-    planned = monoquant("quantize", *given, "--dry-run")
+    planned = monoquant("plan", *given)
     assert "peak memory" in planned.out
     assert not CALLS.search(planned.out)
     said = monoquant("quantize", *given, "-o", "out.pt", "--no-validate", "--json")

@@ -11,10 +11,12 @@ import io
 import re
 import shlex
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import ModuleType
 
 import attrs
 import pytest
@@ -119,7 +121,9 @@ def test_every_snippet_of_the_page_runs_and_prints_what_it_says(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     name = str(page.relative_to(ROOT))
-    namespace: dict[str, object] = {"__name__": "__main__"}
+    program = ModuleType("__main__")  # where pickle looks for the classes of a page
+    monkeypatch.setitem(sys.modules, "__main__", program)
+    namespace: dict[str, object] = vars(program)
     printed: str | None = None  # by the block just before
     for snippet in snippets(page.read_text(encoding="utf-8")):
         before, printed = printed, None

@@ -26,8 +26,8 @@ from mono_quant import (
     RangeEstimator,
     Scheme,
 )
-from mono_quant.numerics.granularity import Shape
 from mono_quant.schemes.scaled import Scaled
+from mono_quant.testing import check_stack
 from tests.helpers import (
     for_each,
     levels_and_gaps,
@@ -100,40 +100,8 @@ def test_values_are_levels_times_scales_to_the_bit(scheme: Scaled, x: Tensor) ->
 
 
 @given(scheme=st.sampled_from(SCHEMES), x=STACKS)
-def test_quantizing_again_changes_nothing(scheme: Scaled, x: Tensor) -> None:
-    qparams = scheme.choose_qparams(x, MinMax())
-    once = scheme.fake_quantize(x, qparams)
-    assert torch.equal(scheme.fake_quantize(once, qparams), once)
-
-
-@given(scheme=st.sampled_from(SCHEMES), x=STACKS)
-def test_what_goes_in_is_not_changed_and_packing_loses_nothing(scheme: Scaled, x: Tensor) -> None:
-    before = x.clone()
-    q = scheme.quantize(x, scheme.choose_qparams(x, MSE(steps=3)))
-    assert same_bits(x, before)
-    weight = PackedTensor.pack(q, scheme, LAYOUT, torch.float32)
-    back = weight.unpack()
-    assert same_bits(back.codes, q.codes)
-    assert q.qparams.scale is not None
-    assert back.qparams.scale is not None
-    assert same_bits(back.qparams.scale, q.qparams.scale)
-    assert set(back.qparams.extra) == set(q.qparams.extra) == set(scheme.extras)
-    assert back.qparams.zero_point is None
-    consumed = PackedTensor.pack(q, scheme, LAYOUT, torch.float32, consume=True)
-    assert same_bits(consumed.tensors["codes"], weight.tensors["codes"])
-
-
-@each_scheme
-@pytest.mark.parametrize("stack", [SHAPE, (1, 40, 16), (3, 1, 8)])
-def test_predicted_bytes_are_the_packed_bytes(scheme: Scaled, stack: Shape) -> None:
-    x = noise(*stack)
-    weight = packed(scheme, x)
-    assert weight.nbytes == scheme.nbytes(stack)
-    assert scheme.bits_per_weight(stack) == 8 * weight.nbytes / x.numel()
-    by_hand = sum(tensor.numel() * tensor.element_size() for tensor in weight.tensors.values())
-    assert weight.nbytes == by_hand
-    assert scheme.remark(weight.unpack()) is None
-    assert scheme.refuse_parts(weight.tensors, stack) is None
+def test_the_laws_hold_of_any_stack(scheme: Scaled, x: Tensor) -> None:
+    check_stack(scheme, x)
 
 
 @each_scheme
@@ -170,41 +138,6 @@ def test_extreme_magnitudes_stay_finite_and_near(
     assert torch.isfinite(found).all()
     largest = max(float(x.abs().max()), torch.finfo(torch.float32).tiny)  # no scale is smaller
     assert float((found.double() - x.double()).abs().max()) <= 0.65 * largest
-
-
-@each_scheme
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_refused(scheme: Scaled, bad: float) -> None:
-    x = noise(*SHAPE)
-    x[1, 2, 3] = bad
-    for observer in (MinMax(), MSE(steps=3)):
-        with pytest.raises(InputError, match="NaN or infinity"):
-            scheme.choose_qparams(x, observer)
-    end = torch.full((1,), bad)
-    with pytest.raises(InputError, match="NaN or infinity"):
-        scheme.calculate_qparams(end, end, block_size=(1,))
-
-
-@each_scheme
-@pytest.mark.parametrize("shape", [(1, 0, 8), (1, 4, 0), (1, 0, 0)])
-def test_empty_stacks_quantize_to_empty_ones(scheme: Scaled, shape: Shape) -> None:
-    assert scheme.refuse((1, 4, 0)) is None
-    x = torch.zeros(shape)
-    for observer in (MinMax(), MSE(steps=3)):
-        weight = packed(scheme, x, observer)
-        assert weight.dequantize().shape == (shape[1], shape[2])
-        assert weight.nbytes == scheme.nbytes(shape)
-
-
-@each_scheme
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_the_dtype_of_the_weight_is_remembered(scheme: Scaled, dtype: torch.dtype) -> None:
-    x = noise(*SHAPE).to(dtype)
-    q = scheme.quantize(x, scheme.choose_qparams(x.float(), MinMax()))
-    assert q.dtype == dtype
-    weight = PackedTensor.pack(q, scheme, LAYOUT, dtype)
-    assert weight.dequantize().dtype == dtype
-    assert same_bits(weight.dequantize(), weight.dequantize(torch.float32).to(dtype))
 
 
 def missed(scheme: Scheme, x: Tensor, observer: RangeEstimator) -> Tensor:
@@ -274,15 +207,6 @@ def test_large_weights_are_quantized_in_pieces_to_the_same_end(scheme: Scaled) -
             assert same_bits(some.codes, codes[:, part].contiguous())
             values = scheme.dequantize(some)
             assert same_bits(values, scheme.fake_quantize(x, qparams)[:, part].contiguous())
-
-
-def test_schemes_are_values() -> None:
-    assert len(set(SCHEMES)) == len(SCHEMES)
-    for scheme in SCHEMES:
-        again = Scheme.from_config(scheme.to_config())
-        assert hash(scheme) == hash(again)
-        assert scheme == again
-        assert scheme.refuse((1, 4, 8)) is None
 
 
 def test_words_are_unlike() -> None:

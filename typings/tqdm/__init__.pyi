@@ -9,6 +9,7 @@ from typing_extensions import TypeVar
 T = TypeVar("T", default=object)
 
 class tqdm(Generic[T]):
+    total: float | None
     def __init__(
         self,
         iterable: Iterable[T] | None = None,
@@ -19,6 +20,7 @@ class tqdm(Generic[T]):
         *,
         disable: bool | None = False,
         unit: str = "it",
+        delay: float = 0,
     ) -> None: ...
     def __iter__(self) -> Iterator[T]: ...
     def __enter__(self) -> Self: ...

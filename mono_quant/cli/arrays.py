@@ -1,0 +1,93 @@
+"""Arrays of numpy's files as tensors, without numpy and without running what a file holds.
+
+Source: "numpy.lib.format", https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html:
+a magic string, a version, the length of a header, the header (a literal of Python: dtype, order in
+memory, shape), and the bytes of the array. An ``.npz`` is a zip archive of such files.
+"""
+
+import ast
+import io
+import struct
+import sys
+import zipfile
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from mono_quant.errors import InputError
+
+_MAGIC = b"\x93NUMPY"
+_HEADER_LENGTHS = {1: "<H", 2: "<I", 3: "<I"}
+"""How the length of a header is written, by the major version."""
+
+_DTYPES = {
+    "b1": torch.bool,
+    "i1": torch.int8,
+    "u1": torch.uint8,
+    "i2": torch.int16,
+    "i4": torch.int32,
+    "i8": torch.int64,
+    "f2": torch.float16,
+    "f4": torch.float32,
+    "f8": torch.float64,
+}
+_OTHER_ORDER = ">" if sys.byteorder == "little" else "<"
+
+
+def read_arrays(path: Path) -> Tensor | dict[str, Tensor]:
+    """Return the array of an ``.npy`` file, or those of an ``.npz`` file by name.
+
+    Raises:
+        InputError: it is damaged, or holds something else than numbers.
+    """
+    try:
+        if path.suffix == ".npy":
+            with path.open("rb") as file:
+                return _array(file)
+        with zipfile.ZipFile(path) as archive:
+            return {
+                name.removesuffix(".npy"): _array(io.BytesIO(archive.read(name)))
+                for name in archive.namelist()
+            }
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except (zipfile.BadZipFile, ValueError, SyntaxError, LookupError, struct.error) as error:
+        raise InputError(f"{path} is no whole file of numpy's: {error}") from error
+
+
+def _array(file: BinaryIO) -> Tensor:
+    if file.read(len(_MAGIC)) != _MAGIC:
+        raise ValueError("it does not begin as one")
+    major, _ = file.read(2)
+    form = _HEADER_LENGTHS[major]
+    (length,) = struct.unpack(form, file.read(struct.calcsize(form)))
+    header: object = ast.literal_eval(file.read(length).decode())
+    if not isinstance(header, dict):
+        raise ValueError("its header is no dictionary")
+    described, shape = header["descr"], header["shape"]
+    kind = described[1:] if isinstance(described, str) else None
+    if kind not in _DTYPES:
+        raise InputError(
+            f"an array of {described!r} holds no numbers that torch has; save it as another dtype, "
+            "with array.astype(...)"
+        )
+    if described[0] == _OTHER_ORDER:
+        raise InputError(
+            f"an array of {described!r} has its bytes in the other order; save it with "
+            "array.astype(array.dtype.newbyteorder('='))"
+        )
+    return _tensor(file.read(), _DTYPES[kind], tuple(shape), bool(header["fortran_order"]))
+
+
+def _tensor(content: bytes, dtype: torch.dtype, shape: tuple[int, ...], columns: bool) -> Tensor:
+    count = torch.Size(shape).numel()
+    if len(content) != count * dtype.itemsize:
+        raise ValueError(f"it has {len(content)} bytes for {count} values of {dtype}")
+    flat = (
+        torch.frombuffer(bytearray(content), dtype=dtype) if count else torch.empty(0, dtype=dtype)
+    )
+    if not columns:
+        return flat.reshape(shape)
+    return flat.reshape(shape[::-1]).permute(*reversed(range(len(shape)))).contiguous()

@@ -1,0 +1,18 @@
+"""Progress with the time that is left: of what takes long, and where the output is a terminal."""
+
+from tqdm import tqdm
+
+AFTER = 2.0
+"""Seconds before a bar is shown: what takes no longer needs none."""
+
+
+def progress_bar(label: str | None, unit: str, total: int | None = None) -> "tqdm[object]":
+    """Return a bar on the standard error, which is gone when it is closed.
+
+    Args:
+        label: what is going on; None for no bar.
+        unit: what is counted.
+        total: how many there will be, if that is known.
+    """
+    hidden = None if label else True  # None: where the output is no terminal
+    return tqdm(total=total, desc=label, unit=unit, delay=AFTER, leave=False, disable=hidden)

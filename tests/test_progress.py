@@ -1,0 +1,103 @@
+"""Bars are shown where someone looks, of what takes long, with the time that is left."""
+
+import io
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from mono_quant import progress
+from mono_quant.calibration import CalibrationData
+from mono_quant.progress import progress_bar
+
+
+class Terminal(io.StringIO):
+    """A stream that says that it is one."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def looked_at(monkeypatch: pytest.MonkeyPatch, after: float) -> Terminal:
+    """Put a terminal where progress is shown, and bars on it after some seconds.
+
+    In the test itself: pytest puts its own stream there when it begins.
+    """
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(progress, "AFTER", after)
+    return stream
+
+
+def test_what_is_over_soon_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = looked_at(monkeypatch, progress.AFTER)
+    with progress_bar("quantizing", "layer", 3) as bar:
+        for _ in range(3):
+            time.sleep(0.15)  # longer than it waits between two lines
+            bar.update()
+    assert "quantizing" not in terminal.getvalue()
+
+
+def test_what_takes_longer_shows_how_much_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = looked_at(monkeypatch, 0.1)
+    with progress_bar("quantizing", "layer", 4) as bar:
+        time.sleep(0.15)
+        bar.update()
+    assert "quantizing:  25%" in terminal.getvalue()
+    assert "1/4 [00:00<00:00" in terminal.getvalue()
+
+
+def test_without_a_label_or_a_terminal_nothing_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = looked_at(monkeypatch, 1e-9)
+    with progress_bar(None, "layer", 4) as bar:
+        time.sleep(0.15)
+        bar.update()
+    assert terminal.getvalue() == ""
+    monkeypatch.setattr(sys, "stderr", plain := io.StringIO())
+    with progress_bar("quantizing", "layer", 4) as bar:
+        time.sleep(0.15)
+        bar.update()
+    assert plain.getvalue() == ""
+
+
+class Numbers(Dataset[torch.Tensor]):
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, place: int) -> torch.Tensor:
+        return torch.ones(4)
+
+
+class Stream(IterableDataset[torch.Tensor]):
+    def __iter__(self):  # type: ignore[no-untyped-def]  # torch's own is untyped
+        return iter([torch.ones(4)] * 40)
+
+
+@pytest.mark.parametrize(
+    ("data", "samples", "total"),
+    [
+        ([torch.ones(8, 4)] * 5, 150, 40),
+        ([torch.ones(8, 4)] * 5, 20, 20),
+        (Numbers(), 150, 64),  # two batches of 32, the last of which is not full
+        (DataLoader(Numbers(), batch_size=10), 150, 40),
+        (DataLoader(Stream(), batch_size=10), 150, 150),
+    ],
+    ids=["list", "fewer", "dataset", "loader", "stream"],
+)
+def test_the_samples_of_data_are_counted_down(
+    data: object, samples: int, total: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def watched(label: str | None, unit: str, total: int | None = None):  # type: ignore[no-untyped-def]  # of tqdm
+        seen.append(progress_bar(label, unit, total))
+        return seen[-1]
+
+    monkeypatch.setattr("mono_quant.calibration.progress_bar", watched)
+    bound = CalibrationData.bind(data, samples)
+    assert list(bound.outputs(nn.Linear(4, 2), "calibrating"))
+    (bar,) = seen
+    assert bar.total == total
