@@ -35,9 +35,10 @@ from mono_quant.cli.words import in_options, report_in_options
 from mono_quant.comparison import compare_files
 from mono_quant.configurable import Config
 from mono_quant.demo.run import run_demo
-from mono_quant.errors import ConfigurationError
+from mono_quant.errors import ConfigurationError, RequirementError
 from mono_quant.files import describe_file, float_state_dict, validate_file
 from mono_quant.quantizer import Quantizer
+from mono_quant.report import Report
 from mono_quant.result import Validation
 from mono_quant.serializers import read_checkpoint, serializer_for, write_state_dict
 from mono_quant.speed import NO_DIFFERENCE
@@ -93,8 +94,12 @@ def quantize(given: Namespace) -> Outcome:
                 "peak_bytes_in_place": outline.peak_bytes_in_place,
                 "config": outline.config,
             },
+            _short_of(outline.report, options),
         )
     result = plan.run(in_place=options.in_place, resume=options.resume, progress=not options.quiet)
+    if (short := _short_of(result.report, options)) is not None:
+        shown = {"report": report_in_options(result.report.to_dict()), "config": result.plan.config}
+        return Outcome("" if options.quiet else in_options(str(result.report)), shown, short)
     saved = result.save(output)
     size = saved.stat().st_size
     lines = [in_options(str(result.report)), "", f"saved {saved} ({format_bytes(size)})"]
@@ -113,6 +118,17 @@ def quantize(given: Namespace) -> Outcome:
         answer["validation"] = _validation(validation)
         problem = _problem(saved, validation)
     return Outcome("" if options.quiet else "\n".join(lines), answer, problem)
+
+
+def _short_of(report: Report, options: QuantizeOptions) -> str | None:
+    """Return in what a report falls short of what is required, or None."""
+    if options.require_coverage is None and options.require_sqnr is None:
+        return None
+    try:
+        report.require(coverage=options.require_coverage, sqnr=options.require_sqnr)
+    except RequirementError as error:
+        return f"nothing was written: {in_options(str(error))}"
+    return None
 
 
 def _with_data(quantizer: Quantizer, options: QuantizeOptions, *, runs: bool) -> Quantizer:

@@ -56,6 +56,8 @@ class QuantizeOptions(ModelOptions):
     resume: Path | None
     dry_run: bool
     validate: bool
+    require_coverage: float | None
+    require_sqnr: float | None
     config: Path | None
     dump_config: bool
     quiet: bool
