@@ -284,6 +284,11 @@ def check_supported(model: nn.Module) -> None:
             raise InputError(
                 f"{name} is lazy and has no values yet; run the model once on an example first"
             )
+        if type(parameter).__module__.startswith("torch.distributed"):
+            raise InputError(
+                f"{name} is a {type(parameter).__name__}, of which each process holds a part; "
+                "gather the model first, with full_tensor() or a full state dict, into a plain one"
+            )
         if parameter.is_inference():
             raise InputError(
                 f"{name} was made under torch.inference_mode(), where nothing can be changed; "
