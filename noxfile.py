@@ -160,6 +160,13 @@ def older_torch(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def fuzz(session: nox.Session) -> None:
+    """Try 20,000 damaged and forged files on every loader, and print what came of them."""
+    install(session, "-e", ".", *group("tests"))
+    session.run("python", "-m", "tests.fuzz", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """Measure what the documentation claims about speed, size and accuracy."""
     install(session, "-e", ".[demo]", *group("tests"))

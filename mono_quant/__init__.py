@@ -60,6 +60,7 @@ try:
         FormatVersionError,
         InputError,
         MonoQuantError,
+        RequirementError,
         UnknownKindError,
         UnsupportedLayerError,
     )
@@ -229,6 +230,7 @@ __all__ = [
     "RecurrentCellQuantizer",
     "RecurrentQuantizer",
     "Report",
+    "RequirementError",
     "RoundToNearest",
     "Rounding",
     "SafetensorsSerializer",

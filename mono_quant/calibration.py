@@ -1,14 +1,14 @@
 """Running data through a model: batches, outputs, and the statistics of layers' inputs."""
 
 import inspect
-import shutil
+import io
+import os
 import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from pathlib import Path
-from typing import cast
+from typing import IO, cast
 
 import attrs
 import torch
@@ -29,7 +29,7 @@ Forward = Callable[[nn.Module, object], object]
 DEFAULT_SAMPLES = 150
 DATASET_BATCH = 32
 KEPT_IN_MEMORY = 1 << 28
-"""Bytes of what is kept of all batches in memory; more goes to a temporary folder."""
+"""Bytes of what is kept of all batches in memory; more goes to a temporary file."""
 
 
 @attrs.frozen(eq=False)
@@ -351,14 +351,17 @@ class _Reached(BaseException):
 class Kept:
     """Tensors of each batch, to come back to after the model was changed.
 
-    Kept in memory up to a bound, in a temporary folder past it.
+    Kept in memory up to a bound, in a temporary file past it. On POSIX that file has no name, so
+    that nothing is left of it however the process ends.
     """
 
     def __init__(self, limit: int = KEPT_IN_MEMORY) -> None:
         """Keep up to `limit` bytes in memory."""
         self._limit = limit
-        self._kept: list[list[Tensor] | Path] = []
-        self._folder: Path | None = None
+        self._kept: list[
+            list[Tensor] | tuple[int, int]
+        ] = []  # tensors, or where they begin and end
+        self._file: IO[bytes] | None = None
 
     def add(self, tensors: list[Tensor]) -> None:
         """Keep copies of the tensors of one more batch."""
@@ -366,12 +369,14 @@ class Kept:
         if self._limit >= 0:
             self._kept.append([tensor.detach().clone() for tensor in tensors])
             return
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="mono_quant_"))
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        path = self._folder / f"{len(self._kept)}.pt"
-        torch.save([tensor.detach().clone() for tensor in tensors], path)  # of a view, no more
-        self._kept.append(path)
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(prefix="mono_quant_")  # noqa: SIM115  # kept open
+            weakref.finalize(self, self._file.close)
+        start = self._file.seek(0, os.SEEK_END)
+        held = io.BytesIO()
+        torch.save([tensor.detach().clone() for tensor in tensors], held)  # of a view, no more
+        self._file.write(held.getbuffer())
+        self._kept.append((start, self._file.tell()))
 
     def add_all(self, batches: Iterable[list[Tensor]]) -> None:
         """Keep those of every batch."""
@@ -385,7 +390,15 @@ class Kept:
     def __getitem__(self, place: int) -> list[Tensor]:
         """Return the tensors of one batch."""
         kept = self._kept[place]
-        return torch.load(kept, weights_only=True) if isinstance(kept, Path) else kept
+        if isinstance(kept, list):
+            return kept
+        assert self._file is not None  # whoever kept it there made the file
+        start, end = kept
+        self._file.seek(start)
+        found: list[Tensor] = torch.load(
+            io.BytesIO(self._file.read(end - start)), weights_only=True
+        )
+        return found
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         """Yield them batch by batch."""

@@ -21,7 +21,14 @@ from mono_quant.base import (
     WeightRecord,
 )
 from mono_quant.configurable import Config, Configurable, Kinds, kinds_of
-from mono_quant.errors import CheckpointError, InputError, UnknownKindError, UnsupportedLayerError
+from mono_quant.errors import (
+    CheckpointError,
+    ConfigurationError,
+    CorruptCheckpointError,
+    InputError,
+    UnknownKindError,
+    UnsupportedLayerError,
+)
 from mono_quant.layers import BUILT_IN_LAYERS
 from mono_quant.modules import QuantizedInput, QuantizedLayer, QuantizedWeight, tie
 from mono_quant.transforms.activation import computes_in_place
@@ -174,7 +181,8 @@ def rebuild(
     makers = _makers(skeleton, checkpoint, (*layers, *BUILT_IN_LAYERS), kinds)
     _check_fit(skeleton, checkpoint)
     _check_applied(skeleton, checkpoint)
-    recorded = [Container.from_config(config, kinds) for config in checkpoint.containers]
+    with _described():
+        recorded = [Container.from_config(config, kinds) for config in checkpoint.containers]
     replaced: dict[str, nn.Module] = {}
     for path, found in makers.items():
         layer = skeleton.get_submodule(path)
@@ -276,6 +284,11 @@ def check_supported(model: nn.Module) -> None:
             raise InputError(
                 f"{name} is lazy and has no values yet; run the model once on an example first"
             )
+        if type(parameter).__module__.startswith("torch.distributed"):
+            raise InputError(
+                f"{name} is a {type(parameter).__name__}, of which each process holds a part; "
+                "gather the model first, with full_tensor() or a full state dict, into a plain one"
+            )
         if parameter.is_inference():
             raise InputError(
                 f"{name} was made under torch.inference_mode(), where nothing can be changed; "
@@ -339,6 +352,15 @@ class _Replacement:
             self.activations[record.name] = record.activation
 
 
+@contextmanager
+def _described() -> Iterator[None]:
+    """Have it said of a file that it describes something that cannot be."""
+    try:
+        yield
+    except ConfigurationError as error:
+        raise CorruptCheckpointError(f"the file describes what cannot be made: {error}") from error
+
+
 def _makers(
     skeleton: nn.Module,
     checkpoint: Checkpoint,
@@ -358,7 +380,8 @@ def _makers(
             makers[record.module].add(record)
             continue
         try:
-            recorded = [LayerQuantizer.from_config(record.layer, kinds)]
+            with _described():
+                recorded = [LayerQuantizer.from_config(record.layer, kinds)]
         except UnknownKindError:
             recorded = []
         maker = next((one for one in (*recorded, *known) if one.matches(layer)), None)

@@ -210,7 +210,7 @@ def _bytes(checkpoint: Checkpoint, name: str) -> int:
 def _sqnr(reference: Tensor, other: Tensor) -> float | None:
     if reference.shape != other.shape:
         return None
-    if torch.equal(reference, other):
+    if reference.dtype == other.dtype and torch.equal(reference, other):
         return math.inf
     return SquaredError.between(reference, other).sqnr_db
 

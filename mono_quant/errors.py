@@ -7,6 +7,7 @@
     ├── InputError (ValueError)              a model, tensor or batch that cannot be used
     ├── CalibrationError (RuntimeError)      the data could not be run through the model
     ├── DamageError (RuntimeError)           quantizing destroyed a layer, and that was refused
+    ├── RequirementError (RuntimeError)      the result falls short of what was required of it
     ├── UnsupportedLayerError (TypeError)    a layer that has no quantized form here
     └── CheckpointError (ValueError)         a file that cannot be written or read
         ├── FormatVersionError               written by a newer version
@@ -82,6 +83,10 @@ class InputError(MonoQuantError, ValueError):
 
 class DamageError(MonoQuantError, RuntimeError):
     """Quantizing destroyed what a layer computes, and that was to be an error."""
+
+
+class RequirementError(MonoQuantError, RuntimeError):
+    """The result falls short of what was required of it."""
 
 
 class CalibrationError(MonoQuantError, RuntimeError):

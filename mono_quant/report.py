@@ -4,11 +4,13 @@ import html
 import json
 import math
 from collections.abc import Callable
+from typing import Self, cast
 
 import attrs
 
 from mono_quant.base import Change
 from mono_quant.configurable import Config
+from mono_quant.errors import ConfigurationError, RequirementError
 from mono_quant.speed import LayerSpeed, Speed
 from mono_quant.text import format_bytes, format_db, format_ms, table
 
@@ -21,6 +23,7 @@ _UNSEEN_DB = 15.0
 For values that are spread normally it is 8 dB, for those of sound trained layers up to 14, whatever
 the bits (`tests/benchmarks/advice.py` prints it).
 """
+_SHOWN = 3
 
 
 @attrs.frozen
@@ -278,6 +281,52 @@ class Report:
         return 8 * sum(layer.bytes for layer in self.quantized) / count if count else 0.0
 
     @property
+    def coverage(self) -> float:
+        """The share of the parameters' bytes, 0 to 1, that was quantized; 1 if there are none."""
+        total = sum(layer.float_bytes for layer in self.layers)
+        return sum(layer.float_bytes for layer in self.quantized) / total if total else 1.0
+
+    def require(self, *, coverage: float | None = None, sqnr: float | None = None) -> Self:
+        """Return the report if it holds what is required; nothing else is looked at.
+
+        Args:
+            coverage: the least share of the parameters' bytes that is quantized, 0 to 1.
+            sqnr: the least SQNR of the outputs on the data, in dB.
+
+        Raises:
+            RequirementError: it does not; says by how much, and what stays float and why.
+            ConfigurationError: nothing is required, or what no report can hold.
+        """
+        if coverage is None and sqnr is None:
+            raise ConfigurationError("nothing is required: require(coverage=0.9, sqnr=20)")
+        if coverage is not None and not 0 <= coverage <= 1:
+            raise ConfigurationError(f"coverage is a share from 0 to 1, not {coverage}")
+        if sqnr is not None and math.isnan(sqnr):
+            raise ConfigurationError("sqnr is a number of decibels, not NaN")
+        short: list[str] = []
+        if coverage is not None and self.coverage < coverage:
+            short.append(
+                f"{_percent(self.coverage)} of the parameters' bytes are quantized, and "
+                f"{_percent(coverage)} are required{self._largest_kept()}"
+            )
+        if sqnr is not None and self.output_sqnr_db is None:
+            short.append(
+                f"an output SQNR of {format_db(sqnr)} is required, and none was measured: give "
+                "some with fit(data)"
+            )
+        elif sqnr is not None and not cast("float", self.output_sqnr_db) >= sqnr:
+            found = format_db(cast("float", self.output_sqnr_db))
+            short.append(f"the output SQNR is {found}, and {format_db(sqnr)} are required")
+        if short:
+            raise RequirementError("; ".join(short))
+        return self
+
+    def _largest_kept(self) -> str:
+        kept = sorted(self.kept, key=lambda row: -row.float_bytes)[:_SHOWN]
+        rows = (f"{row.name} ({format_bytes(row.float_bytes)}: {row.reason})" for row in kept)
+        return f"; float stay {', '.join(rows)}" if kept else ""
+
+    @property
     def mean_sqnr_db(self) -> float | None:
         """Mean weight SQNR over the quantized weights, in dB; None if there is no finite one."""
         finite = [
@@ -362,6 +411,7 @@ class Report:
             "bytes": self.bytes,
             "ratio": self.ratio,
             "bits_per_weight": self.bits_per_weight,
+            "coverage": self.coverage,
             "mean_weight_sqnr_db": _finite(self.mean_sqnr_db),
             "output_sqnr_db": _finite(self.output_sqnr_db),
             "class_kept_sqnr_db": _finite(self.class_kept_sqnr_db),
@@ -550,6 +600,10 @@ def grade(decibels: float) -> str:
     if decibels < WARNING_DB:
         return "warning"
     return "good" if decibels > GOOD_DB else "fair"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _finite(value: float | None) -> float | str | None:

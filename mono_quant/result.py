@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Generic
+from typing import Generic, Self
 
 import attrs
 import torch
@@ -88,6 +88,19 @@ class QuantizationResult(Generic[ModelT]):
     plan: Outline
     _data: CalibrationData | None = attrs.field(default=None, alias="data")
     _layers: tuple[LayerQuantizer, ...] = attrs.field(default=(), alias="layers")
+
+    def require(self, *, coverage: float | None = None, sqnr: float | None = None) -> Self:
+        """Return the result if its report holds what is required; see `Report.require`.
+
+        Args:
+            coverage: the least share of the parameters' bytes that is quantized, 0 to 1.
+            sqnr: the least SQNR of the outputs on the data, in dB.
+
+        Raises:
+            RequirementError: it does not; says by how much, and what stays float and why.
+        """
+        self.report.require(coverage=coverage, sqnr=sqnr)
+        return self
 
     def checkpoint(self) -> Checkpoint:
         """Return the model as plain data that shares its memory."""
@@ -324,7 +337,13 @@ def _same_activation(one: Activation | None, other: Activation | None) -> bool:
 
 
 def _same_tensor(one: Tensor, other: Tensor) -> bool:
-    one, other = one.detach().cpu().contiguous(), other.detach().cpu().contiguous()
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
+    return torch.equal(_bytes(one), _bytes(other))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    plain = tensor.detach().cpu().contiguous().flatten()
+    if plain.numel() == 1:  # it is contiguous whatever its stride says, and a view minds that
+        plain = plain.clone(memory_format=torch.contiguous_format)
+    return plain.view(torch.uint8)

@@ -4,6 +4,17 @@ import math
 from collections.abc import Sequence
 
 
+def printable(text: str) -> str:
+    """Return text whose characters a terminal shows and does not obey, lines kept.
+
+    Names in a file may have anything in them: what clears a screen, or writes from right to left.
+    """
+    return "".join(
+        one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode()
+        for one in text
+    )
+
+
 def joined(names: Sequence[str]) -> str:
     """Return names as words: a, b and c."""
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))

@@ -311,6 +311,15 @@ def test_a_tensor_named_as_an_attribute_of_modules_is_refused_by_name(name: str)
         quantize({"l.weight": noise(64, 64), name: noise(7)})
 
 
+@pytest.mark.parametrize("name", ["l", "l.a", ".".join("a" * 2000), "..", ""])
+@pytest.mark.parametrize("last", [True, False])
+def test_a_name_that_no_module_can_have_is_refused(name: str, last: bool) -> None:
+    others = {"l.weight": noise(64, 64), "l.a.weight": noise(64, 64)}
+    odd = {name: noise(7)}
+    with pytest.raises(InputError, match="state dict"):
+        quantize({**others, **odd} if last else {**odd, **others})
+
+
 @pytest.mark.parametrize("name", ["l.quantized.scale", "l.quantized", "quantized"])
 def test_a_tensor_that_is_called_quantized_is_not_lost(name: str, tmp_path: Path) -> None:
     state = {"l.weight": noise(64, 64), name: noise(7)}

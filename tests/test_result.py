@@ -541,3 +541,10 @@ def test_the_damage_of_masked_logits_is_that_of_the_others() -> None:
         sqnr_db(theirs.detach(), ours.detach()), abs=1e-3
     )
     assert not any("finite" in line for line in result.report.warnings)
+
+
+def test_a_single_value_of_an_odd_stride_is_compared() -> None:
+    model = nn.Sequential(nn.Linear(64, 64)).eval()
+    model.register_buffer("one", torch.ones(2)[::2])
+    assert model.get_buffer("one").stride() == (2,)
+    assert Quantizer().apply(model).validate(torch.randn(2, 64))

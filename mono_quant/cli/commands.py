@@ -39,9 +39,10 @@ from mono_quant.cli.words import in_options, report_in_options
 from mono_quant.comparison import compare_files
 from mono_quant.configurable import Config
 from mono_quant.demo.run import run_demo
-from mono_quant.errors import ConfigurationError
+from mono_quant.errors import ConfigurationError, RequirementError
 from mono_quant.files import describe_file, float_state_dict, validate_file
 from mono_quant.quantizer import Quantizer
+from mono_quant.report import Report
 from mono_quant.result import Validation
 from mono_quant.serializers import read_checkpoint, serializer_for, write_state_dict
 from mono_quant.speed import NO_DIFFERENCE
@@ -90,6 +91,9 @@ def quantize(given: Namespace) -> Outcome:
         resume=options.resume,
         progress=not options.quiet,
     )
+    if (short := _short_of(result.report, options)) is not None:
+        shown = {"report": report_in_options(result.report.to_dict()), "config": result.plan.config}
+        return Outcome("" if options.quiet else in_options(str(result.report)), shown, short)
     saved = result.save(output)
     size = saved.stat().st_size
     lines = [in_options(str(result.report)), "", f"saved {saved} ({format_bytes(size)})"]
@@ -152,6 +156,17 @@ def calibrate(given: Namespace) -> Outcome:
         "weights": [".".join(filter(None, key)) for key in found.weights],
     }
     return Outcome("" if options.quiet else text, answer)
+
+
+def _short_of(report: Report, options: QuantizeOptions) -> str | None:
+    """Return in what a report falls short of what is required, or None."""
+    if options.require_coverage is None and options.require_sqnr is None:
+        return None
+    try:
+        report.require(coverage=options.require_coverage, sqnr=options.require_sqnr)
+    except RequirementError as error:
+        return f"nothing was written: {in_options(str(error))}"
+    return None
 
 
 def _with_data(quantizer: Quantizer, options: PlanOptions, *, runs: bool) -> Quantizer:

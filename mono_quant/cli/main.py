@@ -13,6 +13,7 @@ from mono_quant.cli.parser import build_parser
 from mono_quant.cli.words import OPTIONS, in_options
 from mono_quant.demo import DemoUnavailable
 from mono_quant.errors import MonoQuantError
+from mono_quant.text import printable
 
 USAGE = 2
 INPUT_OUTPUT = 3
@@ -55,7 +56,7 @@ def _finish(given: Namespace) -> int:
     else:
         outcome = run(given)
         if outcome.text:
-            print(outcome.text)
+            print(printable(outcome.text))
     sys.stdout.flush()
     if outcome.problem is not None:
         _complain(outcome.problem, outcome.code)
@@ -76,5 +77,5 @@ def _explain(error: Exception) -> int:
 
 
 def _complain(text: str, code: int) -> int:
-    print(f"monoquant: error: {' '.join(text.split())}", file=sys.stderr)
+    print(f"monoquant: error: {printable(' '.join(text.split()))}", file=sys.stderr)
     return code

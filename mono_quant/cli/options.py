@@ -71,6 +71,8 @@ class QuantizeOptions(PlanOptions):
     sequential: bool | None
     resume: Path | None
     validate: bool
+    require_coverage: float | None
+    require_sqnr: float | None
     dump_config: bool
 
 

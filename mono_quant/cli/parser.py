@@ -160,6 +160,18 @@ def _add_quantize(known: _SubParsersAction[_Parser]) -> None:
         help="do not reload and run what was saved",
     )
     output.add_argument(
+        "--require-coverage",
+        type=float,
+        metavar="SHARE",
+        help="write nothing and fail unless that share of the parameters' bytes is quantized: 0.9",
+    )
+    output.add_argument(
+        "--require-sqnr",
+        type=float,
+        metavar="DB",
+        help="write nothing and fail unless the outputs on --calibration reach so many decibels",
+    )
+    output.add_argument(
         "--dump-config",
         action="store_true",
         help="print all that was said as JSON, for --config, and do nothing else",

@@ -134,6 +134,13 @@ def _validate(call: ast.Call) -> str | None:
     return "--example FILE" if ast.unparse(call) == "validate(example=...)" else None
 
 
+def _require(call: ast.Call) -> str | None:
+    values = {one.arg: _value(one.value) for one in call.keywords}
+    if call.args or not values or None in values.values():
+        return None
+    return " ".join(f"--require-{name} {value}" for name, value in values.items())
+
+
 def _flag(option: str) -> Callable[[ast.Call], str | None]:
     return lambda call: option if not call.args and not call.keywords else None
 
@@ -150,6 +157,7 @@ _SAID: Mapping[str, Callable[[ast.Call], str | None]] = {
     "graph": _graph,
     "on_damage": _choice("--on-damage"),
     "override": _override,
+    "require": _require,
     "skip": _skip,
     "validate": _validate,
 }

@@ -1,5 +1,6 @@
 """Weights without a model: a state dict as a tree of modules that only hold tensors."""
 
+import re
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -7,6 +8,8 @@ from torch import Tensor, nn
 from mono_quant.errors import InputError
 from mono_quant.modules.layer import QuantizedLayer
 from mono_quant.numerics.metrics import memory_of
+
+_DEPTH = 100  # torch goes through nested modules by recursion
 
 
 class BareModule(nn.Module):
@@ -29,14 +32,20 @@ def tree_of(tensors: Mapping[str, Tensor]) -> BareModule:
     Tensors are shared, never copied; floating ones become parameters, so that tied tensors stay
     tied.
     """
+    places = {key[: dot.start()] for key in tensors for dot in re.finditer(r"\.", key)}
+    if both := sorted(places & set(tensors)):
+        raise InputError(
+            f"{both[0]!r} is a tensor of the state dict, and begins the names of others, as a "
+            "module does; rename it"
+        )
     root, plain = BareModule(), BareModule()
     parameters: dict[tuple[object, ...], nn.Parameter] = {}
     for key, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise InputError(f"{key!r} is a {type(tensor).__name__}, no tensor of a state dict")
         *path, name = key.split(".")
-        if not all([*path, name]):
-            raise InputError(f"{key!r} is no name in a state dict")
+        if not all([*path, name]) or len(path) > _DEPTH:
+            raise InputError(f"{key!r:.80} is no name in a state dict")
         if taken := [part for part in (*path, name) if hasattr(plain, part)]:
             raise InputError(
                 f"{key!r} cannot be a name in a module, whose {taken[0]!r} is something else; "

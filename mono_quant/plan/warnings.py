@@ -19,6 +19,8 @@ from mono_quant.text import format_bytes, format_db
 
 _NOTABLE_SHARE = 0.05
 _SHOWN = 3
+_MOSTLY_FLOAT = "most of the model was left in float"
+_HALF = 0.5
 _CUT_ENERGY = 1e-4
 """Share of the squares of an input that may be cut off before it is worth a word: 40 dB below."""
 _CROWDED = 0.8
@@ -33,7 +35,7 @@ def warnings_of(
     report: Report, damages: Sequence[Damage] = (), relief: Relief | None = None
 ) -> tuple[str, ...]:
     """Return warnings on a finished report, the worst first."""
-    found = _of_output(report)
+    found = _mostly_float(report) + _of_output(report)
     found += [str(relief)] if relief is not None else []
     found += _first(
         [str(one) for one in sorted(damages, key=_returned)],
@@ -60,6 +62,16 @@ def with_output(report: Report, decibels: float) -> Report:
     return attrs.evolve(report, warnings=_worst_first(found))
 
 
+def _mostly_float(report: Report) -> list[str]:
+    """Return that a run left more than half of the bytes that it might have quantized."""
+    if report.coverage >= _HALF:
+        return []
+    return [
+        f"{_MOSTLY_FLOAT}: {report.coverage:.0%} of the parameters' bytes are quantized; the rows "
+        "say why, and require(coverage=0.9) makes an error of it"
+    ]
+
+
 def _of_output(report: Report) -> list[str]:
     decibels = report.output_sqnr_db
     return _graded("the output", decibels) if decibels is not None else []
@@ -75,7 +87,8 @@ def _ends(report: Report) -> list[str]:
 
 
 def _worst_first(found: Iterable[str]) -> tuple[str, ...]:
-    return tuple(sorted(found, key=lambda text: not text.startswith("critical")))
+    first = (_MOSTLY_FLOAT, "critical")
+    return tuple(sorted(found, key=lambda text: [not text.startswith(start) for start in first]))
 
 
 def _graded(what: str, decibels: float) -> list[str]:

@@ -69,7 +69,7 @@ def stored_bytes(path: Path) -> dict[str, int]:
     else:
         held = read_pickled(path, mapped=True).get("tensors")
         tensors = held if isinstance(held, Mapping) else {}
-    return {key: tensor_bytes(x) for key, x in tensors.items() if isinstance(x, Tensor)}
+    return {str(key): tensor_bytes(x) for key, x in tensors.items() if isinstance(x, Tensor)}
 
 
 def read_state_dict(path: str | PathLike[str]) -> dict[str, Tensor]:

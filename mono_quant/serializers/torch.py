@@ -3,7 +3,7 @@
 import errno
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from mono_quant.base import Checkpoint, Serializer
 from mono_quant.configurable import Config, Kinds
 from mono_quant.errors import CheckpointError, CorruptCheckpointError
 from mono_quant.serializers.atomic import replacing
+from mono_quant.serializers.pickled import check_content, check_file, is_archive
 from mono_quant.serializers.wire import decode, encode, read_header
 
 
@@ -75,18 +76,24 @@ def read_pickled(path: Path, *, mapped: bool = False) -> dict[str, object]:
 def read_plain(path: Path, *, mapped: bool = False) -> object:
     """Return the tensors and plain values in a file of torch's format; nothing in it is executed.
 
+    They take no more memory than the file is large.
+
     Raises:
         CorruptCheckpointError: it is not whole, or holds more than that.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file")
     try:
+        check_file(path)
         content: object = torch.load(
             path,
             map_location="cpu",
             weights_only=True,
-            mmap=mapped and _is_zip(path),
+            mmap=mapped and is_archive(path),
         )
+        check_content(path, content)
+    except CorruptCheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         if named is None:
@@ -105,19 +112,15 @@ def read_plain(path: Path, *, mapped: bool = False) -> object:
     return content
 
 
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
 def _texts(content: Mapping[str, object]) -> dict[str, str]:
     return {key: value for key, value in content.items() if isinstance(value, str)}
 
 
 def state_dict_in(content: Mapping[str, object]) -> dict[str, Tensor] | None:
     """Return the state dict that a checkpoint is, or holds under one of the usual names."""
+    names: Iterable[object] = content  # a file may have anything there
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    if tensors and len(tensors) == len(content):
+    if tensors and len(tensors) == len(content) and all(isinstance(one, str) for one in names):
         return tensors
     for name in ("state_dict", "model_state_dict", "model_state", "model"):
         inner = content.get(name)

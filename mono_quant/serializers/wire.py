@@ -161,7 +161,7 @@ def _header(texts: Mapping[str, str]) -> Config:
     if str(zlib.crc32(header.encode())) != texts.get("header_checksum"):
         raise CorruptCheckpointError("its header was changed: the checksum differs")
     try:
-        parsed: Json = json.loads(header)
+        parsed: Json = json.loads(header, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise CorruptCheckpointError(f"its header is not JSON: {error}") from error
     return _mapping(parsed)
@@ -199,7 +199,8 @@ class _Checked:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_contiguous()
+    stored = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return stored and tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj()
 
 
 def _checkpoint(header: Config, tensor: _Checked, kinds: Kinds | None) -> Checkpoint:
@@ -324,6 +325,14 @@ def _has_float_zero_points(scheme: Scheme) -> bool:
     """Return whether a scheme that has zero points holds them as floats."""
     one = torch.ones(1, device="cpu")
     return scheme.hold_zero_point(one, one).is_floating_point()
+
+
+def _finite(text: str) -> float:
+    """Return a number that JSON has, which has no infinity."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text:.20} is not a number of JSON")
+    return value
 
 
 def _mapping(value: Json) -> Config:

@@ -240,3 +240,15 @@ def test_an_interrupt_is_no_error_of_ours(
     monkeypatch.setattr(commands, "info", interrupted)
     done = monoquant("info", "small.pt")
     assert (done.code, done.complaint) == (130, "monoquant: error: interrupted")
+
+
+def test_what_a_file_says_cannot_steer_the_terminal(folder: Path, monoquant: Monoquant) -> None:
+    """Names come from strangers; half a surrogate would be an error when it is printed."""
+    state = {"\x1b[2J\x1b]0;mine\x07": torch.ones(3, 64), "\u202etxt": torch.ones(3)}
+    torch.save({"plain": torch.ones(3)}, "plain.pt")
+    torch.save({"plain": torch.ones(3), **state}, "odd.pt")
+    for words in (("compare", "odd.pt", "plain.pt"), ("info", "odd\x1b[2J.pt")):
+        done = monoquant(*words)
+        said = done.out + done.err
+        assert all(one.isprintable() for one in said.replace("\n", ""))
+        assert "\\x1b[2J" in said

@@ -290,3 +290,12 @@ def test_benchmark_needs_a_model_and_an_example(file: str, monoquant: Monoquant)
         done = monoquant("benchmark", file, *words)
         assert done.code == 2
         assert "--example FILE" in done.err
+
+
+def test_types_that_torch_does_not_compare_are_compared(folder: Path, monoquant: Monoquant) -> None:
+    value = torch.tensor([1.0, 2.0])
+    torch.save({"x": value, "y": value}, "one.pt")
+    torch.save({"x": value.to(torch.float8_e5m2), "y": 1.5 * value}, "other.pt")
+    done = monoquant("compare", "one.pt", "other.pt")
+    assert done.code == 0
+    assert "1 tensors compared, 1 more are equal" in done.out

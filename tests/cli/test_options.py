@@ -301,7 +301,7 @@ def test_an_imported_module_brings_its_kinds(folder: Path, monoquant: Monoquant)
         (["--observer", "mse:steps=1"], "a search has 2 steps or more, not 1"),
         (
             ["--rounding", "up"],
-            "no Rounding of kind 'up': there is gptq, hqq, learned,",
+            "no Rounding of kind 'up': there is gptq, hqq, importance,",
         ),
         (["--override", "head"], "write PATTERN=BITS or PATTERN:name=value"),
         (["--override", "head=eight"], "bits is a whole number, not 'eight'"),

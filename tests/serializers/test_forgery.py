@@ -1,5 +1,6 @@
 """Files whose checksums are right and whose content is not: an error, never a crash."""
 
+import math
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -140,6 +141,8 @@ FORGERIES: dict[str, Edit] = {
     "activations of numbers": whole(applied={"1": 0}),
     "containers of texts": whole(containers=["transformer_encoder"]),
     "a config of text": whole(config="all"),
+    "a summary of infinity": whole(summary={"ratio": math.inf}),
+    "a summary of NaN": whole(summary={"ratio": math.nan}),
 }
 
 
