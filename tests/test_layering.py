@@ -21,11 +21,12 @@ RANKS = {
             "configurable",
             "numerics",
             "base speed",
-            "batches report operations recurrence schemes observers rounding selection transforms",
-            "kernels settings",
-            "modules",
-            "layers serializers",
-            "calibration checkpoint gathering",
+            "batches evidence operations recurrence schemes observers rounding selection "
+            "transforms",
+            "kernels settings columns",
+            "modules pictures difference",
+            "layers serializers report",
+            "calibration checkpoint gathering stored",
             "benchmark",
             "result flow",
             "plan files",
@@ -43,8 +44,8 @@ RANKS = {
 
 ONLY_IN = {"safetensors": "serializers", "argparse": "cli", "torch.ops": "kernels"}
 """What only these packages may touch."""
-LAZY = {"demo"}
-"""Packages that may import inside functions: what they need is optional."""
+LAZY = {"demo", "report", "pictures"}
+"""Parts that may import inside functions: what they need is optional, or seldom needed."""
 DEPENDENCIES = {"torch", "safetensors", "attrs", "tqdm"}
 
 

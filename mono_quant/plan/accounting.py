@@ -5,10 +5,11 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from mono_quant.base import QuantizedModule
+from mono_quant.evidence import LayerReport
 from mono_quant.modules import BareModule, QuantizedInput, QuantizedWeight
 from mono_quant.numerics.metrics import memory_of, tensor_bytes
 from mono_quant.plan.request import WeightPlan, by_layer
-from mono_quant.report import LayerReport, Report
+from mono_quant.report import Report
 
 
 def account(model: nn.Module, weights: Sequence[WeightPlan]) -> Report:

@@ -15,18 +15,19 @@ from mono_quant.base import Activation, Change, Container, PackedTensor, Statist
 from mono_quant.calibration import CalibrationData, evaluating
 from mono_quant.checkpoint import ModelT, calling
 from mono_quant.errors import InputError, Mend
+from mono_quant.evidence import LayerReport
 from mono_quant.gathering import Gathered, Gathering, Wanted
 from mono_quant.modules import tie
 from mono_quant.numerics.metrics import tensor_bytes
 from mono_quant.plan.blocks import BlockRun, unlearned
 from mono_quant.plan.checks import check_finite, check_gathered
+from mono_quant.plan.drawn import Worst, weight_histogram
 from mono_quant.plan.journal import Journal
 from mono_quant.plan.measure import gather_for, wanted_of
 from mono_quant.plan.relay import Relay
 from mono_quant.plan.request import WeightPlan, by_layer
 from mono_quant.plan.stages import Stage, stages_of
 from mono_quant.plan.weight_error import WeightError
-from mono_quant.report import LayerReport
 from mono_quant.settings import Recipe
 from mono_quant.transforms.edits import put
 
@@ -55,6 +56,7 @@ class LayerRun(Generic[ModelT]):
         }
         self.packed: dict[str, PackedTensor] = {}
         self._layers: dict[str, nn.Module] = {}
+        self._worst = Worst()
 
     @torch.no_grad()
     def quantize(
@@ -87,7 +89,7 @@ class LayerRun(Generic[ModelT]):
                 continue
             looked_up = weight.key not in self._multiplied
             found = given.get(weight.key)
-            packed, row = rounded(weight, layer, known.rows, looked_up, found)
+            packed, row = rounded(weight, layer, known.rows, looked_up, found, self._worst)
             self.packed[weight.key] = packed
             self.rows[weight.key] = row.with_inputs(said, size, reason=why)
         mine = {weight.name: self.packed[weight.key] for weight in weights}
@@ -186,6 +188,7 @@ def rounded(
     statistics: Statistics,
     looked_up: bool = False,
     given: PackedTensor | None = None,
+    worst: Worst | None = None,
 ) -> tuple[PackedTensor, LayerReport]:
     """Return a weight of `layer` on its grid, and what is known of it.
 
@@ -195,6 +198,7 @@ def rounded(
         statistics: of its inputs.
         looked_up: its rows are the layer's output, and meet no inputs.
         given: the weight, where it was rounded already.
+        worst: says whether its values are to be drawn; None for no.
 
     Raises:
         InputError: it is not finite, or no grid can hold it; names it.
@@ -230,6 +234,9 @@ def rounded(
         f"{dead} of {error.by_row.numel()} rows are all zero" if dead else None,
         _met_by_all(weight) if apart is not None else None,
     )
+    estimated = error.total.sqnr_db if looked_up else error.estimated_db
+    drawn = worst is not None and worst.admits(estimated)
+    histogram = weight_histogram(stack, scheme, q.qparams) if drawn else None
     packed = given or PackedTensor.pack(q, scheme, weight.layout, view.native.dtype, consume=True)
     row = LayerReport(
         weight.key,
@@ -240,7 +247,7 @@ def rounded(
         packed.nbytes,
         scheme=scheme.describe(),
         sqnr_db=error.total.sqnr_db,
-        estimated_db=error.total.sqnr_db if looked_up else error.estimated_db,
+        estimated_db=estimated,
         outliers=error.outliers,
         row_outliers=error.row_outliers,
         columns=stack.shape[2],
@@ -250,6 +257,7 @@ def rounded(
         aliases=weight.aliases,
         speed=weight.speed,
         kernel=weight.kernel,
+        histogram=histogram,
     )
     return packed, row
 
