@@ -257,7 +257,8 @@ class Report:
         from mono_quant.pictures import KeyFigure, Page
 
         output, mean = self.output_sqnr_db, self.mean_sqnr_db
-        weights = f"{len(self.quantized)} quantized weights"
+        many = "s" if len(self.quantized) != 1 else ""
+        weights = f"{len(self.quantized)} quantized weight{many}"
         figures = [
             KeyFigure(
                 "size",

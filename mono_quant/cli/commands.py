@@ -38,6 +38,7 @@ from mono_quant.demo.run import run_demo
 from mono_quant.errors import ConfigurationError
 from mono_quant.files import describe_file, float_state_dict, validate_file
 from mono_quant.quantizer import Quantizer
+from mono_quant.report import Report
 from mono_quant.result import Validation
 from mono_quant.serializers import read_checkpoint, serializer_for, write_state_dict
 from mono_quant.speed import NO_DIFFERENCE
@@ -75,6 +76,8 @@ def quantize(given: Namespace) -> Outcome:
     if options.dump_config:
         config = quantizer.to_config()
         return Outcome(_json_text(config), config)
+    if options.dry_run and options.html is not None:
+        raise ConfigurationError("--html shows what quantizing did, and --plan does nothing yet")
     output = None
     if not options.dry_run or options.output is not None:
         output = _checked_output(options.output, model_path(options))
@@ -98,11 +101,14 @@ def quantize(given: Namespace) -> Outcome:
     saved = result.save(output)
     size = saved.stat().st_size
     lines = [in_options(str(result.report)), "", f"saved {saved} ({format_bytes(size)})"]
+    page = _page(result.report, options.html, saved)
+    lines += [f"report: {page}"] if page is not None else []
     answer: dict[str, Config | str | int] = {
         "output": str(saved),
         "file_bytes": size,
         "report": report_in_options(result.report.to_dict()),
         "config": result.plan.config,
+        **({"html": str(page)} if page is not None else {}),
     }
     problem = None
     if options.only_if_faster and not result.report.quantized:
@@ -156,7 +162,10 @@ def info(given: Namespace) -> Outcome:
     options = InfoOptions(**vars(given))
     _import_all(options)
     found = describe_file(options.file)
-    return Outcome(in_options(str(found)), found.to_dict())
+    page = _page(found.report, options.html, options.file)
+    told = f"\n\nreport: {page}" if page is not None else ""
+    answer = {**found.to_dict(), **({"html": str(page)} if page is not None else {})}
+    return Outcome(in_options(str(found)) + told, answer)
 
 
 def validate(given: Namespace) -> Outcome:
@@ -233,6 +242,20 @@ def demo(given: Namespace) -> Outcome:
     failed = [run.name for run in found.variants if run.validation != "valid"]
     problem = f"{', '.join(failed)} failed validation" if failed else None
     return Outcome("" if options.quiet else str(found), found.to_dict(), problem)
+
+
+def _page(report: Report, path: Path | None, of: Path) -> Path | None:
+    """Write a report as a page, with its advice in options; None where none was asked for."""
+    if path is None:
+        return None
+    if path.exists() and path.samefile(of):
+        raise ConfigurationError(f"{path} is the quantized file itself; write to another file")
+    worded = attrs.evolve(
+        report,
+        warnings=tuple(map(in_options, report.warnings)),
+        notes=tuple(map(in_options, report.notes)),
+    )
+    return worded.to_html(path, title=f"Quantization report: {of.name}")
 
 
 def _import_all(options: ModelOptions) -> None:

@@ -55,6 +55,7 @@ class QuantizeOptions(ModelOptions):
     in_place: bool
     resume: Path | None
     dry_run: bool
+    html: Path | None
     validate: bool
     config: Path | None
     dump_config: bool
@@ -65,6 +66,7 @@ class InfoOptions(ModelOptions):
     """What ``info`` was told; see its help."""
 
     file: Path
+    html: Path | None
 
 
 class ValidateOptions(ModelOptions):

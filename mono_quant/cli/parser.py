@@ -37,6 +37,7 @@ _QUANTIZE = """examples:
   monoquant quantize model.pt --factory my_package.models:make --bits 4 --group-size 32 \\
       --override 'head=8' --observer mse:steps=100 --calibration batches.pt -o small.safetensors
   monoquant quantize model.pt --bits 4 --plan
+  monoquant quantize model.pt --bits 4 -o small.pt --html report.html
   monoquant quantize --bits 4 --skip head --dump-config > four.json
 
 Layers are named by patterns: 'blocks.*.attention' means that module and all below it, and
@@ -45,6 +46,7 @@ A strategy is KIND, KIND:name=value,... or a JSON object: mse, mse:steps=100,
 float_cast:dtype=bfloat16, '{"kind": "affine", "bits": 6, "symmetric": false}'."""
 _INFO = """examples:
   monoquant info small.safetensors
+  monoquant info small.safetensors --html report.html
   monoquant info small.safetensors --json | jq .config"""
 _VALIDATE = """examples:
   monoquant validate small.safetensors
@@ -134,6 +136,7 @@ def _add_quantize(known: _SubParsersAction[_Parser]) -> None:
         action="store_true",
         help="say what would be done to each layer and why, and write nothing",
     )
+    _add_html(output)
     output.add_argument(
         "--no-validate",
         dest="validate",
@@ -300,6 +303,7 @@ def _add_speed(layers: _ArgumentGroup) -> None:
 def _add_info(known: _SubParsersAction[_Parser]) -> None:
     command = _command(known, "info", commands.info, _INFO)
     command.add_argument("file", type=Path, metavar="FILE", help="a quantized file")
+    _add_html(command)
 
 
 def _add_validate(known: _SubParsersAction[_Parser]) -> None:
@@ -416,6 +420,15 @@ def _add_calibration(command: ArgumentParser | _ArgumentGroup) -> None:
         type=int,
         metavar="N",
         help=f"go on until this many samples were seen (default: {DEFAULT_SAMPLES})",
+    )
+
+
+def _add_html(command: ArgumentParser | _ArgumentGroup) -> None:
+    command.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="also write the report there, as one page with pictures that needs no network",
     )
 
 

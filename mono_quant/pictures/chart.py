@@ -14,6 +14,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 66.0, 14.0, 36.0
 _LETTER = 6.2
 """Width of a letter on the axis."""
 _LEAST_LETTERS = 10
+_DASHED, _MARK = "weights", 14.0
+"""The marks of weights are dashes, so wide that a dot of the same height does not hide them."""
 _GRADES = {CRITICAL_DB: "critical", WARNING_DB: "warning", GOOD_DB: "good"}
 
 
@@ -24,8 +26,8 @@ class Line:
     Attributes:
         label: what it is.
         values: in dB; None for a gap.
-        style: the class that says how it is drawn.
-        joined: whether a line joins the dots.
+        style: the class that says how it is drawn: weights, layers or inside.
+        joined: whether a line joins the marks.
         last: a value after all layers, of the model's output; None for none.
     """
 
@@ -94,8 +96,8 @@ class _Frame:
         return _HEIGHT - _BOTTOM - share * (_HEIGHT - _BOTTOM - _TOP)
 
     def holds(self, decibels: float) -> bool:
-        """Return whether a value lies between the ends."""
-        return self.low < decibels < self.high
+        """Return whether a value lies above the bottom, and not above the top."""
+        return self.low < decibels <= self.high
 
     def tick(self, decibels: float) -> list[Markup]:
         """Return a line across with its decibels."""
@@ -164,15 +166,18 @@ def _line(frame: _Frame, line: Line) -> list[Markup]:
         for place, value in enumerate(values)
         if value is not None
     ]
+    crowd = " many" if frame.slot < _LETTER else ""
     drawn = []
     if line.joined and len(points) > 1:
         path = "L".join(f"{number(x)} {number(y)}" for x, y, _ in points)
-        drawn.append(tag("path", d=f"M{path}", class_=f"line {line.style}"))
-    dots = "".join(f"M{number(x)} {number(y)}h0" for x, y, known in points if known)
+        drawn.append(tag("path", d=f"M{path}", class_=f"line {line.style}{crowd}"))
+    wide = min(frame.slot, _MARK) if line.style == _DASHED else 0.0
+    dots = "".join(
+        f"M{number(x - wide / 2)} {number(y)}h{number(wide)}" for x, y, known in points if known
+    )
     crosses = "".join(
         f"M{number(x - 3)} {number(y - 3)}l6 6m0-6l-6 6" for x, y, known in points if not known
     )
-    crowd = " many" if frame.slot < _LETTER else ""
     drawn += [tag("path", d=dots, class_=f"dots {line.style}{crowd}")] if dots else []
     drawn += [tag("path", d=crosses, class_=f"cross {line.style}")] if crosses else []
     return drawn
@@ -180,7 +185,8 @@ def _line(frame: _Frame, line: Line) -> list[Markup]:
 
 def _swatch(line: Line) -> Markup:
     path = tag("path", d="M2 6H22", class_=f"line {line.style}") if line.joined else ""
-    dot = tag("path", d="M12 6h0", class_=f"dots {line.style}")
+    wide = _MARK if line.style == _DASHED else 0.0
+    dot = tag("path", d=f"M{number(12 - wide / 2)} 6h{number(wide)}", class_=f"dots {line.style}")
     return tag("svg", path, dot, viewBox="0 0 24 12", class_="swatch", aria_hidden="true")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from mono_quant.evidence import Distribution
 from mono_quant.pictures.markup import Markup, number, tag
 
-_WIDTH, _HEIGHT = 420.0, 150.0
+_WIDTH, _HEIGHT = 320.0, 130.0
 _SIDE, _TOP, _BOTTOM = 10.0, 8.0, 24.0
 _APART = 48.0
 """How far labels keep from each other."""
@@ -34,13 +34,16 @@ def histogram(found: Distribution, title: str) -> Markup:
     for place, count in enumerate(found.counts):
         if count:
             low = found.start + place * found.width
-            middle = low + found.width / 2
-            beyond = found.covered and not found.covered[0] <= middle <= found.covered[1]
+            beyond = found.covered and (
+                low >= found.covered[1] or low + found.width <= found.covered[0]
+            )
             ends = x(max(low, found.low)), x(min(low + found.width, found.high))
             bars["bar cut" if beyond else "bar"] += _bar(
                 *ends, math.log1p(count) / math.log1p(most)
             )
     drawn += [tag("path", d=path, class_=style) for style, path in bars.items() if path]
+    for ends, style in ((found.covered, "covered"), (found.typical, "typical")):
+        drawn += [_edge(x(end), style) for end in ends or ()]
     base = _HEIGHT - _BOTTOM
     drawn.append(tag("line", x1=_SIDE, x2=_WIDTH - _SIDE, y1=base, y2=base, class_="axis"))
     drawn += _labels(found, x)
@@ -83,6 +86,11 @@ def _bar(left: float, right: float, share: float) -> str:
 def _band(left: float, right: float, style: str) -> Markup:
     height = _HEIGHT - _BOTTOM - _TOP
     return tag("rect", x=left, y=_TOP, width=max(1.0, right - left), height=height, class_=style)
+
+
+def _edge(x: float, style: str) -> Markup:
+    """Return an end of a range, in front of the bars."""
+    return tag("line", x1=x, x2=x, y1=_TOP, y2=_HEIGHT - _BOTTOM, class_=f"edge {style}")
 
 
 def _labels(found: Distribution, x: Callable[[float], float]) -> list[Markup]:

@@ -64,9 +64,7 @@ def number(value: float) -> str:
 
 
 def _attribute(value: str | float) -> str:
-    if isinstance(value, str):
-        return html.escape(visible(value))
-    return number(value) if isinstance(value, float) else str(value)
+    return html.escape(visible(value)) if isinstance(value, str) else number(value)
 
 
 def _escape(one: str) -> str:

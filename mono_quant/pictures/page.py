@@ -132,10 +132,10 @@ class Page:
         lines = [Line("the weight itself", depth.weights, "weights")]
         if any(value is not None for value in depth.layers):
             lines.append(Line(depth.layers_label, depth.layers, "layers", joined=True))
-        title = "SQNR of each weight, and of what its layer returns, along the depth of the model"
+        title = "SQNR of each weight, and of what its layer returns, along the depth"
         said = (
-            "Signal to quantization noise ratio: higher is better, and 10 dB are a factor of ten in "
-            "the power of the error. Each layer by itself, on its inputs in the float model."
+            "Signal to quantization noise ratio: higher is better, and 10 dB are a factor of ten "
+            "in the power of the error. Each layer by itself, on its inputs in the float model."
         )
         drawn = tag("figure", chart(depth, lines, title), legend(lines))
         note = tag("p", ESTIMATED, class_="note") if self.estimated else ""
@@ -153,10 +153,10 @@ class Page:
             lines[1] = attrs.evolve(lines[1], last=self.output_db)
         title = "SQNR of what each layer returns inside the quantized model, from input to output"
         said = (
-            "How errors add up: what each layer returns inside the quantized model, where those of "
-            "all layers before it arrive too, against the float model. Where the line lies far below "
-            "a dot, the layer suffers from what came before; where a dot is as low as the line, the "
-            "layer does the damage itself. The last point is the output of the model."
+            "How errors add up: what each layer returns inside the quantized model, where those "
+            "of all layers before it arrive too, against the float model. Where the line lies far "
+            "below a dot, the layer suffers from what came before; where a dot is as low as the "
+            "line, the layer does the damage itself. The last point is the output of the model."
         )
         drawn = tag("figure", chart(depth, lines, title), legend(lines))
         return _section(heading, "accumulated", tag("p", said), drawn)
@@ -171,8 +171,8 @@ class Page:
             return _section(heading, "histograms", tag("p", _NO_HISTOGRAMS))
         said = (
             "How values are spread, on a logarithmic scale, and behind them the range that the "
-            "grid covers: the wide band is that of all blocks with scales of their own, the narrow "
-            "one that of the median block. What lies beyond the range is cut off."
+            "grid covers: between dashed lines that of all blocks with scales of their own, and "
+            "between solid ones that of the median block. What lies beyond is cut off."
         )
         drawn = [tag("article", tag("h3", row.name), _pictures(row)) for row in worst]
         grid = tag("div", drawn, class_="worst")
@@ -234,7 +234,7 @@ def _with_code(text: str) -> list[Markup]:
 
 def _pictures(row: LayerReport) -> list[Markup]:
     drawn = [(f"weight: {row.scheme}", row.histogram)]
-    drawn += [(f"inputs: {row.activation}", one.histogram) for one in row.inputs]
+    drawn += [(row.activation or "inputs", one.histogram) for one in row.inputs]
     return [
         tag(
             "figure",
