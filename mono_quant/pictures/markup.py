@@ -14,7 +14,7 @@ class Markup(str):
 Child = str | Sequence["Child"]
 """Text, which is escaped; markup, which is not; or several of these."""
 
-_VOID = frozenset({"meta", "input", "br", "path", "rect", "line"})
+_VOID = frozenset({"meta", "input", "br", "wbr", "path", "rect", "line"})
 
 
 def tag(name: str, /, *children: Child, **attributes: str | float | bool | None) -> Markup:

@@ -7,7 +7,9 @@ from mono_quant.pictures.markup import Markup, joined, number, tag
 
 _MANY = 12
 """Rows from which on the table is folded away."""
-_WIDTH, _HEIGHT = 480.0, 64.0
+_WIDTH, _HEIGHT, _SLOT = 480.0, 48.0, 12.0
+_FEWEST = 4
+"""Layers from which on there is something to see."""
 
 
 def compact(
@@ -41,25 +43,28 @@ def compact(
 
 def _spark(depth: Depth) -> Markup:
     """Return a bar for each layer, as high as its SQNR; nothing where there is little to see."""
-    known = depth.layers if finite_only(depth.layers) else depth.weights
+    measured = bool(finite_only(depth.layers))
+    known = depth.layers if measured else depth.weights
     values = finite_only(known)
-    if len(values) < 3:
+    if len(values) < _FEWEST:
         return Markup("")
     ticks = decibel_ticks(values)
-    slot, scale = _WIDTH / len(known), _HEIGHT / ticks[-1]
+    slot, scale = min(_SLOT, _WIDTH / len(known)), _HEIGHT / ticks[-1]
     bars = "".join(
         f"M{number(place * slot)} {number(_HEIGHT)}v{number(-max(value, 1.0) * scale)}"
         f"h{number(slot * 0.8)}V{number(_HEIGHT)}z"
         for place, value in enumerate(known)
         if value is not None and value < ticks[-1] + 1
     )
-    what = f"SQNR of {len(values)} layers {depth.order}, {min(values):.1f} to {max(values):.1f} dB"
-    return tag(
+    of = depth.layers_label if measured else "the weight itself"
+    what = f"SQNR of {of}, {depth.order}: {min(values):.1f} to {max(values):.1f} dB"
+    drawn = tag(
         "svg",
-        tag("path", d=bars, fill="currentColor"),
+        tag("path", d=bars, fill="currentColor", opacity=0.6),
         viewBox=f"0 0 {number(_WIDTH)} {number(_HEIGHT)}",
         width=_WIDTH,
         height=_HEIGHT,
         role="img",
         aria_label=what,
     )
+    return tag("figure", drawn, tag("figcaption", what))

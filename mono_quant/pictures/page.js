@@ -29,11 +29,13 @@ const filter = document.getElementById("filter");
 if (filter) {
   const found = document.getElementById("found");
   filter.closest("p").hidden = false;
+  const words = [...heads.keys()].filter((place) => heads[place].dataset.kind === "text");
   filter.addEventListener("input", () => {
     const wanted = filter.value.toLowerCase();
     let count = 0;
     for (const row of body.rows) {
-      row.hidden = !row.textContent.toLowerCase().includes(wanted);
+      const texts = words.map((place) => row.cells[place].textContent.toLowerCase());
+      row.hidden = !texts.some((text) => text.includes(wanted));
       count += row.hidden ? 0 : 1;
     }
     found.textContent = `${count} of ${body.rows.length} rows`;

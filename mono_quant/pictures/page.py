@@ -9,7 +9,7 @@ from importlib import resources
 import attrs
 
 from mono_quant.columns import ESTIMATED
-from mono_quant.evidence import LayerReport
+from mono_quant.evidence import Distribution, LayerReport
 from mono_quant.pictures.chart import Line, chart, legend
 from mono_quant.pictures.depth import Depth
 from mono_quant.pictures.histogram import histogram, told
@@ -124,7 +124,7 @@ class Page:
     def _sizes(self) -> Markup:
         parts = parts_of(self.rows, self.float_bytes, self.bytes)
         drawn = sizes(parts, self.float_bytes, self.bytes, "Bytes of the model before and after")
-        return _section("Size", "size", tag("figure", drawn, sizes_legend(parts)))
+        return _section("Size", "size", tag("figure", drawn, sizes_legend(parts), class_="wide"))
 
     def _layers(self, depth: Depth) -> Markup:
         if not depth.rows:
@@ -137,7 +137,7 @@ class Page:
             "Signal to quantization noise ratio: higher is better, and 10 dB are a factor of ten "
             "in the power of the error. Each layer by itself, on its inputs in the float model."
         )
-        drawn = tag("figure", chart(depth, lines, title), legend(lines))
+        drawn = tag("figure", chart(depth, lines, title), legend(lines), class_="wide")
         note = tag("p", ESTIMATED, class_="note") if self.estimated else ""
         return _section("Error of each layer", "depth", tag("p", said), drawn, note)
 
@@ -158,7 +158,7 @@ class Page:
             "below a dot, the layer suffers from what came before; where a dot is as low as the "
             "line, the layer does the damage itself. The last point is the output of the model."
         )
-        drawn = tag("figure", chart(depth, lines, title), legend(lines))
+        drawn = tag("figure", chart(depth, lines, title), legend(lines), class_="wide")
         return _section(heading, "accumulated", tag("p", said), drawn)
 
     def _histograms(self) -> Markup:
@@ -233,17 +233,17 @@ def _with_code(text: str) -> list[Markup]:
 
 
 def _pictures(row: LayerReport) -> list[Markup]:
-    drawn = [(f"weight: {row.scheme}", row.histogram)]
-    drawn += [(row.activation or "inputs", one.histogram) for one in row.inputs]
-    return [
-        tag(
-            "figure",
-            histogram(found, f"{row.name}, {what}"),
-            tag("figcaption", tag("b", what), tag("br"), told(found)),
-        )
-        for what, found in drawn
-        if found is not None
-    ]
+    drawn = [_picture(row.histogram, row.name, f"weight: {row.scheme}")] if row.histogram else []
+    for one in row.inputs:
+        if one.histogram is not None:
+            free = "" if one.histogram.covered else "; a range is found for each input as it comes"
+            drawn.append(_picture(one.histogram, one.name, row.activation or "inputs", free))
+    return drawn
+
+
+def _picture(found: Distribution, name: str, what: str, more: str = "") -> Markup:
+    said = tag("figcaption", tag("b", what), tag("br"), f"{told(found)}{more}")
+    return tag("figure", histogram(found, f"{name}, {what}"), said)
 
 
 def _footer() -> Markup:

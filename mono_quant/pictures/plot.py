@@ -17,6 +17,8 @@ except ImportError as error:
     ) from error
 
 _SHOWN = 3
+_NAMED = 16
+"""Layers whose names have room."""
 
 
 class NotebookFigure(Figure):
@@ -48,24 +50,27 @@ def draw(rows: Sequence[LayerReport], output_db: float | None, estimated: bool) 
 
 def _layers(axes: Axes, depth: Depth) -> None:
     axes.set_title("error of each layer")
-    axes.plot(_floats(depth.weights), "s", markersize=4, label="the weight itself")
+    axes.plot(_floats(depth.weights), "_", markersize=10, label="the weight itself")
     if any(value is not None for value in depth.layers):
         axes.plot(_floats(depth.layers), "o-", markersize=4, label=depth.layers_label)
-    _finish(axes, depth)
+    _finish(axes, depth, [])
 
 
 def _accumulated(axes: Axes, depth: Depth, output_db: float | None) -> None:
     axes.set_title("from input to output")
-    axes.plot(_floats(depth.layers), "s", markersize=4, label=depth.layers_label)
+    axes.plot(_floats(depth.layers), "o", markersize=4, label=depth.layers_label)
     values = [*depth.accumulated, *([output_db] if output_db is not None else [])]
-    axes.plot(_floats(values), "o-", markersize=4, label="its output inside the quantized model")
-    _finish(axes, depth)
+    axes.plot(_floats(values), "s-", markersize=4, label="its output inside the quantized model")
+    _finish(axes, depth, ["output"] if output_db is not None else [])
 
 
-def _finish(axes: Axes, depth: Depth) -> None:
+def _finish(axes: Axes, depth: Depth, after: list[str]) -> None:
     for level, word in ((CRITICAL_DB, "critical"), (WARNING_DB, "warning"), (GOOD_DB, "good")):
         axes.axhline(level, color="0.6", linewidth=0.8, linestyle=":")
         axes.annotate(word, (1.0, level), xycoords=("axes fraction", "data"), fontsize=8)
+    names = [*(row.name.removesuffix(".weight") for row in depth.rows), *after]
+    if len(names) <= _NAMED:
+        axes.set_xticks(range(len(names)), names, rotation=20, ha="right", fontsize=8)
     axes.set_xlabel(f"{len(depth.rows)} weights, {depth.order}")
     axes.set_ylabel("SQNR, dB")
     axes.legend(fontsize=8)
@@ -76,6 +81,7 @@ def _histogram(axes: Axes, name: str, found: Distribution) -> None:
     starts = [found.start + place * found.width for place in range(len(found.counts))]
     axes.bar(starts, found.counts, width=found.width, align="edge", color="0.35")
     axes.set_yscale("log")
+    axes.set_ylim(bottom=0.8)
     for ends, shade in ((found.covered, 0.15), (found.typical, 0.25)):
         if ends is not None:
             axes.axvspan(*ends, color="tab:blue", alpha=shade, linewidth=0)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from mono_quant.columns import ACCUMULATED, OUTPUT, Column, columns_of, filled
 from mono_quant.evidence import LayerReport, grade
-from mono_quant.pictures.markup import Markup, tag
+from mono_quant.pictures.markup import Child, Markup, tag
 
 _GRADED = frozenset({"SQNR", OUTPUT, ACCUMULATED.title})
 
@@ -50,13 +50,19 @@ def _row(place: int, row: LayerReport, columns: Sequence[Column], line: Sequence
 
 def _cell(column: Column, row: LayerReport, text: str) -> Markup:
     if column.title == "name":
-        return tag("th", text, scope="row", class_="name")
+        return tag("th", _breakable(text), scope="row", class_="name")
     if column.figure is None:
         return tag("td", text, class_="fate" if column.title == "fate" else None)
     value = column.figure(row)
     graded = value is not None and column.title in _GRADED
     style = f"number {grade(value)}" if graded and value is not None else "number"
     return tag("td", text, class_=style, data_value=_sorted_by(value))
+
+
+def _breakable(name: str) -> list[Child]:
+    """Return a dotted name that is broken between its parts, where it has to be."""
+    *parents, last = name.split(".")
+    return [*([f"{parent}.", tag("wbr")] for parent in parents), last]
 
 
 def _sorted_by(value: float | None) -> str | None:
