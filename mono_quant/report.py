@@ -270,9 +270,7 @@ class Report:
         if mean is not None:
             figures.append(KeyFigure("mean weight SQNR", f"{mean:.1f} dB", f"of {weights}"))
         if output is None:
-            figures.append(
-                KeyFigure("output SQNR", "not measured", "no data: give some with fit(data)")
-            )
+            figures.append(KeyFigure("output SQNR", "not measured", "no data was given"))
         else:
             seen = f"{grade(output)}, on {self.samples} samples"
             figures.append(KeyFigure("output SQNR", format_db(output), seen, grade(output)))

@@ -69,7 +69,7 @@ def _stored_row(row: LayerReport) -> Config:
     kept |= {name: told[name] for name in _KEPT if told[name]}
     kept |= {name: told[name] for name in (*_DECIBELS, "place") if told[name] is not None}
     if row.output_sqnr_db is not None:
-        del kept["estimated_db"]  # by what was measured
+        kept.pop("estimated_db", None)  # what was measured tells more
     inputs: list[Config] = [
         {"name": one.name, "low": one.low, "high": one.high, "histogram": one.histogram.to_dict()}
         for one in row.inputs

@@ -63,7 +63,7 @@ class Depth:
     @property
     def layers_label(self) -> str:
         """What `layers` are, in words."""
-        return "its layer's output (estimated)" if self.estimated else "its layer's output"
+        return "what its layer returns (estimated)" if self.estimated else "what its layer returns"
 
     def told(self, place: int) -> str:
         """Return the name of a weight and its figures."""

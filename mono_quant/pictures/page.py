@@ -18,8 +18,12 @@ from mono_quant.pictures.rows import rows_table
 from mono_quant.pictures.sizes import parts_of, sizes, sizes_legend
 from mono_quant.version import __version__
 
-_CALL = re.compile(r"\b[a-z_]+\((?:[^()\n]|\([^()\n]*\))*\)")
-"""A call that a warning advises, with brackets in its arguments at most once."""
+_CALL = re.compile(
+    r"\b[a-z_]+\((?:[^()\n]|\([^()\n]*\))*\)"
+    r"|--(?:override|skip|on-damage|activations|calibration) (?:'[^'\n]*'|[^\s;,]+)"
+    r"|--[a-z][a-z-]+"
+)
+"""What a warning advises: a call, with brackets in its arguments at most once, or an option."""
 
 _MANY = 12
 """Rows from which on a filter is worth its place."""
@@ -147,7 +151,7 @@ class Page:
             return _section(heading, "accumulated", tag("p", _NO_ACCUMULATION))
         lines = [
             Line(depth.layers_label, depth.layers, "layers"),
-            Line("its output inside the quantized model", depth.accumulated, "inside", True),
+            Line("the same inside the quantized model", depth.accumulated, "inside", True),
         ]
         if self.output_db is not None:
             lines[1] = attrs.evolve(lines[1], last=self.output_db)
@@ -201,8 +205,8 @@ _NO_FIGURES = (
     "writer kept none."
 )
 _NO_ACCUMULATION = (
-    "How errors add up was not measured: that takes data, fit(data), and a float model that is "
-    "still there, which apply_ does not keep."
+    "How errors add up was not measured: that takes data, and a float model that is still there, "
+    "which quantizing in place does not keep."
 )
 _NO_HISTOGRAMS = (
     "There are no histograms: nothing was quantized, or what was read is a file whose writer kept "

@@ -60,7 +60,7 @@ def _accumulated(axes: Axes, depth: Depth, output_db: float | None) -> None:
     axes.set_title("from input to output")
     axes.plot(_floats(depth.layers), "o", markersize=4, label=depth.layers_label)
     values = [*depth.accumulated, *([output_db] if output_db is not None else [])]
-    axes.plot(_floats(values), "s-", markersize=4, label="its output inside the quantized model")
+    axes.plot(_floats(values), "s-", markersize=4, label="the same inside the quantized model")
     _finish(axes, depth, ["output"] if output_db is not None else [])
 
 
