@@ -79,7 +79,7 @@ class ReportDifference:
         alike: how many further rows are.
         bytes: of the model, in the one and in the other.
         output_sqnr_db: of the outputs, in dB, in the one and in the other; None without data.
-        solved: warnings that only the first has.
+        gone: warnings that only the first has.
         new: warnings that only the other has.
     """
 
@@ -87,7 +87,7 @@ class ReportDifference:
     alike: int
     bytes: tuple[int, int]
     output_sqnr_db: tuple[float | None, float | None]
-    solved: tuple[str, ...] = ()
+    gone: tuple[str, ...] = ()
     new: tuple[str, ...] = ()
 
     def to_dict(self) -> Config:
@@ -96,7 +96,7 @@ class ReportDifference:
             "bytes": list(self.bytes),
             "output_sqnr_db": [finite(one) for one in self.output_sqnr_db],
             "alike": self.alike,
-            "solved": list(self.solved),
+            "gone": list(self.gone),
             "new": list(self.new),
             "layers": [changed.to_dict() for changed in self.layers],
         }
@@ -108,8 +108,8 @@ class ReportDifference:
         lines = [f"{format_bytes(before)} -> {format_bytes(after)}{share}"]
         outputs = [decibels(one) or "not measured" for one in self.output_sqnr_db]
         lines.append(f"output SQNR {' -> '.join(outputs)}")
-        lines += [f"solved: {warning}" for warning in self.solved]
-        lines += [f"new warning: {warning}" for warning in self.new]
+        lines += [f"warning gone: {warning}" for warning in self.gone]
+        lines += [f"warning new: {warning}" for warning in self.new]
         lines.append(f"{len(self.layers)} rows differ, {self.alike} are alike")
         if self.layers:
             columns = ("name", "fate", "bits", "bytes", "SQNR", "output")

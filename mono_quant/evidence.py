@@ -112,8 +112,9 @@ class LayerReport:
         output_sqnr_db: of what its layer returns for the inputs that it has in the float model, in
             dB, weights and inputs quantized; None where that was not measured.
         accumulated_db: of what its layer returns inside the quantized model, where the errors of
-            all layers before it arrive too, against the float model, in dB; of at most 32768 values
-            of each batch. None where that was not measured.
+            all layers before it arrive too, against the float model, in dB; where all layers return
+            more than 16.8 million values for a batch, of some that are evenly spread. None where
+            that was not measured.
         place: of its layer in the order in which the model first calls them, from 0 on; None where
             no data showed it.
         groups_gain_db: how much less error its layer would return with scales for groups, which its

@@ -29,13 +29,13 @@ def test_rows_that_are_alike_are_only_counted() -> None:
     assert (changed.bytes, changed.sqnr_db, changed.output_db) == (2304 - 4096, -20.0, -17.5)
     assert found.bytes == (BEFORE.bytes, AFTER.bytes)
     assert found.output_sqnr_db == (30.0, 18.0)
-    assert (found.solved, found.new) == (("old",), ("new",))
+    assert (found.gone, found.new) == (("old",), ("new",))
 
 
 def test_a_report_does_not_differ_from_itself() -> None:
     found = BEFORE.diff(BEFORE)
     assert found.layers == ()
-    assert found.solved == found.new == ()
+    assert found.gone == found.new == ()
     assert found.alike == 3
     assert "0 rows differ, 3 are alike" in str(found)
     assert "name" not in str(found)
@@ -63,8 +63,8 @@ def test_text_shows_what_was_and_what_is() -> None:
     assert text.splitlines()[:5] == [
         "8.70 kB -> 6.91 kB (-20.6%)",
         "output SQNR 30.0 dB -> 18.0 dB",
-        "solved: old",
-        "new warning: new",
+        "warning gone: old",
+        "warning new: new",
         "1 rows differ, 2 are alike",
     ]
     assert text.splitlines()[-1].split("  ") == [

@@ -13,25 +13,27 @@ from mono_quant.numerics.histogram import evenly_spread
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.numerics.nested import tensors_in
 
-_SAMPLE = 1 << 15
-"""Values that are kept of what a layer returns for one batch: evenly spread."""
+KEPT = 1 << 24
+"""Values that are kept of what all layers return for one batch, 64 MB in float32."""
 
 
 @attrs.frozen(eq=False)
 class Accumulated:
     """The error of what each layer returns inside the quantized model, against the float model.
 
-    Both go through the data by turns, batch by batch, so that no more is kept than some values of
-    what the float layers returned for one batch.
+    Both go through the data by turns, batch by batch, so that no more is kept than what the float
+    layers returned for one batch; of much, values that are evenly spread.
 
     Attributes:
         model: the quantized one.
+        layers: how many are looked at, which share the memory.
         errors: by the layers' names, after the data was gone through; layers that no data reached,
             or that the two models call differently, are absent.
         order: the layers' places in the order in which the float model first called them.
     """
 
     model: nn.Module
+    layers: int
     errors: dict[str, SquaredError] = attrs.field(factory=dict)
     order: dict[str, int] = attrs.field(factory=dict)
     _kept: dict[str, list["_Sample"]] = attrs.field(factory=dict, init=False)
@@ -41,7 +43,7 @@ class Accumulated:
         """Keep some values of what a float layer returned, for the same call in the other model."""
         self.order.setdefault(path, len(self.order))
         calls = self._kept.setdefault(path, [])
-        left = _SAMPLE - sum(x.numel() for call in calls for x in call.values)
+        left = KEPT // self.layers - sum(x.numel() for call in calls for x in call.values)
         calls.append(_Sample.of(output, left // max(1, len(_floats(output)))))
 
     def outputs(self, data: CalibrationData, progress: str | None) -> Iterator[list[Tensor]]:

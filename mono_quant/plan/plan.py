@@ -249,7 +249,7 @@ class Plan(Generic[ModelT]):
             changes = (*found.changes, *correct(work, self._request.corrections, context))
             if data is None:
                 return attrs.evolve(found, changes=changes)
-            accumulated = Accumulated(work)
+            accumulated = Accumulated(work, len({weight.path for weight in todo}))
             layers = LayerErrors(floats, work, InputUses(work), accumulated)
             reference = layers.outputs(todo, data, label and "measuring layers")
             if any(change.done for change in changes):  # then the twin is not the model given

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant import Quantizer
+from mono_quant.plan import accumulated
 from tests.helpers import WEIGHTS_ONLY, noise
 
 
@@ -46,7 +47,7 @@ def test_the_error_is_that_of_the_layer_inside_the_quantized_model(quantizer: Qu
     for row in rows:
         name = row.name.removesuffix(".weight")
         assert row.accumulated_db == pytest.approx(
-            decibels(floats[name], quantized[name]), abs=1e-3
+            decibels(floats[name], quantized[name]), abs=1e-6
         )
     assert rows[0].accumulated_db == rows[0].output_sqnr_db, "nothing comes before the first"
     assert rows[-1].accumulated_db == pytest.approx(result.report.output_sqnr_db, abs=1e-9)
@@ -82,7 +83,7 @@ def test_places_are_those_of_calls_and_every_call_counts() -> None:
     assert len(floats["middle"]) == 2
     for name, row in rows.items():
         assert row.accumulated_db == pytest.approx(
-            decibels(floats[name], quantized[name]), abs=1e-3
+            decibels(floats[name], quantized[name]), abs=1e-6
         )
 
 
@@ -114,13 +115,13 @@ def test_without_data_nothing_is_known() -> None:
     assert [(row.accumulated_db, row.place) for row in rows] == [(None, None)] * 3
 
 
-def test_a_large_output_is_sampled_and_comes_near() -> None:
+def test_a_large_output_is_sampled_and_comes_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accumulated, "KEPT", 1 << 16)
     torch.manual_seed(0)
     model, data = nn.Sequential(nn.Linear(64, 512), nn.Linear(512, 64)).eval(), noise(1024, 64)
     result = WEIGHTS_ONLY.fit(data).apply(model, progress=False)
     floats, quantized = returned(model, data), returned(result.model, data)
     row = result.report.quantized[0]
-    assert 1024 * 512 > 1 << 15
     exact = decibels(floats["0"], quantized["0"])
     assert row.accumulated_db != pytest.approx(exact, abs=1e-9)
     assert row.accumulated_db == pytest.approx(exact, abs=0.3)
