@@ -110,7 +110,8 @@ class ReportDifference:
         lines.append(f"output SQNR {' -> '.join(outputs)}")
         lines += [f"warning gone: {warning}" for warning in self.gone]
         lines += [f"warning new: {warning}" for warning in self.new]
-        lines.append(f"{len(self.layers)} rows differ, {self.alike} are alike")
+        count = len(self.layers)
+        lines.append(f"{count} row{'s differ' if count != 1 else ' differs'}, {self.alike} alike")
         if self.layers:
             columns = ("name", "fate", "bits", "bytes", "SQNR", "output")
             lines += ["", *table(columns, [changed.cells() for changed in self.layers])]

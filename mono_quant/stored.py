@@ -24,6 +24,8 @@ _KEPT = (
     "aliases",
     "histogram",
 )
+_LARGEST = 1e100  # beyond float32, and far from where float64 overflows
+_MOST = 1 << 63
 _DECIBELS = ("sqnr_db", "estimated_db", "output_sqnr_db", "accumulated_db")
 
 
@@ -42,7 +44,7 @@ def report_of(found: Config) -> Report:
     Raises:
         KeyError: something is missing.
         TypeError: something is of another type.
-        ValueError: something is no number.
+        ValueError: something is no such number.
     """
     rows = tuple(map(_row, _objects(found[LAYERS])))
     changes = (
@@ -116,9 +118,12 @@ def _distribution(value: Json) -> Distribution | None:
     if value is None:
         return None
     found = _object(value)
+    width = _number(found["width"])
+    if not width > 0:
+        raise ValueError(f"{width!r} is no width")
     return Distribution(
         _number(found["start"]),
-        _number(found["width"]),
+        width,
         tuple(map(_integer, _items(found["counts"]))),
         _integer(found["zeros"]),
         _number(found["low"]),
@@ -145,12 +150,14 @@ def _decibels(value: Json) -> float | None:
 def _number(value: Json) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{value!r} is no number")
+    if not -_LARGEST < value < _LARGEST:
+        raise ValueError(f"{value!r} is beyond what is measured")
     return value
 
 
 def _integer(value: Json) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{value!r} is no whole number")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _MOST:
+        raise ValueError(f"{value!r} counts nothing")
     return value
 
 

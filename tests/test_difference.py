@@ -37,7 +37,7 @@ def test_a_report_does_not_differ_from_itself() -> None:
     assert found.layers == ()
     assert found.gone == found.new == ()
     assert found.alike == 3
-    assert "0 rows differ, 3 are alike" in str(found)
+    assert "0 rows differ, 3 alike" in str(found)
     assert "name" not in str(found)
 
 
@@ -65,7 +65,7 @@ def test_text_shows_what_was_and_what_is() -> None:
         "output SQNR 30.0 dB -> 18.0 dB",
         "warning gone: old",
         "warning new: new",
-        "1 rows differ, 2 are alike",
+        "1 row differs, 2 alike",
     ]
     assert text.splitlines()[-1].split("  ") == [
         "one.weight",

@@ -125,7 +125,22 @@ def test_of_a_file_without_rows_the_sizes_are_known(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "rows",
-    [3, "text", [3], [{}], [{"name": 3}], [{"name": "a", "sqnr_db": "loud"}]],
+    [
+        3,
+        "text",
+        [3],
+        [{}],
+        [{"name": 3}],
+        [{"name": "a", "sqnr_db": "loud"}],
+        [{"name": "a", "sqnr_db": 1e300}],
+        [{"name": "a", "bytes": -1}],
+        [{"name": "a", "bytes": 1 << 64}],
+        [{"name": "a", "shape": [1.5]}],
+        [{"name": "a", "histogram": {**SPREAD.to_dict(), "width": 0.0}}],
+        [{"name": "a", "histogram": {**SPREAD.to_dict(), "counts": [-5]}}],
+        [{"name": "a", "histogram": {**SPREAD.to_dict(), "covered": [1.0]}}],
+        [{"name": "a", "histogram": {"width": 1.0}}],
+    ],
     ids=str,
 )
 def test_rows_that_are_none_are_corrupt(tmp_path: Path, rows: Json) -> None:

@@ -44,7 +44,8 @@ def weight_histogram(stack: Tensor, scheme: Scheme, qparams: QParams) -> Distrib
     if qparams.scale is not None:
         stack, scheme, qparams = scheme.ranged(stack, qparams)
     found = distribution(observe(stack, BINS))
-    ends = _ends(scheme, qparams, _BEYOND * (max(-found.low, found.high) or 1.0))
+    reach = _BEYOND * (max(-found.low, found.high) or 1.0)
+    ends = _ends(scheme, qparams, min(reach, torch.finfo(torch.float32).max))
     if ends is None:
         return found
     low, high = ends

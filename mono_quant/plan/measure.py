@@ -168,13 +168,11 @@ def with_outputs(
 
     def measured(name: str, row: LayerReport) -> LayerReport:
         path = paths[name]
-        error, accumulated = (
-            found.get(path) for found in (layers.errors, layers.accumulated.errors)
-        )
+        error, inside = layers.errors.get(path), layers.accumulated.errors.get(path)
         return attrs.evolve(
             row,
             output_sqnr_db=error.sqnr_db if error is not None else None,
-            accumulated_db=accumulated.sqnr_db if accumulated and accumulated.count else None,
+            accumulated_db=inside.sqnr_db if inside is not None and inside.count else None,
             place=layers.accumulated.order.get(path),
             inputs=tuple(inputs[key] for key in (name, *row.aliases) if key in inputs),
         )

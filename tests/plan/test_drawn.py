@@ -1,6 +1,8 @@
 """Histograms of the worst layers, and the ranges that are drawn into them."""
 
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,3 +144,17 @@ def test_what_is_drawn_is_the_same_every_time() -> None:
     quantizer = Quantizer().bits(4).fit(noise(8, 64))
     one, other = (quantizer.apply(network(8), progress=False).report for _ in range(2))
     assert one.to_dict() == other.to_dict()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-40, 1e-10, 1e30, 3e38])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_of_any_size_are_drawn(size: float, bits: int, tmp_path: Path) -> None:
+    model = network(1)
+    with torch.no_grad():
+        model.get_parameter("0.weight").sign_().mul_(size)
+    result = Quantizer().bits(bits).apply(model, progress=False)
+    histogram = result.report.layers[0].histogram
+    assert histogram is not None
+    assert (histogram.low, histogram.high) == pytest.approx((-size, size), rel=1e-6)
+    page = result.report.to_html(tmp_path / "report.html").read_text("utf-8")
+    assert not re.search(r'="[^"]*\b(nan|inf)\b', page)
