@@ -43,7 +43,8 @@ def histogram(found: Distribution, title: str) -> Markup:
             )
     drawn += [tag("path", d=path, class_=style) for style, path in bars.items() if path]
     for ends, style in ((found.covered, "covered"), (found.typical, "typical")):
-        drawn += [_edge(x(end), style) for end in ends or ()]
+        for end in ends or ():
+            drawn += _edge(x(end), style)
     base = _HEIGHT - _BOTTOM
     drawn.append(tag("line", x1=_SIDE, x2=_WIDTH - _SIDE, y1=base, y2=base, class_="axis"))
     drawn += _labels(found, x)
@@ -88,9 +89,12 @@ def _band(left: float, right: float, style: str) -> Markup:
     return tag("rect", x=left, y=_TOP, width=max(1.0, right - left), height=height, class_=style)
 
 
-def _edge(x: float, style: str) -> Markup:
-    """Return an end of a range, in front of the bars."""
-    return tag("line", x1=x, x2=x, y1=_TOP, y2=_HEIGHT - _BOTTOM, class_=f"edge {style}")
+def _edge(x: float, style: str) -> list[Markup]:
+    """Return an end of a range, in front of the bars and set off from them."""
+    return [
+        tag("line", x1=x, x2=x, y1=_TOP, y2=_HEIGHT - _BOTTOM, class_=part)
+        for part in ("halo", f"edge {style}")
+    ]
 
 
 def _labels(found: Distribution, x: Callable[[float], float]) -> list[Markup]:

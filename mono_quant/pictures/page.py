@@ -139,7 +139,8 @@ class Page:
         title = "SQNR of each weight, and of what its layer returns, along the depth"
         said = (
             "Signal to quantization noise ratio: higher is better, and 10 dB are a factor of ten "
-            "in the power of the error. Each layer by itself, on its inputs in the float model."
+            "in the power of the error. Each layer by itself"
+            + ("." if self.estimated else ", on its inputs in the float model.")
         )
         drawn = tag("figure", chart(depth, lines, title), legend(lines), class_="wide")
         note = tag("p", ESTIMATED, class_="note") if self.estimated else ""
@@ -176,7 +177,7 @@ class Page:
         said = (
             "How values are spread, on a logarithmic scale, and behind them the range that the "
             "grid covers: between dashed lines that of all blocks with scales of their own, and "
-            "between solid ones that of the median block. What lies beyond is cut off."
+            "between solid ones that of the median block. What lies beyond all is cut off."
         )
         drawn = [tag("article", tag("h3", row.name), _pictures(row)) for row in worst]
         grid = tag("div", drawn, class_="worst")
