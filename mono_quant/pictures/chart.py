@@ -53,7 +53,8 @@ def chart(depth: Depth, lines: Sequence[Line], title: str) -> Markup:
         [_line(frame, line) for line in lines],
     ]
     box = f"0 0 {number(_WIDTH)} {number(_HEIGHT)}"
-    return tag("svg", drawn, viewBox=box, role="img", class_="chart")
+    # No image, in whose name all within would be lost: there are links.
+    return tag("svg", drawn, viewBox=box, role="group", class_="chart")
 
 
 def legend(lines: Sequence[Line]) -> Markup:

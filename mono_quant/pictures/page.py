@@ -189,7 +189,9 @@ class Page:
         line = tag("p", tag("label", "Filter ", search), tag("output", "", id="found"), hidden=True)
         many = len(self.rows) > _MANY
         rows = rows_table(self.rows, estimated=self.estimated, caption=caption)
-        box = tag("div", rows, class_="scroll", role="region", aria_label="Layers", tabindex="0")
+        box = tag(
+            "div", rows, class_="scroll", role="region", aria_label="Table of layers", tabindex="0"
+        )
         return _section("Layers", "layers", line if many else "", box)
 
     def _facts(self) -> Markup:

@@ -131,7 +131,8 @@ def test_sections_and_pictures_have_names(measured: Report, tmp_path: Path) -> N
         assert section.attributes["aria-labelledby"] in ids
     for picture in page.all("svg"):
         hidden = picture.attributes.get("aria-hidden") == "true"
-        assert hidden or (picture.attributes["role"] == "img" and picture.all("title")[0].text)
+        role = "group" if picture.all("a") else "img"
+        assert hidden or (picture.attributes["role"] == role and picture.all("title")[0].text)
     levels = [int(one.name[1]) for one in page if re.fullmatch("h[1-6]", one.name)]
     assert levels[0] == 1
     assert levels.count(1) == 1
