@@ -121,6 +121,8 @@ def test_of_a_file_without_rows_the_sizes_are_known(tmp_path: Path) -> None:
     (rest,) = report.kept
     assert rest.bytes == found.float_tensor_bytes
     assert all(row.sqnr_db is None for row in report.layers)
+    page = report.to_html(tmp_path / "report.html").read_text("utf-8")
+    assert page.count("a file whose writer kept none") == 2, "no errors and no histograms"
 
 
 @pytest.mark.parametrize(
