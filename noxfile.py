@@ -84,7 +84,7 @@ def run_tests(session: nox.Session, *options: str) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the test suite."""
-    install(session, "-e", ".[demo]", *group("tests"))
+    install(session, "-e", ".[demo,plot]", *group("tests"))
     run_tests(session)
 
 

@@ -64,6 +64,7 @@ try:
         UnknownKindError,
         UnsupportedLayerError,
     )
+    from mono_quant.evidence import Distribution, InputReport, LayerReport
     from mono_quant.flow import Flow, integer_flow
     from mono_quant.layers import (
         AttentionQuantizer,
@@ -99,7 +100,7 @@ try:
     )
     from mono_quant.plan import GraphPlan, GraphResult, Plan
     from mono_quant.quantizer import GraphQuantizer, Quantizer
-    from mono_quant.report import InputReport, LayerReport, Report
+    from mono_quant.report import Report
     from mono_quant.result import Outline, QuantizationResult, Validation
     from mono_quant.rounding import (
         GPTQ,
@@ -171,6 +172,7 @@ __all__ = [
     "CorrectionContext",
     "CorruptCheckpointError",
     "DamageError",
+    "Distribution",
     "Edit",
     "EmbeddingQuantizer",
     "Entropy",

@@ -13,9 +13,9 @@ from mono_quant.base import Checkpoint
 from mono_quant.calibration import CalibrationData, compare, count_samples
 from mono_quant.configurable import Config, Kinds
 from mono_quant.errors import InputError
+from mono_quant.evidence import grade
 from mono_quant.files import fill
 from mono_quant.numerics.metrics import SquaredError, tensor_bytes
-from mono_quant.report import grade
 from mono_quant.serializers import read_checkpoint
 from mono_quant.text import format_bytes, format_db, table
 

@@ -1,7 +1,8 @@
 """Files as they are, quantized or float: what is in them, and how it gets into a model."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import attrs
@@ -10,10 +11,13 @@ from torch import Tensor, nn
 from mono_quant.base import Checkpoint, Scheme
 from mono_quant.calibration import CalibrationData
 from mono_quant.checkpoint import ModelT, rebuild
-from mono_quant.configurable import Config, Json, Kinds
+from mono_quant.configurable import Config, Json, Kinds, as_dtype
 from mono_quant.errors import CheckpointError, CorruptCheckpointError, UnknownKindError
+from mono_quant.evidence import LayerReport
+from mono_quant.report import Report
 from mono_quant.result import Validation, validate
 from mono_quant.serializers import read_header, serializer_for, stored_bytes
+from mono_quant.stored import LAYERS, report_of
 from mono_quant.text import format_bytes, table
 
 
@@ -38,9 +42,7 @@ class StoredWeight:
     @property
     def bits_per_weight(self) -> float:
         """Bits per value, everything counted."""
-        count = 1
-        for size in self.shape:
-            count *= size
+        count = math.prod(self.shape)
         return 8 * self.bytes / count if count else 0.0
 
 
@@ -59,6 +61,7 @@ class FileInfo:
         float_tensor_bytes: their bytes.
         config: the quantizer that made it; empty if that was not saved.
         summary: figures of the report; empty if they were not saved.
+        report: what is known of the model; of a file whose writer kept no rows, the sizes alone.
     """
 
     path: Path
@@ -71,6 +74,7 @@ class FileInfo:
     float_tensor_bytes: int
     config: Config
     summary: Config
+    report: Report
 
     def to_dict(self) -> Config:
         """Return everything as JSON data."""
@@ -149,6 +153,7 @@ def describe_file(path: Path, *, kinds: Kinds | None = None) -> FileInfo:
         own = {weight.name for weight in weights}
         others = [size for name, size in sizes.items() if name.rpartition(".")[0] not in own]
         version, producer = header["format_version"], _mapping(header["producer"])
+        summary = _mapping(header["summary"])
         return FileInfo(
             path=path,
             format=serializer.format,
@@ -159,7 +164,8 @@ def describe_file(path: Path, *, kinds: Kinds | None = None) -> FileInfo:
             float_tensors=len(others),
             float_tensor_bytes=sum(others),
             config=_mapping(header["config"]),
-            summary=_mapping(header["summary"]),
+            summary={name: value for name, value in summary.items() if name != LAYERS},
+            report=report_of(summary) if LAYERS in summary else _sizes(header, weights, others),
         )
     except CheckpointError:
         raise
@@ -241,6 +247,22 @@ def validate_file(
         return Validation("failed", ((type(error).__name__, str(error)),))
     shown = validate(model, example, path=path)
     return attrs.evolve(shown, checks=(("read", seen), *shown.checks))
+
+
+def _sizes(header: Config, weights: Sequence[StoredWeight], others: Sequence[int]) -> Report:
+    """Return a report of the sizes of a file's tensors."""
+    records, rows = _mapping(header["records"]), list[LayerReport]()
+    for weight in weights:
+        if weight.tied_to is None:
+            dtype = as_dtype(str(_mapping(records[weight.name])["dtype"]))
+            count = math.prod(weight.shape)
+            tied = tuple(other.name for other in weights if other.tied_to == weight.name)
+            size = count * dtype.itemsize
+            row = LayerReport(weight.name, "", weight.shape, count, size, weight.bytes)
+            rows.append(attrs.evolve(row, scheme=weight.scheme, aliases=tied))
+    name, size = f"({len(others)} other tensors)", sum(others)
+    rows.append(LayerReport(name, "", (), 0, size, size, reason="as they were"))
+    return Report(tuple(rows))
 
 
 def _weights(

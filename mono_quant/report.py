@@ -1,212 +1,30 @@
 """What was done to a model, and the damage: plain data and its rendering."""
 
-import html
 import json
 import math
-from collections.abc import Callable
-from typing import Self, cast
+from os import PathLike
+from pathlib import Path
+from typing import Protocol, Self, cast
 
 import attrs
 
 from mono_quant.base import Change
+from mono_quant.columns import ESTIMATED, columns_of, filled
 from mono_quant.configurable import Config
+from mono_quant.difference import ReportDifference, difference
 from mono_quant.errors import ConfigurationError, RequirementError
+from mono_quant.evidence import LayerReport, finite, grade
 from mono_quant.speed import LayerSpeed, Speed
 from mono_quant.text import format_bytes, format_db, format_ms, table
 
-CRITICAL_DB = 10.0
-WARNING_DB = 20.0
-GOOD_DB = 30.0
-_UNSEEN_DB = 15.0
-"""By how much the smaller half of the values of a row has to be worse than all of them together.
-
-For values that are spread normally it is 8 dB, for those of sound trained layers up to 14, whatever
-the bits (`tests/benchmarks/advice.py` prints it).
-"""
 _SHOWN = 3
 
 
-@attrs.frozen
-class InputReport:
-    """What the inputs that one weight meets were like on the data, and how they use their grid.
+class Drawing(Protocol):
+    """A `matplotlib.figure.Figure`, as far as this package knows it."""
 
-    Attributes:
-        name: dotted name of the weight.
-        low: the smallest value.
-        high: the largest.
-        outliers: how many times the median channel the largest is, by root mean square or by
-            maximum; None where channels are not known or too few.
-        cut: share of the values that lie beyond a calibrated range; None for other ranges.
-        cut_energy: squared error of cutting them off, as a share of all squares.
-        uncut_gain_db: how much less error than that the whole range would leave, in dB; None where
-            nothing is cut off.
-        crowded: share of the values other than zero that fall on the two codes that are used most,
-            of a calibrated range.
-        per_token_gain_db: how much less error a range for each row would leave there, in dB, in the
-            mean over rows; None where inputs are no rows, or have such ranges already.
-    """
-
-    name: str
-    low: float
-    high: float
-    outliers: float | None = None
-    cut: float | None = None
-    cut_energy: float | None = None
-    uncut_gain_db: float | None = None
-    crowded: float | None = None
-    per_token_gain_db: float | None = None
-
-
-@attrs.frozen
-class LayerReport:
-    """One weight, or the float parameters of one module.
-
-    Attributes:
-        name: dotted name of the weight or the module.
-        layer: class of the layer.
-        shape: native shape of a weight; empty for a module's parameters.
-        parameters: how many values.
-        float_bytes: bytes before.
-        bytes: bytes after, scales and zero points counted.
-        scheme: how it was quantized, or None for what stayed float.
-        activation: how its inputs are quantized, or why they are not although they were to be.
-        reason: why it stayed float, or was not quantized now.
-        sqnr_db: of the weight, in dB; None where nothing was quantized.
-        estimated_db: SQNR of a product with the weight, in dB, for inputs drawn so that every
-            column counts alike, or all alike where its rows are too few to tell; of a weight that
-            is only looked up, of its rows. An estimate without data, and without the error of
-            quantized inputs; None where nothing was quantized.
-        faint_db: the same for inputs drawn so that each row meets the smaller half of its values
-            alone, and rows count alike: loud where weights are small, and faint where they are
-            large. Of evenly spread rows; None where nothing was quantized, and where the weight is
-            no matrix that inputs meet or has fewer than 16 rows.
-        cast_db: the estimate that is low, once more with the weight at 16 bits, which is tried
-            then; None where none is.
-        outliers: root mean square of the largest column over that of the median one, or None.
-        row_outliers: the same of the rows.
-        columns: how many values a row of the weight's matrix has; 0 for a module's parameters.
-        scale_block: the block of the weight as a stack ``[G, out, in]`` that shares one scale;
-            empty where there are no scales.
-        output_sqnr_db: of what its layer returns for the inputs that it has in the float model, in
-            dB, weights and inputs quantized; None where that was not measured.
-        groups_gain_db: how much less error its layer would return with scales for groups, which its
-            columns ask for, in dB; None where that was not tried.
-        inputs: what its inputs were like on the data, where they are quantized; also those of tied
-            weights.
-        ranges: why observers chose the ranges that they did, of those that say so.
-        note: what else is worth knowing.
-        aliases: names of further weights that share these values, counted here once.
-        has_matrix: whether a module's float parameters hold one of two dimensions or more.
-        speed: of its layer, with all layers that share its values, as `only_if_faster` measured it;
-            the rows of one layer share one.
-        kernel: what computed with it when somebody looked; several where they differ.
-    """
-
-    name: str
-    layer: str
-    shape: tuple[int, ...]
-    parameters: int
-    float_bytes: int
-    bytes: int
-    scheme: str | None = None
-    activation: str | None = None
-    reason: str | None = None
-    sqnr_db: float | None = None
-    estimated_db: float | None = None
-    faint_db: float | None = None
-    cast_db: float | None = None
-    outliers: float | None = None
-    row_outliers: float | None = None
-    columns: int = 0
-    scale_block: tuple[int, ...] = ()
-    output_sqnr_db: float | None = None
-    groups_gain_db: float | None = None
-    inputs: tuple[InputReport, ...] = ()
-    ranges: tuple[str, ...] = ()
-    note: str | None = None
-    aliases: tuple[str, ...] = ()
-    has_matrix: bool = False
-    speed: LayerSpeed | None = None
-    kernel: str | None = None
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits per value after, everything counted."""
-        return 8 * self.bytes / self.parameters if self.parameters else 0.0
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether the layer was measured and returns what it should."""
-        return self.output_sqnr_db is not None and self.output_sqnr_db >= GOOD_DB
-
-    @property
-    def loses_faint(self) -> bool:
-        """Whether inputs that are loud for small weights are lost, which `sqnr_db` does not see.
-
-        That is so where some values of a row dwarf the others and few codes are left to those.
-        """
-        if self.faint_db is None or self.sqnr_db is None:
-            return False
-        return self.faint_db < min(WARNING_DB, self.sqnr_db - _UNSEEN_DB)
-
-    @property
-    def drawn_db(self) -> float | None:
-        """What a product with the weight comes to for drawn inputs, in dB: the estimate to go by.
-
-        For those that meet small weights alone, where they are lost.
-        """
-        return self.faint_db if self.loses_faint else self.estimated_db
-
-    @property
-    def is_doubtful(self) -> bool:
-        """Whether little is left of what the layer returns, by the estimate."""
-        return self.loses_faint or (
-            self.estimated_db is not None and self.estimated_db < CRITICAL_DB
-        )
-
-    def with_inputs(
-        self,
-        activation: str | None,
-        size: int,
-        alias: str | None = None,
-        *,
-        reason: str | None = None,
-    ) -> "LayerReport":
-        """Return the row with what is said of the inputs, and the bytes that they take.
-
-        Args:
-            activation: how they are quantized, or why not; None for nothing to say.
-            size: bytes of what was calibrated.
-            alias: the tied weight that they meet, where it is not this one; it is only named where
-                its inputs have another fate.
-            reason: why their range is what it is.
-        """
-        of = f" of {alias}" if alias is not None else ""
-        ranges = (*self.ranges, f"input range{of} by {reason}") if reason else self.ranges
-        parts = self.activation
-        if alias is None:
-            parts = activation
-        elif activation is not None and activation != self.activation:
-            named = f"{activation} of {alias}"
-            parts = named if self.activation is None else f"{self.activation}; {named}"
-        return attrs.evolve(self, activation=parts, bytes=self.bytes + size, ranges=ranges)
-
-    @property
-    def fate(self) -> str:
-        """The scheme, or why it stayed float; whose values these also are; ranges; the note."""
-        parts = [self.scheme if self.scheme is not None else f"float: {self.reason}"]
-        if self.scheme is None and self.speed is not None:
-            parts[0] += f", quantized it is {self.speed.ratio:.2f} times as fast on the example"
-        if self.activation is not None:
-            parts.append(self.activation)
-        if self.scheme is not None and self.reason:
-            parts.append(self.reason)
-        if self.aliases:
-            parts.append(f"also {', '.join(self.aliases)}")
-        parts += self.ranges
-        if self.note:
-            parts.append(self.note)
-        return "; ".join(parts)
+    def savefig(self, fname: str | PathLike[str]) -> None:
+        """Write it to a file, whose suffix chooses the format."""
 
 
 @attrs.frozen
@@ -369,38 +187,7 @@ class Report:
 
     def to_dict(self) -> Config:
         """Return everything as JSON data; an infinite SQNR is the string "inf"."""
-        rows: list[Config] = [
-            {
-                "name": layer.name,
-                "layer": layer.layer,
-                "shape": list(layer.shape),
-                "parameters": layer.parameters,
-                "float_bytes": layer.float_bytes,
-                "bytes": layer.bytes,
-                "bits_per_weight": layer.bits_per_weight,
-                "scheme": layer.scheme,
-                "activation": layer.activation,
-                "reason": layer.reason,
-                "sqnr_db": _finite(layer.sqnr_db),
-                "estimated_db": _finite(layer.estimated_db),
-                "faint_db": _finite(layer.faint_db),
-                "cast_db": _finite(layer.cast_db),
-                "outliers": layer.outliers,
-                "row_outliers": layer.row_outliers,
-                "columns": layer.columns,
-                "scale_block": list(layer.scale_block),
-                "output_sqnr_db": _finite(layer.output_sqnr_db),
-                "groups_gain_db": _finite(layer.groups_gain_db),
-                "inputs": [attrs.asdict(one) for one in layer.inputs],
-                "ranges": list(layer.ranges),
-                "note": layer.note,
-                "aliases": list(layer.aliases),
-                "has_matrix": layer.has_matrix,
-                "speed": layer.speed.to_dict() if layer.speed is not None else None,
-                "kernel": layer.kernel,
-            }
-            for layer in self.layers
-        ]
+        rows = [row.to_dict() for row in self.layers]
         speed = self.speed.to_dict() if self.speed is not None else None
         return {**self.summary(), "layers": rows, "flow": list(self.flow), "speed": speed}
 
@@ -412,9 +199,9 @@ class Report:
             "ratio": self.ratio,
             "bits_per_weight": self.bits_per_weight,
             "coverage": self.coverage,
-            "mean_weight_sqnr_db": _finite(self.mean_sqnr_db),
-            "output_sqnr_db": _finite(self.output_sqnr_db),
-            "class_kept_sqnr_db": _finite(self.class_kept_sqnr_db),
+            "mean_weight_sqnr_db": finite(self.mean_sqnr_db),
+            "output_sqnr_db": finite(self.output_sqnr_db),
+            "class_kept_sqnr_db": finite(self.class_kept_sqnr_db),
             "samples": self.samples,
             "quantized_weights": len(self.quantized),
             "changes": [
@@ -467,20 +254,89 @@ class Report:
         return "\n".join([*head, "", *self._lines()])
 
     def _repr_html_(self) -> str:
-        head, *rest = (html.escape(line) for line in self._head())
-        columns, rows = self._table()
-        heads = "".join(f"<th>{column}</th>" for column in columns)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in rows
+        from mono_quant.pictures import Depth, compact
+
+        head, *lines = self._head()
+        depth = Depth.of(self.layers, self.estimated)
+        columns, cells = self._table()
+        return compact(head, lines, depth, columns, cells, self._below(), self.flow)
+
+    def to_html(self, path: str | PathLike[str], *, title: str = "Quantization report") -> Path:
+        """Write the report as one page that needs no network and no server, and return its path.
+
+        It shows the warnings, the sizes, the error of each layer along the depth of the model, how
+        errors add up from the input to the output where that was measured, how the values of the
+        worst layers are spread, and a table that can be sorted.
+
+        Args:
+            path: where to; a file that is there is replaced.
+            title: above the page.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        path = Path(path)
+        path.write_text(self._page(title), encoding="utf-8")
+        return path
+
+    def plot(self) -> Drawing:
+        """Return the same pictures as a `matplotlib.figure.Figure`, which a notebook shows.
+
+        The error of each layer, how errors add up, and histograms of the three worst weights, as
+        far as these are known.
+
+        Raises:
+            ConfigurationError: matplotlib is not installed.
+        """
+        from mono_quant.pictures.plot import draw
+
+        return draw(self.layers, self.output_sqnr_db, self.estimated)
+
+    def diff(self, other: "Report") -> ReportDifference:
+        """Return what changed from this report to another one, weight by weight."""
+        layers, alike = difference(self.layers, other.layers)
+        return ReportDifference(
+            layers,
+            alike,
+            (self.bytes, other.bytes),
+            (self.output_sqnr_db, other.output_sqnr_db),
+            tuple(one for one in self.warnings if one not in other.warnings),
+            tuple(one for one in other.warnings if one not in self.warnings),
         )
-        items = "".join(f"<li>{line}</li>" for line in rest)
-        return (
-            f"<p><b>{head}</b></p><ul>{items}</ul>"
-            f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
-            + "".join(f"<p>{html.escape(line)}</p>" for line in self._below())
-            + (f"<pre>{html.escape(chr(10).join(self.flow))}</pre>" if self.flow else "")
-        )
+
+    def _page(self, title: str) -> str:
+        from mono_quant.pictures import KeyFigure, Page
+
+        output, mean = self.output_sqnr_db, self.mean_sqnr_db
+        many = "s" if len(self.quantized) != 1 else ""
+        weights = f"{len(self.quantized)} quantized weight{many}"
+        figures = [
+            KeyFigure(
+                "size",
+                format_bytes(self.bytes),
+                f"of {format_bytes(self.float_bytes)}, {self.ratio:.2f} times smaller",
+            ),
+            KeyFigure("bits per weight", f"{self.bits_per_weight:.3f}", f"of {weights}"),
+        ]
+        if mean is not None:
+            figures.append(KeyFigure("mean weight SQNR", f"{mean:.1f} dB", f"of {weights}"))
+        if output is None:
+            figures.append(KeyFigure("output SQNR", "not measured", "no data was given"))
+        else:
+            seen = f"{grade(output)}, on {self.samples} samples"
+            figures.append(KeyFigure("output SQNR", format_db(output), seen, grade(output)))
+        return Page(
+            title=title,
+            rows=self.layers,
+            float_bytes=self.float_bytes,
+            bytes=self.bytes,
+            figures=figures,
+            warnings=self.warnings,
+            facts=(*self._timed(), *self._class_kept(), *self._changed(), *self.notes),
+            output_db=output,
+            estimated=self.estimated,
+            flow=self.flow,
+        ).to_html()
 
     def _head(self) -> list[str]:
         lines = [self.sizes, *self._warned()]
@@ -493,15 +349,15 @@ class Report:
             lines.append(
                 f"output SQNR {format_db(self.output_sqnr_db)} on {self.samples} samples "
                 f"({grade(self.output_sqnr_db)})"
-                + (
-                    f"; {format_db(self.class_kept_sqnr_db)} with its class kept"
-                    if self.class_kept_sqnr_db is not None
-                    else ""
-                )
+                + "".join(f"; {kept}" for kept in self._class_kept())
             )
         else:
             lines.append("output SQNR not measured: no data; give some with fit(data)")
         return [*lines, *self._timed(), *self._changed(), *self.notes]
+
+    def _class_kept(self) -> list[str]:
+        kept = self.class_kept_sqnr_db
+        return [f"{format_db(kept)} with its class kept"] if kept is not None else []
 
     def _warned(self) -> list[str]:
         return [f"warning: {warning}" for warning in self.warnings]
@@ -546,65 +402,18 @@ class Report:
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         """Return the titles of the columns in which some row has anything, and their cells."""
-        cells = {title: [show(row) for row in self.layers] for title, show in _COLUMNS.items()}
-        if self.estimated:
-            cells[_OUTPUT] = [_estimate(row) for row in self.layers]
-        shown = {title: column for title, column in cells.items() if any(column) or not column}
-        return list(shown), [list(row) for row in zip(*shown.values(), strict=True)]
+        columns, rows = filled(columns_of(estimated=self.estimated), self.layers)
+        return [column.title for column in columns], rows
 
     def _lines(self) -> list[str]:
         """Return the table as text."""
-        return table(*self._table(), _NUMERIC)
+        columns = columns_of(estimated=self.estimated)
+        return table(*self._table(), frozenset(one.title for one in columns if one.numeric))
 
     def _below(self) -> list[str]:
         """Return what a mark in the table means."""
-        return [_ESTIMATED] if self.estimated else []
-
-
-_OUTPUT = "output"
-_ESTIMATED = (
-    "~ estimated, not measured: of a product with the quantized weight alone, for inputs drawn so "
-    "that all of its columns count alike, or, where that is far worse, so that rows meet the "
-    "smaller half of their values alone; of an embedding, of its rows"
-)
-
-
-def _decibels(value: float | None) -> str:
-    return format_db(value) if value is not None else ""
-
-
-def _estimate(layer: LayerReport) -> str:
-    return f"~{format_db(layer.drawn_db)}" if layer.drawn_db is not None else ""
-
-
-_COLUMNS: dict[str, Callable[[LayerReport], str]] = {
-    "name": lambda layer: layer.name,
-    "layer": lambda layer: layer.layer,
-    "shape": lambda layer: "x".join(map(str, layer.shape)),
-    "before": lambda layer: format_bytes(layer.float_bytes),
-    "after": lambda layer: format_bytes(layer.bytes),
-    "bits": lambda layer: f"{layer.bits_per_weight:.2f}",
-    "SQNR": lambda layer: _decibels(layer.sqnr_db),
-    _OUTPUT: lambda layer: _decibels(layer.output_sqnr_db),
-    "speed": lambda layer: f"{layer.speed.ratio:.2f}x" if layer.speed is not None else "",
-    "kernel": lambda layer: layer.kernel or "",
-    "fate": lambda layer: layer.fate,
-}
-_NUMERIC = frozenset({"before", "after", "bits", "SQNR", _OUTPUT, "speed"})
-
-
-def grade(decibels: float) -> str:
-    """Return the word for an SQNR: critical below 10 dB, warning below 20, good above 30."""
-    if math.isnan(decibels) or decibels < CRITICAL_DB:
-        return "critical"
-    if decibels < WARNING_DB:
-        return "warning"
-    return "good" if decibels > GOOD_DB else "fair"
+        return [ESTIMATED] if self.estimated else []
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
-
-
-def _finite(value: float | None) -> float | str | None:
-    return value if value is None or math.isfinite(value) else str(value)

@@ -28,6 +28,7 @@ from mono_quant.modules import BareModule
 from mono_quant.report import Report
 from mono_quant.serializers import BUILT_IN_SERIALIZERS, serializer_for
 from mono_quant.speed import Speed
+from mono_quant.stored import stored
 from mono_quant.text import table
 
 
@@ -104,7 +105,7 @@ class QuantizationResult(Generic[ModelT]):
 
     def checkpoint(self) -> Checkpoint:
         """Return the model as plain data that shares its memory."""
-        return to_checkpoint(self._class_kept, self.plan.config, self.report.summary())
+        return to_checkpoint(self._class_kept, self.plan.config, stored(self.report))
 
     def save(self, path: str | PathLike[str], *, serializer: Serializer | None = None) -> Path:
         """Write the model to a file and return its path.

@@ -21,11 +21,12 @@ RANKS = {
             "configurable",
             "numerics",
             "base speed",
-            "batches report operations recurrence schemes observers rounding selection transforms",
-            "kernels settings",
-            "modules",
-            "layers serializers",
-            "calibration checkpoint gathering",
+            "batches evidence operations recurrence schemes observers rounding selection "
+            "transforms",
+            "kernels settings columns",
+            "modules pictures difference",
+            "layers serializers report",
+            "calibration checkpoint gathering stored",
             "benchmark statistics",
             "result flow",
             "plan files",
@@ -48,8 +49,8 @@ ONLY_IN = {
     "tqdm": "progress",
 }
 """What only these packages may touch."""
-LAZY = {"demo", "testing"}
-"""Packages that may import inside functions: what they need is optional."""
+LAZY = {"demo", "testing", "report", "pictures"}
+"""Parts that may import inside functions: what they need is optional, or seldom needed."""
 DEPENDENCIES = {"torch", "safetensors", "attrs", "tqdm"}
 
 

@@ -101,6 +101,7 @@ def test_importing_loads_nothing_but_torch_and_three_small_libraries() -> None:
         "mono_quant.cli",
         "mono_quant.demo",
         "mono_quant.testing",
+        "mono_quant.pictures",
         "safetensors.torch",
         "torch._dynamo",
     ],

@@ -14,8 +14,8 @@ from torch import nn
 
 from mono_quant import LayerReport, PerGroup, Quantizer, Report
 from mono_quant.configurable import Json
+from mono_quant.evidence import grade
 from mono_quant.plan.warnings import warnings_of, with_output
-from mono_quant.report import grade
 from mono_quant.text import format_bytes, format_db, table
 from tests.helpers import TiedModel, noise
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from mono_quant import ConfigurationError, Quantizer, Report, RequirementError
+from mono_quant.evidence import LayerReport
 from mono_quant.plan.warnings import warnings_of
-from mono_quant.report import LayerReport
 from tests.cli.conftest import Monoquant
 from tests.cli.conftest import folder as folder
 from tests.cli.conftest import monoquant as monoquant

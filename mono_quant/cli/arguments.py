@@ -245,3 +245,13 @@ def add_speed(layers: _ArgumentGroup) -> None:
 def add_quiet(command: ArgumentParser | _ArgumentGroup) -> None:
     """Say nothing."""
     command.add_argument("--quiet", action="store_true", help="say nothing but errors")
+
+
+def add_html(command: ArgumentParser | _ArgumentGroup) -> None:
+    """Say where the report goes as a page."""
+    command.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="also write the report there, as one page with pictures that needs no network",
+    )

@@ -35,7 +35,7 @@ from mono_quant.cli.options import (
     ValidateOptions,
 )
 from mono_quant.cli.values import build_quantizer
-from mono_quant.cli.words import in_options, report_in_options
+from mono_quant.cli.words import in_options, report_in_options, report_worded
 from mono_quant.comparison import compare_files
 from mono_quant.configurable import Config
 from mono_quant.demo.run import run_demo
@@ -82,6 +82,7 @@ def quantize(given: Namespace) -> Outcome:
         config = quantizer.to_config()
         return Outcome(_json_text(config), config)
     output = _checked_output(options.output, model_path(options))
+    _checked_page(options.html, options.output, model_path(options))
     model = float_model(options)
     planned = _with_data(quantizer, options, runs=isinstance(model, nn.Module)).plan(model)
     del model  # so that --in-place can free the tensors of a bare checkpoint
@@ -97,11 +98,14 @@ def quantize(given: Namespace) -> Outcome:
     saved = result.save(output)
     size = saved.stat().st_size
     lines = [in_options(str(result.report)), "", f"saved {saved} ({format_bytes(size)})"]
+    page = _page(result.report, options.html, saved)
+    lines += [f"report: {page[name]}" for name in page]
     answer: dict[str, Config | str | int] = {
         "output": str(saved),
         "file_bytes": size,
         "report": report_in_options(result.report.to_dict()),
         "config": result.plan.config,
+        **page,
     }
     problem = None
     if options.only_if_faster and not result.report.quantized:
@@ -215,8 +219,11 @@ def info(given: Namespace) -> Outcome:
     """Show what a quantized file says of itself."""
     options = InfoOptions(**vars(given))
     _import_all(options)
+    _checked_page(options.html, options.file)
     found = describe_file(options.file)
-    return Outcome(in_options(str(found)), found.to_dict())
+    page = _page(found.report, options.html, options.file)
+    told = [in_options(str(found)), *(f"\nreport: {page[name]}" for name in page)]
+    return Outcome("\n".join(told), {**found.to_dict(), **page})
 
 
 def validate(given: Namespace) -> Outcome:
@@ -303,6 +310,25 @@ def demo(given: Namespace) -> Outcome:
     failed = [run.name for run in found.variants if run.validation != "valid"]
     problem = f"{', '.join(failed)} failed validation" if failed else None
     return Outcome("" if options.quiet else str(found), found.to_dict(), problem)
+
+
+def _checked_page(page: Path | None, *others: Path | None) -> None:
+    """Refuse a page that cannot be written, or would replace another file, before work is done."""
+    if page is None:
+        return
+    if not page.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {page.parent} for {page.name}; make it")
+    for other in others:
+        if other is not None and page.resolve() == other.resolve():
+            raise ConfigurationError(f"--html {page} is the model's file; write to another file")
+
+
+def _page(report: Report, page: Path | None, of: Path) -> dict[str, str]:
+    """Write a report as a page, its advice in options, and return where; nothing if not asked."""
+    if page is None:
+        return {}
+    report_worded(report).to_html(page, title=f"Quantization report: {of.name}")
+    return {"html": str(page)}
 
 
 def _import_all(options: ModelOptions) -> None:

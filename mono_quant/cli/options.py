@@ -70,6 +70,7 @@ class QuantizeOptions(PlanOptions):
     in_place: bool
     sequential: bool | None
     resume: Path | None
+    html: Path | None
     validate: bool
     require_coverage: float | None
     require_sqnr: float | None
@@ -80,6 +81,7 @@ class InfoOptions(ModelOptions):
     """What ``info`` was told; see its help."""
 
     file: Path
+    html: Path | None
 
 
 class ValidateOptions(ModelOptions):

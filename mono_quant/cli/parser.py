@@ -19,6 +19,7 @@ from mono_quant.cli.arguments import (
     add_factory,
     add_forward,
     add_grid,
+    add_html,
     add_inputs,
     add_kinds,
     add_layers,
@@ -45,6 +46,7 @@ _QUANTIZE = """examples:
   monoquant quantize model.safetensors --bits 4 --skip lm_head -o small.safetensors
   monoquant quantize model.pt --factory my_package.models:make --bits 4 --group-size 32 \\
       --override 'head=8' --observer mse:steps=100 --calibration batches.pt -o small.safetensors
+  monoquant quantize model.pt --bits 4 -o small.pt --html report.html
   monoquant quantize --bits 4 --skip head --dump-config > four.json
   monoquant quantize model.pt --config four.json --override 'head=8' -o small.pt
 
@@ -67,6 +69,7 @@ _CALIBRATE = """examples:
 Takes the options of quantize, which say whose statistics are asked for."""
 _INFO = """examples:
   monoquant info small.safetensors
+  monoquant info small.safetensors --html report.html
   monoquant info small.safetensors --json | jq .config"""
 _VALIDATE = """examples:
   monoquant validate small.safetensors
@@ -153,6 +156,7 @@ def _add_quantize(known: _SubParsersAction[_Parser]) -> None:
         metavar="FOLDER",
         help="keep each finished block there, and go on from those of a run that was stopped",
     )
+    add_html(output)
     output.add_argument(
         "--no-validate",
         dest="validate",
@@ -217,6 +221,7 @@ def _add_how(command: ArgumentParser, *, statistics: bool = True) -> None:
 def _add_info(known: _SubParsersAction[_Parser]) -> None:
     command = _command(known, "info", commands.info, _INFO)
     command.add_argument("file", type=Path, metavar="FILE", help="a quantized file")
+    add_html(command)
 
 
 def _add_validate(known: _SubParsersAction[_Parser]) -> None:

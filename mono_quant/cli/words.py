@@ -6,8 +6,11 @@ import re
 import shlex
 from collections.abc import Callable, Mapping
 
+import attrs
+
 from mono_quant.configurable import Config, Json, registered
 from mono_quant.errors import Mend
+from mono_quant.report import Report
 
 OPTIONS = {
     Mend.SAMPLES: "say how many with --samples N",
@@ -64,6 +67,26 @@ def data_in_options(data: Json) -> Json:
 def report_in_options(report: Config) -> Config:
     """Return a report as JSON data with its advice worded so."""
     return {name: data_in_options(value) for name, value in report.items()}
+
+
+def report_worded(report: Report) -> Report:
+    """Return a report whose texts advise options."""
+    rows = (
+        attrs.evolve(
+            row,
+            reason=in_options(row.reason) if row.reason is not None else None,
+            activation=in_options(row.activation) if row.activation is not None else None,
+            note=in_options(row.note) if row.note is not None else None,
+        )
+        for row in report.layers
+    )
+    return attrs.evolve(
+        report,
+        layers=tuple(rows),
+        warnings=tuple(map(in_options, report.warnings)),
+        notes=tuple(map(in_options, report.notes)),
+        changes=tuple(attrs.evolve(one, text=in_options(one.text)) for one in report.changes),
+    )
 
 
 def _call(text: str, start: int) -> tuple[ast.Call | None, int]:

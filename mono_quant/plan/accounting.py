@@ -6,10 +6,11 @@ import attrs
 from torch import Tensor, nn
 
 from mono_quant.base import Change, QuantizedModule
+from mono_quant.evidence import LayerReport
 from mono_quant.modules import BareModule, QuantizedInput, QuantizedWeight
 from mono_quant.numerics.metrics import memory_of, tensor_bytes
 from mono_quant.plan.request import WeightPlan, by_layer
-from mono_quant.report import LayerReport, Report
+from mono_quant.report import Report
 from mono_quant.transforms.edits import BIAS, IDENTITY
 from mono_quant.transforms.graph import NORMS
 from mono_quant.transforms.rescaling import widths

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from mono_quant.base import Grid, QuantizedModule
 from mono_quant.calibration import CalibrationData, output_error
 from mono_quant.checkpoint import copy_structure
+from mono_quant.evidence import CRITICAL_DB, WARNING_DB, LayerReport
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.observers import MinMax
 from mono_quant.plan.request import LOW_BITS, WeightPlan
-from mono_quant.report import CRITICAL_DB, WARNING_DB, LayerReport
 from mono_quant.rounding import RoundToNearest
 from mono_quant.schemes import FloatCast
 from mono_quant.settings import Activations, Recipe

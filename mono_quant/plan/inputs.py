@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.base import Activation, QuantizedModule, Scheme
+from mono_quant.evidence import InputReport
 from mono_quant.numerics.granularity import PerToken
-from mono_quant.numerics.histogram import evenly_spread
+from mono_quant.numerics.histogram import HistogramState, evenly_spread, merge, observe
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.numerics.values import QParams
+from mono_quant.plan.drawn import BINS, distribution
 from mono_quant.plan.request import WeightPlan
-from mono_quant.report import InputReport
 from mono_quant.schemes import Affine
 
 _ENOUGH_CHANNELS = 8
@@ -68,6 +69,7 @@ class InputUse:
         low: the smallest value.
         high: the largest.
         count: how many values there were.
+        histogram: of them.
         channels: None where the layer's quantizer does not say what a channel is.
         cut: the error of cutting values off at the ends of a calibrated range.
         beyond: how many were cut off.
@@ -81,6 +83,7 @@ class InputUse:
     low: float
     high: float
     count: int
+    histogram: HistogramState
     channels: Channels | None
     cut: SquaredError = attrs.field(factory=SquaredError)
     beyond: int = 0
@@ -105,7 +108,8 @@ class InputUse:
         low, high = (float(end) for end in torch.aminmax(x))
         if not math.isfinite(low) or not math.isfinite(high):
             return None
-        found = cls(low, high, x.numel(), Channels.of(x, dim) if dim is not None else None)
+        channels = Channels.of(x, dim) if dim is not None else None
+        found = cls(low, high, x.numel(), observe(x, BINS), channels)
         if activation.scale is not None:
             found = found._on_calibrated(x, activation, activation.scale)
         if dim == -1 and not isinstance(activation.scheme.granularity, PerToken):
@@ -118,6 +122,7 @@ class InputUse:
             min(self.low, other.low),
             max(self.high, other.high),
             self.count + other.count,
+            merge(self.histogram, other.histogram, BINS),
             _added(self.channels, other.channels),
             self.cut + other.cut,
             self.beyond + other.beyond,
@@ -141,15 +146,14 @@ class InputUse:
             uncut_gain_db=self._uncut_gain_db(activation),
             crowded=crowded,
             per_token_gain_db=self.gain_db / self.rows if self.rows else None,
+            histogram=distribution(self.histogram, _covered(activation)),
         )
 
     def _on_calibrated(self, x: Tensor, activation: Activation, scale: Tensor) -> "InputUse":
         """Return this with what a calibrated range does to `x`."""
         scheme, half = activation.scheme, float(scale) / 2
-        reach = torch.tensor([-1.0, 1.0], device=x.device) * torch.finfo(torch.float32).max
-        ends = activation.fake_quantize(reach).tolist()  # clamped to the ends of the grid
         beyond, lost = 0, 0.0
-        for sign, end in zip((-1, 1), ends, strict=True):
+        for sign, end in zip((-1, 1), _covered(activation) or (), strict=True):
             if sign * (self.high if sign > 0 else self.low) > sign * end + half:
                 values = x[sign * x > sign * end + half].to(torch.float64)
                 beyond += values.numel()
@@ -243,6 +247,16 @@ class InputUses:
         if not isinstance(layer, QuantizedModule):
             return None
         return layer.activations().get(weight.name)
+
+
+def _covered(activation: Activation) -> tuple[float, float] | None:
+    """Return the ends of a calibrated grid; None for one that is found anew for each input."""
+    if activation.scale is None:
+        return None
+    reach = torch.tensor([-1.0, 1.0], device=activation.scale.device)
+    reach = reach * torch.finfo(torch.float32).max
+    low, high = activation.fake_quantize(reach).tolist()  # clamped to the ends of the grid
+    return low, high
 
 
 def _over_median(sizes: Tensor) -> float | None:

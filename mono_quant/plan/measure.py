@@ -22,12 +22,13 @@ from mono_quant.calibration import (
     positional_arguments,
 )
 from mono_quant.errors import CalibrationError
+from mono_quant.evidence import LayerReport
 from mono_quant.gathering import Gathered, Gathering, Wanted
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.numerics.nested import tensors_in
+from mono_quant.plan.accumulated import Accumulated
 from mono_quant.plan.inputs import InputUses
 from mono_quant.plan.request import Request, WeightPlan, by_layer
-from mono_quant.report import LayerReport
 from mono_quant.transforms import FoldBatchNorm
 from mono_quant.transforms.edits import mark
 
@@ -129,6 +130,7 @@ class LayerErrors:
         floats: the float model.
         model: the quantized one.
         uses: what was seen of the inputs meanwhile.
+        accumulated: what is to be seen of the layers inside the quantized model.
         errors: by the layers' names, after `outputs` was gone through; layers that no data reached
             are absent.
     """
@@ -136,6 +138,7 @@ class LayerErrors:
     floats: nn.Module
     model: nn.Module
     uses: InputUses
+    accumulated: Accumulated
     errors: dict[str, SquaredError] = attrs.field(factory=dict)
 
     def outputs(
@@ -170,6 +173,7 @@ class LayerErrors:
         with evaluating(layer):  # the layer alone: somebody else may be running the model
             other = layer(*args, **kwargs)
         error = output_error(output, other)
+        self.accumulated.keep(path, output)
         if error.count:
             self.errors[path] = self.errors.get(path, SquaredError()) + error
 
@@ -180,16 +184,21 @@ def with_outputs(
     layers: LayerErrors,
 ) -> Mapping[str, LayerReport]:
     """Return the rows with the SQNR of what their layers return, and what is known of inputs."""
-    errors, inputs = layers.errors, layers.uses.reports(todo)
+    inputs = layers.uses.reports(todo)
     paths = {weight.key: weight.path for weight in todo}
-    return {
-        name: attrs.evolve(
+
+    def measured(name: str, row: LayerReport) -> LayerReport:
+        path = paths[name]
+        error, inside = layers.errors.get(path), layers.accumulated.errors.get(path)
+        return attrs.evolve(
             row,
-            output_sqnr_db=errors[path].sqnr_db if (path := paths[name]) in errors else None,
+            output_sqnr_db=error.sqnr_db if error is not None else None,
+            accumulated_db=inside.sqnr_db if inside is not None and inside.count else None,
+            place=layers.accumulated.order.get(path),
             inputs=tuple(inputs[key] for key in (name, *row.aliases) if key in inputs),
         )
-        for name, row in rows.items()
-    }
+
+    return {name: measured(name, row) for name, row in rows.items()}
 
 
 def left_out(model: nn.Module, data: CalibrationData) -> list[str]:

@@ -1,6 +1,5 @@
 """What will be done to each layer of one model, decided and shown before a tensor is touched."""
 
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Generic
@@ -19,11 +18,14 @@ from mono_quant.calibration import CalibrationData, Kept, compare, count_samples
 from mono_quant.checkpoint import ModelT, adapt_containers, calling, copy_structure
 from mono_quant.configurable import Config
 from mono_quant.errors import CalibrationError, DamageError, InputError, Mend
+from mono_quant.evidence import WARNING_DB, LayerReport
 from mono_quant.layers import BUILT_IN_CONTAINERS
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.plan.accounting import account
+from mono_quant.plan.accumulated import Accumulated
 from mono_quant.plan.checks import check_finite, check_fits
 from mono_quant.plan.damage import Damage, amended, diagnosed, estimated
+from mono_quant.plan.drawn import with_histograms
 from mono_quant.plan.faster import decided, measure_layers, outcome, set_apart
 from mono_quant.plan.fuse import fuse_activations
 from mono_quant.plan.inputs import InputUses
@@ -45,7 +47,7 @@ from mono_quant.plan.request import Request, WeightPlan, by_layer
 from mono_quant.plan.run import LayerRun, quantize_weights
 from mono_quant.plan.warnings import warnings_of
 from mono_quant.plan.written import skipping
-from mono_quant.report import WARNING_DB, LayerReport, Report
+from mono_quant.report import Report
 from mono_quant.result import Outline, QuantizationResult
 from mono_quant.statistics import CalibrationStatistics
 
@@ -208,6 +210,8 @@ class Plan(Generic[ModelT]):
         if found.damages and request.on_damage != "warn":
             amended = self._amended(found.damages, data)
             return amended.run(sequential=sequential, resume=resume, progress=progress)
+        drawn = with_histograms(found.rows, todo, layers.packed, floats)
+        found = attrs.evolve(found, rows=drawn)
         if request.fold is not False:
             fused = fuse_activations(work, TransformContext(data.outputs if data else None))
             found = attrs.evolve(found, changes=(*found.changes, *fused))
@@ -303,12 +307,13 @@ class Plan(Generic[ModelT]):
             changes = (*found.changes, *correct(work, self._request.corrections, context))
             if data is None:
                 return attrs.evolve(found, changes=changes)
-            layers = LayerErrors(floats, work, InputUses(work))
+            accumulated = Accumulated(work, len({weight.path for weight in todo}))
+            layers = LayerErrors(floats, work, InputUses(work), accumulated)
             reference = layers.outputs(todo, data, label and "measuring layers")
             if any(change.done for change in changes):  # then the twin is not the model given
-                deque(reference, maxlen=0)
-                reference = data.outputs(self._model)
-            error = compare(reference, data.outputs(work, label and "measuring"))
+                both = zip(reference, data.outputs(self._model), strict=True)
+                reference = (given for _, given in both)
+            error = compare(reference, accumulated.outputs(data, label and "measuring"))
             damages = diagnosed(floats, work, todo, layers.errors, data)
             rows = with_outputs(found.rows, todo, layers)
             rows = with_tried_groups(rows, floats, todo, data)

@@ -10,11 +10,11 @@ from torch import nn
 from mono_quant.base import Statistics
 from mono_quant.calibration import CalibrationData, Kept, compare, evaluating, output_error
 from mono_quant.checkpoint import copy_structure
+from mono_quant.evidence import WARNING_DB, LayerReport
 from mono_quant.numerics.granularity import PerGroup
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.plan.request import WeightPlan
 from mono_quant.plan.run import rounded
-from mono_quant.report import WARNING_DB, LayerReport
 from mono_quant.schemes import Affine
 from mono_quant.text import format_db
 

@@ -14,6 +14,7 @@ from mono_quant.base import Activation, Change, Container, PackedTensor, Statist
 from mono_quant.calibration import CalibrationData, evaluating
 from mono_quant.checkpoint import ModelT, calling
 from mono_quant.errors import InputError, Mend
+from mono_quant.evidence import LayerReport
 from mono_quant.gathering import Gathered, Gathering, Wanted
 from mono_quant.modules import tie
 from mono_quant.numerics.metrics import tensor_bytes
@@ -21,6 +22,7 @@ from mono_quant.observers import MinMax
 from mono_quant.plan.blocks import BlockRun, on_floats, unlearned
 from mono_quant.plan.checks import check_finite, check_gathered
 from mono_quant.plan.damage import cast_of
+from mono_quant.plan.drawn import Worst, weight_histogram
 from mono_quant.plan.journal import Journal
 from mono_quant.plan.measure import gather_for, wanted_of
 from mono_quant.plan.relay import Relay
@@ -28,7 +30,6 @@ from mono_quant.plan.request import WeightPlan, by_layer
 from mono_quant.plan.stages import Stage, stages_of
 from mono_quant.plan.weight_error import WeightError
 from mono_quant.progress import progress_bar
-from mono_quant.report import LayerReport
 from mono_quant.settings import Recipe
 from mono_quant.statistics import CalibrationStatistics
 from mono_quant.transforms.edits import put
@@ -58,6 +59,7 @@ class LayerRun(Generic[ModelT]):
         }
         self.packed: dict[str, PackedTensor] = {}
         self._layers: dict[str, nn.Module] = {}
+        self._worst = Worst()
 
     @torch.no_grad()
     def quantize(
@@ -90,7 +92,7 @@ class LayerRun(Generic[ModelT]):
                 continue
             looked_up = weight.key not in self._multiplied
             found = given.get(weight.key)
-            packed, row = rounded(weight, layer, known.rows, looked_up, found)
+            packed, row = rounded(weight, layer, known.rows, looked_up, found, self._worst)
             self.packed[weight.key] = packed
             self.rows[weight.key] = row.with_inputs(said, size, reason=why)
         mine = {weight.name: self.packed[weight.key] for weight in weights}
@@ -194,6 +196,7 @@ def rounded(
     statistics: Statistics,
     looked_up: bool = False,
     given: PackedTensor | None = None,
+    worst: Worst | None = None,
 ) -> tuple[PackedTensor, LayerReport]:
     """Return a weight of `layer` on its grid, and what is known of it.
 
@@ -203,6 +206,7 @@ def rounded(
         statistics: of its inputs.
         looked_up: its rows are the layer's output, and meet no inputs.
         given: the weight, where it was rounded already.
+        worst: says whether its values are to be drawn; None for no.
 
     Raises:
         InputError: it is not finite, or no grid can hold it; names it.
@@ -240,6 +244,9 @@ def rounded(
     )
     # A convolution's values meet neighbours of one input: those that meet small ones meet large.
     by_value = len(weight.layout.native) == _MATRIX and not looked_up
+    estimated = error.total.sqnr_db if looked_up else error.estimated_db
+    drawn = worst is not None and worst.admits(estimated)
+    histogram = weight_histogram(stack, scheme, q.qparams) if drawn else None
     packed = given or PackedTensor.pack(q, scheme, weight.layout, view.native.dtype, consume=True)
     row = LayerReport(
         weight.key,
@@ -250,7 +257,7 @@ def rounded(
         packed.nbytes,
         scheme=scheme.describe(),
         sqnr_db=error.total.sqnr_db,
-        estimated_db=error.total.sqnr_db if looked_up else error.estimated_db,
+        estimated_db=estimated,
         faint_db=error.faint_db if by_value else None,
         outliers=error.outliers,
         row_outliers=error.row_outliers,
@@ -261,6 +268,7 @@ def rounded(
         aliases=weight.aliases,
         speed=weight.speed,
         kernel=weight.kernel,
+        histogram=histogram,
     )
     return packed, _tried_at_16_bits(row, stack) if row.is_doubtful else row
 

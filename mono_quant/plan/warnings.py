@@ -5,16 +5,16 @@ from collections.abc import Iterable, Sequence
 
 import attrs
 
-from mono_quant.plan.damage import Damage
-from mono_quant.plan.relief import OUTLIER, Relief, groups_for, groups_help, has_outlier_columns
-from mono_quant.report import (
+from mono_quant.evidence import (
     CRITICAL_DB,
     GOOD_DB,
     WARNING_DB,
     InputReport,
     LayerReport,
-    Report,
 )
+from mono_quant.plan.damage import Damage
+from mono_quant.plan.relief import OUTLIER, Relief, groups_for, groups_help, has_outlier_columns
+from mono_quant.report import Report
 from mono_quant.text import format_bytes, format_db
 
 _NOTABLE_SHARE = 0.05

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mono_quant import QuantizationResult, Quantizer, SlowPathWarning
+from mono_quant.evidence import LayerReport
 from mono_quant.layers import LinearQuantizer
 from mono_quant.modules import QuantizedLayer
-from mono_quant.report import LayerReport
 
 
 class Scales(nn.Conv2d):

@@ -1,0 +1,1 @@
+"""The part of matplotlib that mono_quant.pictures touches."""
