@@ -83,6 +83,11 @@ def quantize(given: Namespace) -> Outcome:
         return Outcome(_json_text(config), config)
     output = _checked_output(options.output, model_path(options))
     _checked_page(options.html, options.output, model_path(options))
+    if options.sequential and options.statistics is not None:
+        raise ConfigurationError(
+            "--statistics are of the inputs of float layers, and --sequential asks for those that "
+            "quantized layers make: leave one of the two out"
+        )
     model = float_model(options)
     planned = _with_data(quantizer, options, runs=isinstance(model, nn.Module)).plan(model)
     del model  # so that --in-place can free the tensors of a bare checkpoint
@@ -186,7 +191,7 @@ def _with_data(quantizer: Quantizer, options: PlanOptions, *, runs: bool) -> Qua
             f"{said[0]} runs the model, and a bare checkpoint cannot be run: "
             "add --factory package.module:name"
         )
-    if options.forward is not None and not said:
+    if options.forward is not None and options.calibration is None and options.example is None:
         raise ConfigurationError("--forward calls the model with --calibration; add that")
     if options.samples is not None and options.calibration is None:
         raise ConfigurationError("--samples counts those of --calibration; add that")

@@ -64,8 +64,22 @@ def test_what_was_gathered_is_told_as_json(folder: Path, monoquant: Monoquant) -
             "have no Hessian() of the inputs of 0, 2; gather them with the same options: "
             "monoquant calibrate",
         ),
+        (
+            (
+                *("quantize", *MODEL, "--statistics", "known.safetensors", "-o", "s.pt"),
+                *(*DATA, "--sequential"),
+            ),
+            "--sequential asks for those that quantized layers make",
+        ),
+        (
+            (
+                *("quantize", *MODEL, "--statistics", "known.safetensors", "-o", "s.pt"),
+                *("--forward", "tests.cli.networks:doubled"),
+            ),
+            "--forward calls the model with --calibration; add that",
+        ),
     ],
-    ids=["data", "bare", "suffix", "nothing", "no model", "foreign", "lacking"],
+    ids=["data", "bare", "suffix", "nothing", "no model", "foreign", "lacking", "both", "forward"],
 )
 def test_what_cannot_be_is_refused_in_one_line(
     words: tuple[object, ...], complaint: str, folder: Path, monoquant: Monoquant

@@ -1,6 +1,8 @@
 """How the options of ``monoquant quantize`` become the calls of the builder."""
 
+import inspect
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,7 @@ from mono_quant import (
     SmoothQuant,
     load_model,
 )
+from mono_quant.cli.values import _IN_OVERRIDE
 from mono_quant.layers.containers import TransformerEncoderContainer
 from tests.cli.conftest import SMALL, Monoquant
 from tests.cli.networks import small
@@ -172,6 +175,51 @@ def test_options_say_what_the_builder_says(
     done = monoquant("quantize", *words, "--dump-config")
     assert (done.code, done.err) == (0, "")
     assert done.json == quantizer.to_config()
+
+
+OPTIONS = {
+    "activations": "--activations",
+    "asymmetric": "--asymmetric",
+    "bits": "--bits",
+    "fit": "--calibration",
+    "float_zero_point": "--float-zero-point",
+    "fold": "--fold",
+    "granularity": "--granularity",
+    "group_size": "--group-size",
+    "layer": "--layer",
+    "observer": "--observer",
+    "on_damage": "--on-damage",
+    "only": "--only",
+    "only_if_faster": "--only-if-faster",
+    "outliers": "--outliers",
+    "override": "--override",
+    "quality": "--quality",
+    "rounding": "--rounding",
+    "scale_dtype": "--scale-dtype",
+    "scheme": "--scheme",
+    "skip": "--skip",
+    "statistics": "--statistics",
+    "symmetric": "--symmetric",
+    "transform": "--transform",
+    "to_config": "--dump-config",
+    "from_config": "--config",
+    "apply_": "--in-place",
+}
+"""The option that says what a method of the builder says."""
+
+
+def test_every_method_of_the_builder_has_an_option(monoquant: Monoquant) -> None:
+    commands = {"plan", "apply"}
+    in_python = {"graph"}  # its result is a module of another class, for the program that asks
+    methods = {name for name in dir(Quantizer) if not name.startswith("_")}
+    assert methods - commands - in_python == set(OPTIONS)
+    known = set(re.findall(r"--[a-z-]+", monoquant("quantize", "--help").out))
+    assert set(OPTIONS.values()) <= known
+
+
+def test_every_setting_of_an_override_can_be_said() -> None:
+    said = set(inspect.signature(Quantizer().override).parameters) - {"selector"}
+    assert said == set(_IN_OVERRIDE)
 
 
 def test_a_dumped_configuration_can_be_begun_with(folder: Path, monoquant: Monoquant) -> None:
