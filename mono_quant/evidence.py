@@ -125,7 +125,7 @@ class LayerReport:
             dB, weights and inputs quantized; None where that was not measured.
         accumulated_db: of what its layer returns inside the quantized model, where the errors of
             all layers before it arrive too, against the float model, in dB; where all layers return
-            more than 16.8 million values for a batch, of some that are evenly spread. None where
+            more than 4.2 million values for a batch, of some that are evenly spread. None where
             that was not measured.
         place: of its layer in the order in which the model first calls them, from 0 on; None where
             no data showed it.

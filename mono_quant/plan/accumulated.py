@@ -13,8 +13,8 @@ from mono_quant.numerics.histogram import evenly_spread
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.numerics.nested import tensors_in
 
-KEPT = 1 << 24
-"""Values that are kept of what all layers return for one batch, 64 MB in float32."""
+KEPT = 1 << 22
+"""Values that are kept of what all layers return for one batch, 17 MB in float32."""
 
 
 @attrs.frozen(eq=False)

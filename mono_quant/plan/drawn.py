@@ -79,8 +79,8 @@ def with_histograms(
         rows: by the weights' names.
         todo: those weights.
         packed: them on their grids.
-        floats: the float twin, to look at weights that seemed sound when they were rounded; None
-            where it is gone.
+        floats: the model with the float weights; None where they are gone, and were looked at when
+            they were rounded.
     """
     worst = set(sorted(rows, key=lambda name: rows[name].harm_db)[:SHOWN])
     plans = {weight.key: weight for weight in todo if weight.key in worst}

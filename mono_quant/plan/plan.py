@@ -187,7 +187,10 @@ class Plan(Generic[ModelT]):
                     "fit(data), and a rounding such as GPTQ() or sequential=True"
                 )
             journal = Journal.open(Path(resume), work, todo, data, self.outline.config)
-        layers = LayerRun(work, todo)
+        before = floats
+        if before is None and not in_place and not any(change.done for change in changes):
+            before = self._model  # still what was quantized
+        layers = LayerRun(work, todo, drawn=before is None)
         quantize_weights(
             layers,
             todo,
@@ -210,7 +213,7 @@ class Plan(Generic[ModelT]):
         if found.damages and request.on_damage != "warn":
             amended = self._amended(found.damages, data)
             return amended.run(sequential=sequential, resume=resume, progress=progress)
-        drawn = with_histograms(found.rows, todo, layers.packed, floats)
+        drawn = with_histograms(found.rows, todo, layers.packed, before)
         found = attrs.evolve(found, rows=drawn)
         if request.fold is not False:
             fused = fuse_activations(work, TransformContext(data.outputs if data else None))

@@ -49,8 +49,14 @@ class LayerRun(Generic[ModelT]):
         packed: every weight that was quantized, by its name.
     """
 
-    def __init__(self, model: ModelT, todo: Sequence[WeightPlan]) -> None:
-        """Quantize weights `todo` of `model`, in place."""
+    def __init__(self, model: ModelT, todo: Sequence[WeightPlan], *, drawn: bool) -> None:
+        """Quantize weights `todo` of `model`, in place.
+
+        Args:
+            model: the copy.
+            todo: which.
+            drawn: keep histograms of the worst, of which no float weight will be left.
+        """
         self.model = model
         self.changes: list[Change] = []
         self.rows: dict[str, LayerReport] = {}
@@ -59,7 +65,7 @@ class LayerRun(Generic[ModelT]):
         }
         self.packed: dict[str, PackedTensor] = {}
         self._layers: dict[str, nn.Module] = {}
-        self._worst = Worst()
+        self._worst = Worst() if drawn else None
 
     @torch.no_grad()
     def quantize(
