@@ -24,7 +24,7 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0: done. 1: the result failed (validation). 2: usage or bad input. 3: a file or folder could not
+    0: done. 1: the result failed (validation, requirements). 2: usage or bad input. 3: a file or folder could not
     be read or written. 70: a defect of this program. 130: interrupted.
 
     Args:

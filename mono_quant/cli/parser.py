@@ -25,7 +25,7 @@ from mono_quant.version import __version__
 _PROGRAM = "monoquant"
 _EXIT_CODES = """exit codes:
   0    done
-  1    the result failed: validation
+  1    the result failed: validation, or what was required of it
   2    usage or bad input
   3    a file or folder could not be read or written
   70   a defect of this program: see where with --debug
