@@ -50,10 +50,10 @@ def _kills() -> None:
         [(what, *map(str, (one.kills, one.old, one.new, one.left))) for what, one in found],
     )
     print(
-        "\nAfter each kill the file was read and compared to the bit, and the next save removed what"
-        "\nwas left. Of calibrations, the last column but one counts runs that ended in the bytes of"
-        f"\nan undisturbed one. Two processes saved to one path {2 * ROUNDS} times; it was read "
-        f"{reads}\ntimes meanwhile, whole each time.\n"
+        "\nAfter each kill the file was read and compared to the bit, and the next save removed"
+        "\nwhat was left. Of calibrations, the last column but one counts runs that ended in the"
+        "\nbytes of an undisturbed one. Two processes saved to one path "
+        f"{2 * ROUNDS} times; it was read\n{reads} times meanwhile, whole each time.\n"
     )
 
 
