@@ -152,7 +152,7 @@ class Report:
             for layer in self.quantized
             if layer.sqnr_db is not None and math.isfinite(layer.sqnr_db)
         ]
-        return sum(finite) / len(finite) if finite else None
+        return math.fsum(finite) / len(finite) if finite else None  # whatever their order
 
     @property
     def estimated(self) -> bool:

@@ -24,8 +24,9 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0: done. 1: the result failed (validation). 2: usage or bad input. 3: a file or folder could not
-    be read or written. 70: a defect of this program. 130: interrupted.
+    0: done. 1: the result failed (validation, or what was required of it). 2: usage or bad input.
+    3: a file or folder could not be read or written. 70: a defect of this program. 130:
+    interrupted.
 
     Args:
         argv: the words after the program's name; by default those of this process.

@@ -35,7 +35,7 @@ from mono_quant.version import __version__
 _PROGRAM = "monoquant"
 _EXIT_CODES = """exit codes:
   0    done
-  1    the result failed: validation, or a law
+  1    the result failed: validation, what was required of it, or a law
   2    usage or bad input
   3    a file or folder could not be read or written
   70   a defect of this program: see where with --debug

@@ -29,6 +29,7 @@ NAMES = (
     "limits",
     "recurrent",
     "faster",
+    "endurance",
 )
 
 CONTESTS = ("decoder", "convolutions")

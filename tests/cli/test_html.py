@@ -56,10 +56,9 @@ def test_json_tells_where_the_page_is(folder: Path, monoquant: Monoquant) -> Non
         ((*SAVED, "--html", "none/report.html"), "there is no folder none"),
         ((*SAVED, "--html", "small.safetensors"), "is the model's file"),
         ((*SAVED, "--html", "model.pt"), "is the model's file"),
-        (("quantize", "model.pt", "--plan", "--html", "report.html"), "--plan does nothing yet"),
         (("info", "model.pt", "--html", "model.pt"), "is the model's file"),
     ],
-    ids=["no folder", "output", "model", "plan", "info"],
+    ids=["no folder", "output", "model", "info"],
 )
 def test_what_cannot_be_written_is_refused_before_anything_is_done(
     words: tuple[object, ...], complaint: str, folder: Path, monoquant: Monoquant

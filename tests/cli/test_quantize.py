@@ -255,7 +255,7 @@ def test_a_plan_takes_every_option_that_says_how(folder: Path, monoquant: Monoqu
         for command in ("plan", "quantize")
     }
     kept = {"--output", "--in-place", "--sequential", "--no-sequential", "--resume"}
-    kept |= {"--no-validate", "--dump-config"}
+    kept |= {"--no-validate", "--dump-config", "--html", "--require-coverage", "--require-sqnr"}
     assert said["quantize"] - said["plan"] == kept
     assert monoquant("plan", "model.pt", "-o", "s.pt").code == 2
 

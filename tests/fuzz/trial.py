@@ -60,7 +60,8 @@ WATCHED = (
     "urllib.",
     "webbrowser.open",
 )
-Values = Mapping[str, Tensor]
+_OWN = ("os.remove", "os.rename", "os.chmod", "os.mkdir", "os.rmdir", "shutil.rmtree")
+"""What a writer does with its temporary files, in the folder that it writes to."""
 
 
 class Watch:
@@ -83,9 +84,7 @@ class Watch:
                 return
         elif not event.startswith(WATCHED):
             return
-        elif event in ("os.remove", "os.rename", "os.chmod") and all(
-            map(self._is_inside, arguments[:1])
-        ):
+        elif event in _OWN and all(map(self._is_inside, arguments[:1])):
             return  # a temporary file, put in its place or removed
         self.seen.append(f"{event} {arguments!r:.100}")
 
