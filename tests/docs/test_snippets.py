@@ -22,6 +22,7 @@ import attrs
 import pytest
 
 from mono_quant.kernels import VARIABLE, use
+from tests.models import AssetUnavailable
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -63,11 +64,14 @@ def run_doctest(snippet: Snippet, namespace: dict[str, object], name: str) -> No
 
 
 def run_python(snippet: Snippet, namespace: dict[str, object], page: Path) -> str:
-    """Run a block and return what it prints."""
+    """Run a block and return what it prints; skip its page where a model cannot be fetched."""
     padded = "\n" * (snippet.line - 1) + snippet.text
     printed = io.StringIO()
     with redirect_stdout(printed):
-        exec(compile(padded, page, "exec"), namespace)
+        try:
+            exec(compile(padded, page, "exec"), namespace)
+        except AssetUnavailable as error:
+            pytest.skip(f"{page.name}:{snippet.line}: {error}")
     return printed.getvalue()
 
 
