@@ -11,6 +11,7 @@ from mono_quant.kernels.digits import (
     Factor,
     OneGrid,
     digits_of_codes,
+    digits_of_few,
     digits_of_floats,
     on_one_grid,
     parts,
@@ -52,20 +53,25 @@ class Integer:
     ) -> Tensor:
         """Return ``x @ weight.T + bias``, ``[..., out]`` in the dtype of `x`."""
         rows, zero_point = flat(x, spec.layout.stack[2]), weight.tensors.get("zero_point")
-        if len(rows) == 1 and spec.activation is not None and zero_point is None:
-            alike = on_one_grid(rows, spec.activation)
+        count, activation = rows.shape[0], spec.activation
+        if count == 1 and activation is not None and zero_point is None:
+            alike = on_one_grid(rows, activation)
             if alike is not None:
                 return shaped(_of_one_row(alike, weight, bias), None, x)
+        out = rows.new_empty(count, spec.layout.stack[1])
+        few = digits_of_few(rows, activation) if activation is not None else None
+        if few is not None:
+            factor_of(weight, bias).product(few, out)
+            return shaped(out, None, x)
         if not has_finite_sum(rows):
             return BLOCKS(spec, x, weight, bias)
         factor = factor_of(weight, bias)
-        qparams = spec.activation.qparams(rows) if spec.activation is not None else None
-        out = rows.new_empty(len(rows), spec.layout.stack[1])
-        for place in parts(len(rows), AT_ONCE * torch.get_num_threads()):
-            if spec.activation is None or qparams is None:
+        qparams = activation.qparams(rows) if activation is not None else None
+        for place in parts(count, AT_ONCE * torch.get_num_threads()):
+            if activation is None or qparams is None:
                 digits = digits_of_floats(rows_of(rows, place))
             else:
-                digits = digits_of_codes(rows, spec.activation.scheme, qparams, place)
+                digits = digits_of_codes(rows, activation.scheme, qparams, place)
             factor.product(digits, rows_of(out, place))
         return shaped(out, None, x)
 

@@ -18,6 +18,7 @@ from mono_quant.kernels.digits import (
     OneGrid,
     are_finite,
     digits_of_codes,
+    digits_of_few,
     digits_of_floats,
     on_one_grid,
     parts,
@@ -122,6 +123,9 @@ class PackedLinear(ArrangingKernel[PackedRows]):
         alike = on_one_grid(rows, activation) if activation is not None else None
         if alike is not None and _USUAL[0] < alike[2] < _USUAL[1]:
             return shaped(_of_one_grid(alike, weight, added), None, x)
+        few = digits_of_few(rows, activation) if activation is not None else None
+        if few is not None:
+            return shaped(_product(few, weight, added), None, x)
         qparams = activation.qparams(rows) if activation is not None else None
         if not are_finite(rows, activation, qparams):
             return BLOCKS(spec, x, weight.unpacked(), bias)
