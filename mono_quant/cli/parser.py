@@ -175,25 +175,26 @@ def _add_plan(known: _SubParsersAction[_Parser]) -> None:
 
 def _add_calibrate(known: _SubParsersAction[_Parser]) -> None:
     command = _command(known, "calibrate", commands.calibrate, _CALIBRATE)
-    _add_how(command, statistics=False)
+    _add_how(command, of_a_run=False)
     command.add_argument(
         "-o", "--output", type=Path, metavar="FILE", required=True, help="where to: .safetensors"
     )
     add_quiet(command)
 
 
-def _add_how(command: ArgumentParser, *, statistics: bool = True) -> None:
-    """Add what says which model, and how it is to be quantized."""
+def _add_how(command: ArgumentParser, *, of_a_run: bool = True) -> None:
+    """Add what says which model, how it is to be quantized, and what only a run can use."""
     model = command.add_argument_group("the model")
     add_model(model)
-    if statistics:
+    if of_a_run:
         add_statistics(model)
     add_grid(command.add_argument_group("how weights are quantized"))
     add_inputs(command.add_argument_group("how inputs of layers are quantized, and changes"))
     layers = command.add_argument_group("which layers")
     add_layers(layers)
     add_kinds(layers)
-    add_speed(layers)
+    if of_a_run:
+        add_speed(layers)
     command.add_argument(
         "--config",
         type=Path,
