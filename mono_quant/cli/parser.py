@@ -83,9 +83,9 @@ _CHECK = """examples:
   monoquant check my_package.schemes:MyScheme
   monoquant check tests.extensions:EXPERTS --json
 
-A class that needs no argument, an instance, or a LayerCase, KernelCase, TransformCase or
-CorrectionCase of mono_quant.testing, which say what a layer quantizer, a kernel or a transform is
-checked on. Exit code 1 says that a law is broken."""
+A class that needs no argument, an instance, or a LayerCase, ContainerCase, KernelCase,
+TransformCase or CorrectionCase of mono_quant.testing, which say what such a one is checked on.
+Exit code 1 says that a law is broken."""
 _COMPLETION = """examples:
   monoquant completion > ~/.monoquant-completion
   echo 'source ~/.monoquant-completion' >> ~/.bashrc"""
