@@ -1,9 +1,18 @@
 """Progress with the time that is left: of what takes long, and where the output is a terminal."""
 
+from typing import Protocol
+
 from tqdm import tqdm
 
 AFTER = 2.0
 """Seconds before a bar is shown: what takes no longer needs none."""
+
+
+class Bar(Protocol):
+    """What counts."""
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Count `n` more."""
 
 
 def progress_bar(label: str | None, unit: str, total: int | None = None) -> "tqdm[object]":

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from mono_quant import progress
+from mono_quant import Quantizer, progress
 from mono_quant.calibration import CalibrationData
 from mono_quant.progress import progress_bar
 
@@ -101,3 +101,20 @@ def test_the_samples_of_data_are_counted_down(
     assert list(bound.outputs(nn.Linear(4, 2), "calibrating"))
     (bar,) = seen
     assert bar.total == total
+
+
+def test_layers_that_are_measured_are_counted_as_they_are_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps: list[float | None] = []
+
+    def watched(label: str | None, unit: str, total: int | None = None):  # type: ignore[no-untyped-def]  # of tqdm
+        bar = progress_bar(label, unit, total)
+        assert (unit, total) == ("layer", 3)
+        monkeypatch.setattr(bar, "update", steps.append)
+        return bar
+
+    monkeypatch.setattr("mono_quant.plan.faster.progress_bar", watched)
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    Quantizer().only_if_faster(torch.randn(2, 64)).plan(model).measured()
+    assert steps == [1, 1, 1]

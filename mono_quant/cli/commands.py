@@ -143,7 +143,8 @@ def plan(given: Namespace) -> Outcome:
 
 def calibrate(given: Namespace) -> Outcome:
     """Gather what the data tells of the inputs of layers, for later runs of quantize."""
-    options = CalibrateOptions(statistics=None, **vars(given))
+    no_run = {"statistics": None, "only_if_faster": False, "example": None, "margin": None}
+    options = CalibrateOptions(**no_run, **vars(given))
     _import_all(options)
     if options.calibration is None:
         raise ConfigurationError("what is gathered is gathered from data: add --calibration FILE")

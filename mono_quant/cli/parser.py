@@ -86,9 +86,9 @@ _CHECK = """examples:
   monoquant check my_package.schemes:MyScheme
   monoquant check tests.extensions:EXPERTS --json
 
-A class that needs no argument, an instance, or a LayerCase, KernelCase, TransformCase or
-CorrectionCase of mono_quant.testing, which say what a layer quantizer, a kernel or a transform is
-checked on. Exit code 1 says that a law is broken."""
+A class that needs no argument, an instance, or a LayerCase, ContainerCase, KernelCase,
+TransformCase or CorrectionCase of mono_quant.testing, which say what such a one is checked on.
+Exit code 1 says that a law is broken."""
 _COMPLETION = """examples:
   monoquant completion > ~/.monoquant-completion
   echo 'source ~/.monoquant-completion' >> ~/.bashrc"""
@@ -191,25 +191,26 @@ def _add_plan(known: _SubParsersAction[_Parser]) -> None:
 
 def _add_calibrate(known: _SubParsersAction[_Parser]) -> None:
     command = _command(known, "calibrate", commands.calibrate, _CALIBRATE)
-    _add_how(command, statistics=False)
+    _add_how(command, of_a_run=False)
     command.add_argument(
         "-o", "--output", type=Path, metavar="FILE", required=True, help="where to: .safetensors"
     )
     add_quiet(command)
 
 
-def _add_how(command: ArgumentParser, *, statistics: bool = True) -> None:
-    """Add what says which model, and how it is to be quantized."""
+def _add_how(command: ArgumentParser, *, of_a_run: bool = True) -> None:
+    """Add what says which model, how it is to be quantized, and what only a run can use."""
     model = command.add_argument_group("the model")
     add_model(model)
-    if statistics:
+    if of_a_run:
         add_statistics(model)
     add_grid(command.add_argument_group("how weights are quantized"))
     add_inputs(command.add_argument_group("how inputs of layers are quantized, and changes"))
     layers = command.add_argument_group("which layers")
     add_layers(layers)
     add_kinds(layers)
-    add_speed(layers)
+    if of_a_run:
+        add_speed(layers)
     command.add_argument(
         "--config",
         type=Path,

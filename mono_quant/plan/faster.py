@@ -21,6 +21,7 @@ from mono_quant.numerics.metrics import tensor_bytes
 from mono_quant.observers.minmax import MinMax, MinMaxState
 from mono_quant.plan.request import WeightPlan, by_layer
 from mono_quant.plan.run import activation_of, rounded
+from mono_quant.progress import Bar, progress_bar
 from mono_quant.rounding import RoundToNearest
 from mono_quant.settings import Recipe
 from mono_quant.speed import LayerSpeed, take_turns
@@ -89,8 +90,9 @@ def measure_layers(
     known = tuple(containers)
     layers = by_layer(todo)
     watch = _Stopwatch(model, layers, known, sizes)
-    with calling(model, known, layers), watch.running():
-        for _ in example.outputs(model, label):
+    bar = progress_bar(label, "layer", len(layers))
+    with bar, calling(model, known, layers), watch.running(bar):
+        for _ in example.outputs(model):
             pass
     return watch.measured()
 
@@ -181,13 +183,15 @@ class _Stopwatch:
         self._hooks: set[int] = set()
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Measure until the end."""
+    def running(self, bar: Bar) -> Iterator[None]:
+        """Measure until the end; count layers on a bar as each has been called."""
 
         def see(  # a function of no object, since copies of a layer copy its hooks
             path: str, layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
         ) -> None:
+            known = len(self._calls)
             self._see(path, layer, args, kwargs)
+            bar.update(len(self._calls) - known)
 
         with ExitStack() as hooks:
             for path in self._layers:

@@ -14,6 +14,7 @@ from mono_quant.testing.checks import (
     checks_for,
     parametrize_with_checks,
 )
+from mono_quant.testing.containers import ContainerCase
 from mono_quant.testing.kernels import KernelCase
 from mono_quant.testing.law import Broken, Check, DoesNotApply
 from mono_quant.testing.layers import LayerCase
@@ -23,6 +24,7 @@ from mono_quant.testing.transforms import CorrectionCase, TransformCase
 __all__ = [
     "Broken",
     "Check",
+    "ContainerCase",
     "CorrectionCase",
     "DoesNotApply",
     "KernelCase",

@@ -10,6 +10,7 @@ from mono_quant.base import Container, Correction, LayerQuantizer, Transform
 from mono_quant.configurable import Config
 from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.testing import (
+    containers,
     kernels,
     layers,
     observers,
@@ -19,6 +20,7 @@ from mono_quant.testing import (
     transforms,
     values,
 )
+from mono_quant.testing.containers import ContainerCase
 from mono_quant.testing.law import Broken, Check, DoesNotApply
 from mono_quant.testing.layers import LayerCase
 from mono_quant.testing.transforms import CorrectionCase, TransformCase
@@ -94,7 +96,8 @@ def checks_for(subject: object) -> tuple[Check, ...]:
     Args:
         subject: a scheme, granularity, range estimator, observer, statistic, rounding, transform,
             correction, serializer or any other strategy, or the class of one that needs no
-            argument; a `LayerCase`, `KernelCase`, `TransformCase` or `CorrectionCase`.
+            argument; a `LayerCase`, `ContainerCase`, `KernelCase`, `TransformCase` or
+            `CorrectionCase`.
 
     Raises:
         InputError: there is no law about it, or it is to be checked on something; says how.
@@ -108,13 +111,14 @@ def checks_for(subject: object) -> tuple[Check, ...]:
         )
     if isinstance(subject, Container):
         raise InputError(
-            f"there is no law about a {type(subject).__name__}: check the layers inside"
+            f"a {type(subject).__name__} is checked on a module: give ContainerCase({subject!r}, "
+            "make, inputs), where make() returns a float module that it matches"
         )
     found = tuple(_laws(subject))
     if not found:
         raise InputError(
             f"there is no law about a {type(subject).__name__}: give a strategy, a Serializer, or "
-            "a LayerCase, KernelCase, TransformCase or CorrectionCase"
+            "a LayerCase, ContainerCase, KernelCase, TransformCase or CorrectionCase"
         )
     return found
 
@@ -179,6 +183,8 @@ def _laws(subject: object) -> Iterator[Check]:
         inner = (subject, CorrectionCase(subject))
     elif isinstance(subject, LayerCase):
         inner = (subject.quantizer, subject)
+    elif isinstance(subject, ContainerCase):
+        inner = (subject.container, subject)
     elif isinstance(subject, TransformCase | CorrectionCase):
         inner = (subject.transform, subject)
     for one in inner:
@@ -192,6 +198,7 @@ def _laws(subject: object) -> Iterator[Check]:
             roundings.LAWS,
             roundings.BLOCK_LAWS,
             layers.LAWS,
+            containers.LAWS,
             serializers.LAWS,
             transforms.LAWS,
             transforms.CORRECTION_LAWS,

@@ -167,13 +167,13 @@ def it_computes_with_its_decoded_weights(case: LayerCase) -> None:
         with torch.no_grad():
             for name, packed in _packed(made).items():
                 twin.get_parameter(name).copy_(packed)
-        _expect_near(case.call(made), case.call(twin), _NEAR, "the float layer with its weights")
+        expect_near(case.call(made), case.call(twin), _NEAR, "the float layer with its weights")
 
 
 def in_half_precision_it_is_nearly_the_float_layer(case: LayerCase) -> None:
     """Cast to 16 bits, the layer's outputs are within a fiftieth of what they were."""
     made = case.result(case.halves(), case.layer()).model.layer
-    _expect_near(case.call(made), case.call(case.layer()), _HALVES, "the float layer")
+    expect_near(case.call(made), case.call(case.layer()), _HALVES, "the float layer")
 
 
 def copies_and_pickles_are_the_same(case: LayerCase) -> None:
@@ -203,7 +203,7 @@ def it_is_dequantized_to_the_float_layer(case: LayerCase) -> None:
         expect(names == found, f"it has the parameters {sorted(found)}, not {sorted(names)}")
         for name, weight in weights.items():
             expect(same_bits(floats.get_parameter(name), weight), f"{name} is another weight")
-        _expect_near(case.call(floats), before, _NEAR, "the quantized layer")
+        expect_near(case.call(floats), before, _NEAR, "the quantized layer")
 
 
 def a_file_gives_it_back(case: LayerCase) -> None:
@@ -272,7 +272,8 @@ def _expect_same_state(one: nn.Module, other: nn.Module, what: str) -> None:
         expect(same_bits(tensor, second[key]), f"{what} has another {key}")
 
 
-def _expect_near(found: list[Tensor], expected: list[Tensor], room: float, than: str) -> None:
+def expect_near(found: list[Tensor], expected: list[Tensor], room: float, than: str) -> None:
+    """Raise `Broken` unless outputs are near others, within a share of the largest."""
     expect(len(found) == len(expected), f"{len(found)} tensors come out, not {len(expected)}")
     for one, other in zip(found, expected, strict=True):
         expect(one.shape == other.shape, f"{tuple(one.shape)} comes out, not {tuple(other.shape)}")

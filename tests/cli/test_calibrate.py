@@ -34,6 +34,13 @@ def test_a_run_goes_by_what_was_gathered(
     assert "static" in monoquant("plan", *MODEL, *how, *known).out
 
 
+def test_what_has_no_use_in_gathering_is_no_option(folder: Path, monoquant: Monoquant) -> None:
+    for word in ("--only-if-faster", "--statistics=known.safetensors", "--in-place"):
+        done = monoquant("calibrate", *MODEL, *DATA, word, "-o", "known.safetensors")
+        assert done.code == 2
+        assert f"unrecognized arguments: {word}" in done.complaint
+
+
 def test_what_was_gathered_is_told_as_json(folder: Path, monoquant: Monoquant) -> None:
     said = monoquant("calibrate", *MODEL, *DATA, "-o", "known.safetensors", "--json").json
     assert said["weights"] == ["0.weight", "2.weight"]

@@ -15,6 +15,7 @@ from mono_quant import (
     Activation,
     Change,
     Checkpoint,
+    Container,
     Correction,
     CorrectionContext,
     KernelSpec,
@@ -32,7 +33,7 @@ from mono_quant.base import WITHOUT_DATA
 from mono_quant.configurable import Kinds
 from mono_quant.errors import CorruptCheckpointError
 from mono_quant.modules import QuantizedWeight
-from mono_quant.testing import LayerCase
+from mono_quant.testing import ContainerCase, LayerCase
 from mono_quant.testing.models import noise
 
 # --- layers --------------------------------------------------------------------------------------
@@ -283,3 +284,46 @@ class Product:
         if self.fault == "flat":
             found = found.flatten(0, -2)
         return found if self.fault == "wide" else found.to(x.dtype)
+
+
+# --- containers --------------------------------------------------------------------------------
+
+
+class Scorer(nn.Module):
+    """Reads the weight of one child, and calls the other where it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.classes = nn.Linear(64, 64), nn.Linear(64, 32)
+        self.quick = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = functional.linear(x, self.body.weight) if self.quick else self.body(x)
+        return hidden @ self.classes.weight.T
+
+
+@attrs.frozen
+class ScorerContainer(Container):
+    kind: ClassVar[str] = "tests.scorer"
+    fault: str = ""
+
+    def matches(self, module: nn.Module) -> bool:
+        return self.fault == "matches all" or isinstance(module, Scorer)
+
+    def refuse_child(self, module: nn.Module, name: str) -> str | None:
+        if self.fault == "no words":
+            return False  # type: ignore[return-value]  # that is what is wrong
+        if self.fault == "reads":
+            return None
+        return "Scorer reads this weight by attribute"
+
+    def adapt(self, module: nn.Module) -> None:
+        if self.fault == "adapts otherwise" and isinstance(module, Scorer):
+            module.quick = False  # which adds the bias
+
+    def revert(self, module: nn.Module) -> None:
+        pass
+
+
+def scorer(fault: str) -> ContainerCase:
+    return ContainerCase(ScorerContainer(fault), Scorer, (noise(5, 64),))

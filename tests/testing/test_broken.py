@@ -54,6 +54,7 @@ from tests.testing.broken_parts import (
     Stamped,
     Untying,
     doubling,
+    scorer,
 )
 
 
@@ -121,6 +122,10 @@ BROKEN: list[tuple[object, str, str]] = [
     (doubling("another class"), "it_is_dequantized_to_the_float_layer", "it becomes a Linear"),
     (doubling("misnames"), "inputs_are_those_of_its_weights", "inputs names kernel"),
     (doubling("columns"), "inputs_are_those_of_its_weights", "those of its matrix have 64"),
+    (scorer("matches all"), "it_matches_its_module_and_no_other", "it matches nn.Identity"),
+    (scorer("no words"), "refusals_are_words", "False is no reason"),
+    (scorer("reads"), "quantized_children_are_called", "is quantized, and never called"),
+    (scorer("adapts otherwise"), "adapting_changes_no_output", "before it was adapted"),
     (Untying(), "a_file_gives_back_every_bit", "ties"),
     (Stamped(), "the_same_checkpoint_makes_the_same_bytes", "other bytes"),
     (Scaling(), "saving_changes_nothing", "a tensor was written to"),
@@ -171,7 +176,7 @@ def test_a_fault_that_raises_breaks_the_law_in_which_it_does(
 
 
 @pytest.mark.parametrize(
-    "subject", [doubling(""), Edits(), KernelCase(Product()), Block()], ids=repr
+    "subject", [doubling(""), scorer(""), Edits(), KernelCase(Product()), Block()], ids=repr
 )
 def test_without_its_fault_each_keeps_every_law(subject: object) -> None:
     verdict = check(subject)

@@ -51,8 +51,19 @@ from mono_quant import (
 )
 from mono_quant.configurable import registered
 from mono_quant.kernels import KERNELS
+from mono_quant.layers.containers import (
+    MultiheadAttentionContainer,
+    TransformerEncoderContainer,
+)
 from mono_quant.schemes.outliers import ColumnPeaks
-from mono_quant.testing import Check, KernelCase, LayerCase, check_stack, parametrize_with_checks
+from mono_quant.testing import (
+    Check,
+    ContainerCase,
+    KernelCase,
+    LayerCase,
+    check_stack,
+    parametrize_with_checks,
+)
 from mono_quant.testing.models import noise
 from mono_quant.testing.strategies import schemes, stacks
 from tests.test_configurable import VARIED
@@ -156,6 +167,31 @@ def test_roundings_keep_the_laws(check: Check) -> None:
 
 @parametrize_with_checks(LAYERS)
 def test_layer_quantizers_keep_the_laws(check: Check) -> None:
+    check()
+
+
+@parametrize_with_checks(
+    [
+        ContainerCase(
+            MultiheadAttentionContainer(),
+            lambda: nn.MultiheadAttention(64, 4),
+            (noise(7, 2, 64),) * 3,
+        ),
+        ContainerCase(
+            TransformerEncoderContainer(),
+            lambda: nn.TransformerEncoderLayer(64, 4, 64, batch_first=True),
+            (noise(2, 7, 64),),
+        ),
+        ContainerCase(
+            TransformerEncoderContainer(),
+            lambda: nn.TransformerEncoder(
+                nn.TransformerEncoderLayer(64, 4, 64, batch_first=True), 2
+            ),
+            (noise(2, 7, 64),),
+        ),
+    ]
+)
+def test_containers_keep_the_laws(check: Check) -> None:
     check()
 
 

@@ -68,6 +68,11 @@ def test_a_layer_quantizer_is_asked_for_with_a_layer() -> None:
         check(LinearQuantizer())
 
 
+def test_a_container_is_asked_for_with_a_module() -> None:
+    with pytest.raises(InputError, match=r"give ContainerCase\("):
+        check(Nothing())
+
+
 class Nothing(Container):
     kind = "tests.nothing"
 
@@ -75,9 +80,7 @@ class Nothing(Container):
         return False
 
 
-@pytest.mark.parametrize(
-    "subject", [Nothing(), 3, nn.Linear(2, 2)], ids=["container", "3", "layer"]
-)
+@pytest.mark.parametrize("subject", [3, nn.Linear(2, 2)], ids=["3", "layer"])
 def test_what_there_is_no_law_for_is_refused(subject: object) -> None:
     with pytest.raises(InputError, match="no law"):
         check(subject)
