@@ -13,7 +13,6 @@ import attrs
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from tqdm import tqdm
 
 from mono_quant.batches import NamedItems, as_tensors, is_array, read
 from mono_quant.configurable import dtype_name
@@ -22,6 +21,7 @@ from mono_quant.modules import QuantizedInput, QuantizedWeight
 from mono_quant.numerics.extremes import all_finite
 from mono_quant.numerics.metrics import SquaredError, tensor_bytes
 from mono_quant.numerics.nested import each, tensors_in
+from mono_quant.progress import Bar
 
 Forward = Callable[[nn.Module, object], object]
 
@@ -178,9 +178,7 @@ class CalibrationData:
         Raises:
             CalibrationError: a batch holds NaN, or the model failed on it; names the batch.
         """
-        bar: tqdm[object] = tqdm(
-            desc=progress, unit="batch", disable=None if progress else True, leave=False
-        )
+        bar = Bar(desc=progress, unit="batch", disable=None if progress else True, leave=False)
         with evaluating(model), bar:
             for place, batch in enumerate(self.batches()):
                 with torch.no_grad():  # not across the yield: there it would hold for the caller

@@ -17,7 +17,7 @@ RANKS = {
     name: rank
     for rank, names in enumerate(
         [
-            "version errors text",
+            "version errors text progress",
             "configurable",
             "numerics",
             "base speed",

@@ -15,13 +15,13 @@ import attrs
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from mono_quant.api import load_model
 from mono_quant.configurable import Config
 from mono_quant.demo.lee import background_articles, lee_documents, pearson_with_humans
 from mono_quant.demo.minilm import MiniLM, batches, encode, load_minilm
 from mono_quant.numerics.metrics import sqnr_db
+from mono_quant.progress import Bar
 from mono_quant.quantizer import Quantizer
 from mono_quant.result import QuantizationResult
 from mono_quant.serializers import write_state_dict
@@ -198,7 +198,7 @@ def run_demo(output: Path | None = None, *, progress: bool = False) -> DemoRepor
     Raises:
         DemoUnavailable: the encoder, its tokenizer or the documents are not installed.
     """
-    with _folder(output) as folder, tqdm(total=4, disable=not progress, leave=False) as bar:
+    with _folder(output) as folder, Bar(total=4, disable=not progress, leave=False) as bar:
         model, documents = load_minilm(), lee_documents()
         data = batches(background_articles()[:_FITTED_ON], batch_size=_FITTED_ON)
         float_file = folder / "minilm-float.safetensors"

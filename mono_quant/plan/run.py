@@ -8,7 +8,6 @@ from typing import Generic, cast
 import attrs
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from mono_quant import kernels
 from mono_quant.base import Activation, Change, Container, PackedTensor, Statistics
@@ -26,6 +25,7 @@ from mono_quant.plan.relay import Relay
 from mono_quant.plan.request import WeightPlan, by_layer
 from mono_quant.plan.stages import Stage, stages_of
 from mono_quant.plan.weight_error import WeightError
+from mono_quant.progress import Bar
 from mono_quant.report import LayerReport
 from mono_quant.settings import Recipe
 from mono_quant.transforms.edits import put
@@ -125,7 +125,7 @@ def quantize_weights(
         label: of progress bars; None for none.
     """
     layers = by_layer(todo)
-    bar = tqdm(
+    bar = Bar(
         total=len(layers), desc=label, unit="layer", disable=None if label else True, leave=False
     )
     with bar, calling(run.model, containers, layers):

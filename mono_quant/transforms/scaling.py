@@ -8,10 +8,10 @@ from typing import ClassVar
 import attrs
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mono_quant.base import WITHOUT_DATA, Change, Transform, TransformContext
 from mono_quant.errors import ConfigurationError
+from mono_quant.progress import shown
 from mono_quant.text import joined
 from mono_quant.transforms.groups import WATCHED, Group, find_groups, weight_of
 from mono_quant.transforms.objective import Consumer, Objective
@@ -82,8 +82,8 @@ class InputScaling(Transform):
         ]
         inputs = inputs_of(model, context, wanted)
         found: list[_Found] = []
-        quiet = None if context.progress else True
-        for group in tqdm(groups, type(self).kind, unit="group", disable=quiet, leave=False):
+        quiet = not context.progress
+        for group in shown(groups, type(self).kind, "group", quiet=quiet):
             consumers = [
                 Consumer(
                     layer,

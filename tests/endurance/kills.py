@@ -13,7 +13,6 @@ import attrs
 import pytest
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from mono_quant import (
     GPTQ,
@@ -215,7 +214,6 @@ KINDS: dict[str, Callable[..., Survived]] = {
 }
 
 if __name__ == "__main__":
-    tqdm.monitor_interval = 0  # its thread might hold a lock at the moment of a fork
     for each in (0, 1):
         result(each)
     main()

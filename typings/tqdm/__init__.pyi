@@ -9,6 +9,7 @@ from typing_extensions import TypeVar
 T = TypeVar("T", default=object)
 
 class tqdm(Generic[T]):
+    monitor_interval: int
     def __init__(
         self,
         iterable: Iterable[T] | None = None,
