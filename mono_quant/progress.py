@@ -15,6 +15,16 @@ class Bar(Protocol):
         """Count `n` more."""
 
 
+class _Unwatched(tqdm):
+    """A bar without tqdm's watching thread.
+
+    That thread stays in the process, even of a bar that is not shown, and a fork at a moment at
+    which it holds a lock leaves a child that waits for ever.
+    """
+
+    monitor_interval = 0
+
+
 def progress_bar(label: str | None, unit: str, total: int | None = None) -> "tqdm[object]":
     """Return a bar on the standard error, which is gone when it is closed.
 
@@ -24,4 +34,4 @@ def progress_bar(label: str | None, unit: str, total: int | None = None) -> "tqd
         total: how many there will be, if that is known.
     """
     hidden = None if label else True  # None: where the output is no terminal
-    return tqdm(total=total, desc=label, unit=unit, delay=AFTER, leave=False, disable=hidden)
+    return _Unwatched(total=total, desc=label, unit=unit, delay=AFTER, leave=False, disable=hidden)

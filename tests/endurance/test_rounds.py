@@ -1,5 +1,6 @@
 """Nothing piles up, and threads do not disturb each other."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +21,20 @@ def test_a_thousand_rounds_leak_neither_memory_nor_files(suffix: str, tmp_path: 
     assert held[-1].files == held[0].files
     assert held[-1].threads == held[0].threads
     assert held[-1].mapped <= held[0].mapped + 20
+
+
+def test_nothing_that_was_quantized_leaves_a_thread_behind() -> None:
+    """A fork at a moment at which it held a lock would leave a child that waits for ever."""
+    program = (
+        "import threading\n"
+        "from tests.endurance.kills import sequential, network, result\n"
+        "from mono_quant import AWQ, Quantizer\n"
+        "from tests.endurance.kills import DATA\n"
+        "result(0), sequential().apply(network(0))\n"
+        "Quantizer().bits(4).transform(AWQ()).fit(DATA).apply(network(0))\n"
+        "assert threading.active_count() == 1, threading.enumerate()\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
 
 
 @pytest.mark.parametrize("name", MODELS)

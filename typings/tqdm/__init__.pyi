@@ -10,6 +10,7 @@ T = TypeVar("T", default=object)
 
 class tqdm(Generic[T]):
     total: float | None
+    monitor_interval: int
     def __init__(
         self,
         iterable: Iterable[T] | None = None,
