@@ -79,9 +79,7 @@ def _remove_abandoned(path: Path) -> None:
     with suppress(OSError):  # a parent that is not there is an error of the writing
         folders = [one for one in path.parent.iterdir() if left.fullmatch(one.name)]
     for folder in folders:
-        with suppress(
-            OSError
-        ):  # what is locked belongs to the living; what is no folder, to others
+        with suppress(OSError):  # locked, it belongs to the living; a link or file, to others
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 _FCNTL.flock(lock, _FCNTL.LOCK_EX | _FCNTL.LOCK_NB)
