@@ -141,17 +141,17 @@ def older_torch(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
-def bench(session: nox.Session) -> None:
-    """Measure what the documentation claims about speed, size and accuracy."""
-    install(session, "-e", ".[demo]", *group("tests"))
-    session.run("python", "-m", "tests.benchmarks", *session.posargs)
-
-
-@nox.session(default=False)
 def neighbours(session: nox.Session) -> None:
     """Run quantized models in transformers, Lightning and accelerate."""
     install(session, "-e", ".", *group("neighbours"))
     session.run("pytest", "tests/neighbours", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """Measure what the documentation claims about speed, size and accuracy."""
+    install(session, "-e", ".[demo]", *group("tests"))
+    session.run("python", "-m", "tests.benchmarks", *session.posargs)
 
 
 @nox.session(default=False)
