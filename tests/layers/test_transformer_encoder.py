@@ -39,7 +39,7 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append(type(spec.operation).__name__)
         return REFERENCE(spec, x, weight, bias)
 
-    monkeypatch.setattr("mono_quant.modules.layer.select", lambda *_, **__: counting)
+    monkeypatch.setattr("mono_quant.kernels.Site.kernel", lambda *_, **__: counting)
     return calls
 
 
