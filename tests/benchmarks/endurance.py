@@ -14,7 +14,7 @@ from tests.endurance.kills import (
 from tests.endurance.nursery import nursery
 from tests.endurance.rounds import MODELS, from_threads, growth, save_and_load
 
-KILLS = 100
+KILLS = 50
 ROUNDS = 1000
 THREADS, CALLS = 16, 100
 
