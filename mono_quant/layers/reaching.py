@@ -1,21 +1,34 @@
 """What reaches the product of a layer whose class has a forward of its own."""
 
+import dis
 import inspect
 from collections.abc import Mapping
+from contextlib import suppress
+from types import CodeType
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 _SEEN = "_seen_by_mono_quant"
+_STOPS = "_stops_for_mono_quant"
 _WEIGHT = "_weight_by_mono_quant"
 
 
-def is_stock(layer: nn.Module, known: type[nn.Module]) -> bool:
-    """Return whether a layer of a known class, or of a subclass, computes as that class does."""
+_COMPUTING = ("forward", "_conv_forward")
+
+
+def is_stock(layer: nn.Module, known: type[nn.Module], *names: str) -> bool:
+    """Return whether a layer of a known class, or of a subclass, computes as that class does.
+
+    Args:
+        layer: of that class, or of a subclass.
+        known: the class.
+        names: of the methods that are looked at; none for all that compute.
+    """
     return all(
         getattr(type(layer), name, None) is getattr(known, name, None)
-        for name in ("forward", "_conv_forward")
+        for name in names or _COMPUTING
     )
 
 
@@ -53,11 +66,53 @@ def reaching(
 ) -> list[Tensor]:
     """Return what a call of a layer hands to the product of the known class: padded, scaled, ...
 
-    The layer's own forward runs once more, without hooks.
+    The layer's own forward runs once more, without hooks, and where its code shows that there is
+    one product, only as far as that.
     """
     seen: list[Tensor] = []
-    _twin(layer, known, cast("Tensor", layer.weight), seen).forward(*args, **kwargs)
+    twin = _twin(layer, known, cast("Tensor", layer.weight), seen)
+    vars(twin)[_STOPS] = _has_one_product(layer, known)
+    with suppress(_Enough):
+        twin.forward(*args, **kwargs)
     return seen
+
+
+def _has_one_product(layer: nn.Module, known: type[nn.Module]) -> bool:
+    """Return whether the code of a layer's own forward calls the known class once at most.
+
+    So it does where it has no loop and names the parent's product once, and the methods of its own
+    that it calls name none.
+    """
+    cls = type(layer)
+    code = getattr(inspect.unwrap(cls.forward), "__code__", None)
+    if code is None or not is_stock(layer, known, "_conv_forward") or is_stock(layer, known):
+        return False
+    steps = list(dis.get_instructions(code))
+    named = [step.argval for step in steps if step.opname.startswith("LOAD_")]
+    looped = any(step.opname.startswith("JUMP_BACKWARD") for step in steps)
+    once = max(named.count("super"), named.count("_conv_forward")) == 1
+    return once and not looped and not _others(cls, known, code, {"forward"}) & _PRODUCTS
+
+
+_PRODUCTS = {"super", "forward", "_conv_forward"}
+
+
+def _others(
+    cls: type[nn.Module], known: type[nn.Module], code: CodeType, met: set[str]
+) -> set[str]:
+    """Return the names in the methods of a class's own that some code of it may call."""
+    found: set[str] = set()
+    for name in set(code.co_names) - met:
+        method = getattr(cls, name, None)
+        own = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
+        if own is not None and method is not getattr(known, name, None):
+            met.add(name)
+            found |= {*own.co_names, *_others(cls, known, own, met)}
+    return found
+
+
+class _Enough(Exception):
+    """What reaches the product is known, and nothing more is asked."""
 
 
 def _named(layer: nn.Module) -> set[str]:
@@ -73,8 +128,15 @@ def _twin(
     cls = _watched(type(layer), known)
     twin = cls.__new__(cls)
     vars(twin).update(vars(layer))  # the same tensors
-    vars(twin).update({_SEEN: seen, _WEIGHT: weight})
+    vars(twin).update({_SEEN: seen, _WEIGHT: weight, _STOPS: False})
     return twin
+
+
+def _note(twin: nn.Module, x: Tensor) -> None:
+    """Note what reaches the product; go no further where that is all."""
+    cast("list[Tensor]", vars(twin)[_SEEN]).append(x)
+    if vars(twin)[_STOPS]:
+        raise _Enough
 
 
 def _set_apart(twin: nn.Module) -> None:
@@ -94,7 +156,7 @@ class _Forward(nn.Module):
 
     def forward(self, input: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Return what the known class returns."""
-        cast("list[Tensor]", vars(self)[_SEEN]).append(input)
+        _note(self, input)
         return cast("Tensor", super().forward(input, *args, **kwargs))
 
 
@@ -103,7 +165,7 @@ class _ConvForward(nn.modules.conv._ConvNd):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if weight is self.weight:
-            cast("list[Tensor]", vars(self)[_SEEN]).append(input)
+            _note(self, input)
         return super()._conv_forward(input, weight, bias)
 
 
