@@ -26,6 +26,7 @@ from mono_quant.errors import (
     ConfigurationError,
     CorruptCheckpointError,
     InputError,
+    Mend,
     UnknownKindError,
     UnsupportedLayerError,
 )
@@ -388,7 +389,8 @@ def _makers(
         if maker is None:
             raise UnsupportedLayerError(
                 f"no LayerQuantizer knows {record.module!r}, a {type(layer).__name__} "
-                f"(the file says kind {record.layer.get('kind')!r}); pass it with kinds={{...}}"
+                f"(the file says kind {record.layer.get('kind')!r})",
+                Mend.LAYER,
             )
         makers[record.module] = _Replacement(maker)
         makers[record.module].add(record)

@@ -149,7 +149,7 @@ class CalibrationStatistics:
             return cls(dict(_read(weights, tensors, kinds)), tuple(json.loads(texts["transforms"])))
         except CheckpointError as error:
             raise type(error)(f"{path} cannot be read: {error.what}", error.mend) from error
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise CorruptCheckpointError(f"{path} cannot be read: {error!r}") from error
 
 

@@ -232,6 +232,7 @@ def rest_of(texts: dict[str, str], key: str, value: object) -> None:
         (lambda texts, tensors: texts.update(version="2"), "is of version 2, not 1"),
         (lambda texts, tensors: texts.pop("weights"), "cannot be read: KeyError"),
         (lambda texts, tensors: texts.update(weights="3"), "cannot be read: TypeError"),
+        (lambda texts, tensors: texts.update(weights="[" * 100_000), "cannot be read: Recursion"),
         (
             lambda texts, tensors: texts.update(
                 weights=texts["weights"].replace('"kind": "minmax"', '"kind": "os.system"')
@@ -251,7 +252,7 @@ def rest_of(texts: dict[str, str], key: str, value: object) -> None:
             "cannot be read: KeyError",
         ),
     ],
-    ids=["tensor", "version", "missing", "type", "kind", "field", "value"],
+    ids=["tensor", "version", "missing", "type", "nested", "kind", "field", "value"],
 )
 def test_what_was_forged_is_refused(edit: Edit, words: str, path: Path) -> None:
     model = Perceptron()

@@ -10,13 +10,32 @@ import io
 import struct
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from mono_quant.configurable import is_count
 from mono_quant.errors import InputError
+
+_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    LookupError,
+    MemoryError,
+    RuntimeError,  # encrypted, packed in an unknown way, or nested too deeply
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+"""What a file that is none, or a damaged one, makes of the modules that read it."""
+
+_MOST, _PACKED = 1 << 24, 32
+"""Bytes that a packed file may claim, and how many more for each of its own."""
 
 _MAGIC = b"\x93NUMPY"
 _HEADER_LENGTHS = {1: "<H", 2: "<I", 3: "<I"}
@@ -47,13 +66,20 @@ def read_arrays(path: Path) -> Tensor | dict[str, Tensor]:
             with path.open("rb") as file:
                 return _array(file)
         with zipfile.ZipFile(path) as archive:
+            size = sum(part.file_size for part in archive.infolist())
+            most = _MOST + _PACKED * path.stat().st_size
+            if size > most:
+                raise InputError(
+                    f"its arrays claim {size} bytes, more than the {most} that are read of a file "
+                    "of its size; save it with np.savez, which packs nothing"
+                )
             return {
                 name.removesuffix(".npy"): _array(io.BytesIO(archive.read(name)))
                 for name in archive.namelist()
             }
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except (zipfile.BadZipFile, ValueError, SyntaxError, LookupError, struct.error) as error:
+    except _DAMAGE as error:
         raise InputError(f"{path} is no whole file of numpy's: {error}") from error
 
 
@@ -78,7 +104,9 @@ def _array(file: BinaryIO) -> Tensor:
             f"an array of {described!r} has its bytes in the other order; save it with "
             "array.astype(array.dtype.newbyteorder('='))"
         )
-    return _tensor(file.read(), _DTYPES[kind], tuple(shape), bool(header["fortran_order"]))
+    if not isinstance(shape, tuple) or not all(is_count(size, 0) for size in shape):
+        raise ValueError(f"{shape!r} is no shape")
+    return _tensor(file.read(), _DTYPES[kind], shape, bool(header["fortran_order"]))
 
 
 def _tensor(content: bytes, dtype: torch.dtype, shape: tuple[int, ...], columns: bool) -> Tensor:

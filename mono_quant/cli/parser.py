@@ -66,7 +66,7 @@ _CALIBRATE = """examples:
   monoquant quantize model.pt --factory my_package.models:make --bits 8 \\
       --statistics statistics.safetensors -o small.safetensors
 
-Takes the options of quantize, which say whose statistics are asked for."""
+Takes the options of quantize that say how, since they say whose statistics are asked for."""
 _INFO = """examples:
   monoquant info small.safetensors
   monoquant info small.safetensors --html report.html
@@ -93,7 +93,7 @@ _COMPLETION = """examples:
   monoquant completion > ~/.monoquant-completion
   echo 'source ~/.monoquant-completion' >> ~/.bashrc"""
 _DEMO = """examples:
-  pip install "mono-quant[demo]" && monoquant demo
+  pip install -c constraints.txt ".[demo]" && monoquant demo
   monoquant demo --output demo-files --json"""
 
 

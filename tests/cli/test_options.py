@@ -285,12 +285,15 @@ def test_a_configuration_may_be_toml(folder: Path, monoquant: Monoquant) -> None
         ("a.toml", "bits = = 4", "a.toml is not TOML: "),
         ("a.json", "bits = 4", "a.json is not JSON (a file in TOML is called .toml): "),
         ("a.toml", "bits = 4", "a quantizer has no bits"),
+        ("a.json", "[" * 100_000, "a.json is not JSON"),
+        ("a.toml", "bits = '\udcff'", "a.toml is not TOML: "),
     ],
+    ids=["toml", "json", "unknown", "nested", "no text"],
 )
 def test_a_configuration_of_the_wrong_format_is_named(
     name: str, text: str, complaint: str, folder: Path, monoquant: Monoquant
 ) -> None:
-    (folder / name).write_text(text)
+    (folder / name).write_bytes(text.encode(errors="surrogateescape"))
     done = monoquant("quantize", "--config", name, "--dump-config")
     assert done.code == 2
     assert complaint in done.complaint

@@ -35,7 +35,7 @@ except ConfigurationError as error:
 
 
 def test_without_matplotlib_the_error_says_what_to_install() -> None:
-    assert 'pip install "mono-quant[plot]"' in run(WITHOUT)
+    assert "pip install matplotlib" in run(WITHOUT)
 
 
 @pytest.mark.skipif(not INSTALLED, reason="matplotlib is not installed")
