@@ -44,7 +44,7 @@ class Mend(Enum):
     ROUNDING = "skip({layer}) or give it another rounding with override(...)"
     SKIP = "mend the weight, or leave the layer in float with skip({layer})"
     SUFFIX = "rename it or pass serializer="
-    LAYER = "give a LayerQuantizer that does with layers=(...)"
+    LAYER = "give one that does with layers=(...), or its class with kinds={{...}}"
     IS_QUANTIZED = "load_model(path) reads it"
     IS_FLOAT = "a float checkpoint is quantized first, with quantize(...)"
 
