@@ -159,6 +159,7 @@ def kill_while_calibrating(nursery: Nursery, folder: Path, runs: int) -> Survive
     Those of a run that nobody disturbed.
     """
     whole, random = folder / "whole.pt", Random(runs)
+    _seconds(nursery, "calibrate", folder / "first", whole)  # what only a first run has to find out
     took = _seconds(nursery, "calibrate", folder / "undisturbed", whole)
     kills, left = 0, 0
     for number in range(runs):
