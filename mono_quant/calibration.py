@@ -358,9 +358,8 @@ class Kept:
     def __init__(self, limit: int = KEPT_IN_MEMORY) -> None:
         """Keep up to `limit` bytes in memory."""
         self._limit = limit
-        self._kept: list[
-            list[Tensor] | tuple[int, int]
-        ] = []  # tensors, or where they begin and end
+        # tensors, or where they begin and end in the file
+        self._kept: list[list[Tensor] | tuple[int, int]] = []
         self._file: IO[bytes] | None = None
 
     def add(self, tensors: list[Tensor]) -> None:

@@ -1,5 +1,6 @@
 """Products of float32 inputs and float16 weights in the order of torch's own fp16 product."""
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar, final
 
@@ -25,9 +26,45 @@ _PANEL = 64  # rows of a piece are a multiple of it, so that only the last one i
 _PADDING = 0.4  # of the weight's bytes, the most that filling up may take
 
 
+class HalfPrecision(Arranged):
+    """A float16 weight in an order of torch's own, or as it was where it could not be packed.
+
+    Attributes:
+        shape: of the weight, ``[out, in]``.
+        weight: the weight as it was; None where it is packed.
+    """
+
+    __slots__ = ()
+    traceable: ClassVar[bool] = False
+
+    shape: tuple[int, int]
+    weight: PackedTensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes."""
+        rows, length = self.shape
+        return 2 * rows * length
+
+    @property
+    def padding(self) -> int:
+        """Bytes that fill up what is packed."""
+        return fp16_packed_bytes(*self.shape) - self.nbytes if self.weight is None else 0
+
+    def canonical(self) -> Tensor:
+        """Return the codes as `PackedTensor` has them, ``float16 [1, out, in]``."""
+        if self.weight is not None:
+            return self.weight.tensors["codes"]
+        return unfollowed(self.unpacked)
+
+    @abstractmethod
+    def unpacked(self) -> Tensor:
+        """Return the codes of what is packed, ``float16 [1, out, in]``."""
+
+
 @final
 @attrs.frozen(eq=False)
-class Halves(Arranged):
+class Halves(HalfPrecision):
     """A float16 weight as torch's product reads it.
 
     Attributes:
@@ -36,8 +73,6 @@ class Halves(Arranged):
         weight: the weight as it was, where it could not be packed; then there are no pieces.
     """
 
-    traceable: ClassVar[bool] = False
-
     pieces: tuple[torch.ScriptObject, ...]
     shape: tuple[int, int]
     weight: PackedTensor | None = None
@@ -45,21 +80,10 @@ class Halves(Arranged):
     @property
     def beside(self) -> int:
         """Bytes that fill up the pieces: the last one, the others are whole panels of rows."""
-        return fp16_packed_bytes(*self.shape) - self.nbytes if self.weight is None else 0
+        return self.padding
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the codes."""
-        rows, length = self.shape
-        return 2 * rows * length
-
-    def canonical(self) -> Tensor:
-        """Return the codes as `PackedTensor` has them, ``float16 [1, out, in]``."""
-        if self.weight is not None:
-            return self.weight.tensors["codes"]
-        return unfollowed(self._unpacked)
-
-    def _unpacked(self) -> Tensor:
+    def unpacked(self) -> Tensor:
+        """Return the codes, piece by piece."""
         codes = torch.empty(self.shape, dtype=torch.float16, device="cpu")
         for place, piece in zip(_places(*self.shape), self.pieces, strict=True):
             codes[place].copy_(fp16_unpack(piece))

@@ -3,15 +3,15 @@
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import ClassVar, final
+from typing import final
 
 import attrs
 import torch
 from torch import Tensor
 
-from mono_quant.base import Arranged, ArrangingKernel, KernelSpec, PackedTensor
+from mono_quant.base import ArrangingKernel, KernelSpec, PackedTensor
 from mono_quant.kernels.codes import SMALLEST
-from mono_quant.kernels.fp16 import FP16
+from mono_quant.kernels.fp16 import FP16, HalfPrecision
 from mono_quant.kernels.ops import (
     fp16_cell,
     fp16_pack,
@@ -19,7 +19,6 @@ from mono_quant.kernels.ops import (
     fp16_sequence,
     fp16_sequence_refusal,
     fp16_unpack,
-    unfollowed,
 )
 from mono_quant.recurrence import WholeSequence
 from mono_quant.schemes import FloatCast
@@ -29,7 +28,7 @@ _CELLS = ("LSTM", "GRU")
 
 @final
 @attrs.define(eq=False)
-class HalfFactor(Arranged):
+class HalfFactor(HalfPrecision):
     """A float16 weight in one piece, with a place for the bias that torch's operators add.
 
     Attributes:
@@ -42,8 +41,6 @@ class HalfFactor(Arranged):
             take for both.
     """
 
-    traceable: ClassVar[bool] = False
-
     packed: torch.ScriptObject | None
     bias: Tensor
     shape: tuple[int, int]
@@ -54,23 +51,11 @@ class HalfFactor(Arranged):
     @property
     def beside(self) -> int:
         """Bytes that fill up the panels, and those of the bias."""
-        padding = fp16_packed_bytes(*self.shape) - self.nbytes if self.packed is not None else 0
-        return padding + self.bias.nbytes
+        return self.padding + self.bias.nbytes
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the codes."""
-        rows, length = self.shape
-        return 2 * rows * length
-
-    def canonical(self) -> Tensor:
-        """Return the codes as `PackedTensor` has them, ``float16 [1, out, in]``."""
-        if self.weight is not None:
-            return self.weight.tensors["codes"]
-        return unfollowed(self._unpacked)
-
-    def _unpacked(self) -> Tensor:
-        assert self.packed is not None  # it is one or the other
+    def unpacked(self) -> Tensor:
+        """Return the codes."""
+        assert self.packed is not None  # `canonical` saw to it
         return fp16_unpack(self.packed).to(torch.float16)[None]
 
     def after(self, inputs: torch.ScriptObject) -> torch.ScriptObject:

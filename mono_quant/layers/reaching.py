@@ -12,24 +12,14 @@ from torch import Tensor, nn
 
 _SEEN = "_seen_by_mono_quant"
 _STOPS = "_stops_for_mono_quant"
+_ONCE = "_once_for_mono_quant"
 _WEIGHT = "_weight_by_mono_quant"
-
-
 _COMPUTING = ("forward", "_conv_forward")
 
 
-def is_stock(layer: nn.Module, known: type[nn.Module], *names: str) -> bool:
-    """Return whether a layer of a known class, or of a subclass, computes as that class does.
-
-    Args:
-        layer: of that class, or of a subclass.
-        known: the class.
-        names: of the methods that are looked at; none for all that compute.
-    """
-    return all(
-        getattr(type(layer), name, None) is getattr(known, name, None)
-        for name in names or _COMPUTING
-    )
+def is_stock(layer: nn.Module, known: type[nn.Module]) -> bool:
+    """Return whether a layer of a known class, or of a subclass, computes as that class does."""
+    return not any(_overrides(type(layer), known, name) for name in _COMPUTING)
 
 
 def reads_weight(layer: nn.Module) -> bool:
@@ -40,7 +30,7 @@ def reads_weight(layer: nn.Module) -> bool:
 
 def gives_weight(layer: nn.Module, known: type[nn.Module]) -> bool:
     """Return whether the layer's own code says which weight a convolution is done with."""
-    own = getattr(type(layer), "_conv_forward", None) is not getattr(known, "_conv_forward", None)
+    own = _overrides(type(layer), known, "_conv_forward")
     return own or "_conv_forward" in _named(layer)
 
 
@@ -71,21 +61,22 @@ def reaching(
     """
     seen: list[Tensor] = []
     twin = _twin(layer, known, cast("Tensor", layer.weight), seen)
-    vars(twin)[_STOPS] = _has_one_product(layer, known)
+    vars(twin)[_STOPS] = getattr(twin, _ONCE)
     with suppress(_Enough):
         twin.forward(*args, **kwargs)
     return seen
 
 
-def _has_one_product(layer: nn.Module, known: type[nn.Module]) -> bool:
-    """Return whether the code of a layer's own forward calls the known class once at most.
+def _has_one_product(cls: type[nn.Module], known: type[nn.Module]) -> bool:
+    """Return whether the code of a class's own forward calls the known class once at most.
 
     So it does where it has no loop and names the parent's product once, and the methods of its own
     that it calls name none.
     """
-    cls = type(layer)
-    code = getattr(inspect.unwrap(cls.forward), "__code__", None)
-    if code is None or not is_stock(layer, known, "_conv_forward") or is_stock(layer, known):
+    code = _code_of(cls.forward)
+    if code is None or not _overrides(cls, known, "forward"):
+        return False
+    if _overrides(cls, known, "_conv_forward"):
         return False
     steps = list(dis.get_instructions(code))
     named = [step.argval for step in steps if step.opname.startswith("LOAD_")]
@@ -94,7 +85,7 @@ def _has_one_product(layer: nn.Module, known: type[nn.Module]) -> bool:
     return once and not looped and not _others(cls, known, code, {"forward"}) & _PRODUCTS
 
 
-_PRODUCTS = {"super", "forward", "_conv_forward"}
+_PRODUCTS = {"super", *_COMPUTING}
 
 
 def _others(
@@ -103,12 +94,23 @@ def _others(
     """Return the names in the methods of a class's own that some code of it may call."""
     found: set[str] = set()
     for name in set(code.co_names) - met:
-        method = getattr(cls, name, None)
-        own = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
-        if own is not None and method is not getattr(known, name, None):
+        own = _code_of(getattr(cls, name, None))
+        if own is not None and _overrides(cls, known, name):
             met.add(name)
             found |= {*own.co_names, *_others(cls, known, own, met)}
     return found
+
+
+def _overrides(cls: type[nn.Module], known: type[nn.Module], name: str) -> bool:
+    """Return whether a class has a method of its own in place of the known class's."""
+    return getattr(cls, name, None) is not getattr(known, name, None)
+
+
+def _code_of(method: object) -> CodeType | None:
+    """Return what a method is compiled to; None for what is not written in Python."""
+    if not callable(method):
+        return None
+    return cast("CodeType | None", getattr(inspect.unwrap(method), "__code__", None))
 
 
 class _Enough(Exception):
@@ -117,7 +119,7 @@ class _Enough(Exception):
 
 def _named(layer: nn.Module) -> set[str]:
     """Return the names that the code of the layer's forward reads."""
-    code = getattr(inspect.unwrap(type(layer).forward), "__code__", None)
+    code = _code_of(type(layer).forward)
     return set(code.co_names) if code is not None else set()
 
 
@@ -181,5 +183,6 @@ def _watched(cls: type[nn.Module], known: type[nn.Module]) -> type[nn.Module]:
         return _MADE[cls, known]
     notes: type[nn.Module] = _ConvForward if "_conv_forward" in vars(known) else _Forward
     noting = type(f"Noting{known.__name__}", (notes, known), {})
-    _MADE[cls, known] = type(f"Noting{cls.__name__}", (cls, noting), {"weight": _KEPT})
+    own = {"weight": _KEPT, _ONCE: _has_one_product(cls, known)}
+    _MADE[cls, known] = type(f"Noting{cls.__name__}", (cls, noting), own)
     return _MADE[cls, known]

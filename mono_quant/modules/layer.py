@@ -146,8 +146,7 @@ class QuantizedLayer(QuantizedModule):
         site = self._site(operation, held, name)
         spec, rows = site.spec, operation.count(x)
         kernel = site.kernel(x.device, x.dtype, rows, (x, bias), held.is_arrangeable)
-        for ran in _LISTENING:
-            ran[self, name] = kernel.name
+        self.note(name, kernel)
         if kernel is REFERENCE:
             return kernel(spec, x, held.pin() if operation.reads_rows else held.peek(), bias)
         if isinstance(kernel, ArrangingKernel):
