@@ -41,6 +41,8 @@ from mono_quant.configurable import Config
 from mono_quant.demo.run import run_demo
 from mono_quant.errors import ConfigurationError, RequirementError
 from mono_quant.files import describe_file, float_state_dict, validate_file
+from mono_quant.modules import BareModule
+from mono_quant.plan import Plan
 from mono_quant.quantizer import Quantizer
 from mono_quant.report import Report
 from mono_quant.result import Validation
@@ -88,10 +90,7 @@ def quantize(given: Namespace) -> Outcome:
             "--statistics are of the inputs of float layers, and --sequential asks for those that "
             "quantized layers make: leave one of the two out"
         )
-    model = float_model(options)
-    planned = _with_data(quantizer, options, runs=isinstance(model, nn.Module)).plan(model)
-    del model  # so that --in-place can free the tensors of a bare checkpoint
-    result = planned.run(
+    result = _planned(quantizer, options).run(
         in_place=options.in_place,
         sequential=options.sequential,
         resume=options.resume,
@@ -127,10 +126,7 @@ def plan(given: Namespace) -> Outcome:
     """Say what would be done to each layer and why, and what that takes; write nothing."""
     options = PlanOptions(**vars(given))
     _import_all(options)
-    quantizer = build_quantizer(options)
-    model = float_model(options)
-    found = _with_data(quantizer, options, runs=isinstance(model, nn.Module)).plan(model)
-    found = found.measured(progress=not options.quiet)
+    found = _planned(build_quantizer(options), options).measured(progress=not options.quiet)
     outline = found.outline
     answer: Config = {
         "plan": report_in_options(outline.report.to_dict()),
@@ -148,10 +144,7 @@ def calibrate(given: Namespace) -> Outcome:
     _import_all(options)
     if options.calibration is None:
         raise ConfigurationError("what is gathered is gathered from data: add --calibration FILE")
-    quantizer = build_quantizer(options)
-    model = float_model(options)
-    planned = _with_data(quantizer, options, runs=isinstance(model, nn.Module)).plan(model)
-    found = planned.calibrate(progress=not options.quiet)
+    found = _planned(build_quantizer(options), options).calibrate(progress=not options.quiet)
     if not found.weights:
         raise ConfigurationError(
             "nothing is asked of the data: inputs that are calibrated (--activations static) and "
@@ -166,6 +159,15 @@ def calibrate(given: Namespace) -> Outcome:
         "weights": [".".join(filter(None, key)) for key in found.weights],
     }
     return Outcome("" if options.quiet else text, answer)
+
+
+def _planned(quantizer: Quantizer, options: PlanOptions) -> Plan[nn.Module] | Plan[BareModule]:
+    """Return the plan for the model that the options name, which nobody else holds.
+
+    So `--in-place` can free the tensors of a bare checkpoint.
+    """
+    model = float_model(options)
+    return _with_data(quantizer, options, runs=isinstance(model, nn.Module)).plan(model)
 
 
 def _short_of(report: Report, options: QuantizeOptions) -> str | None:
