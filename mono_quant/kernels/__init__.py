@@ -17,7 +17,14 @@ from mono_quant.kernels.blocks import BLOCKS, Blocks
 from mono_quant.kernels.choice import fastest, order_of
 from mono_quant.kernels.codes import remembered_bytes
 from mono_quant.kernels.convolution import INTEGER_CONVOLUTION, IntegerConvolution
-from mono_quant.kernels.cuda import CUDA_INT4, CUDA_INTEGER, CudaInt4, CudaInteger
+from mono_quant.kernels.cuda import (
+    CUDA_FLOAT8,
+    CUDA_INT4,
+    CUDA_INTEGER,
+    CudaFloat8,
+    CudaInt4,
+    CudaInteger,
+)
 from mono_quant.kernels.fp16 import FP16, Fp16
 from mono_quant.kernels.fp16_sequences import (
     FP16_SEQUENCES,
@@ -52,6 +59,7 @@ KERNELS: tuple[Kernel, ...] = (
     PANEL_BYTES,
     FP16,
     CUDA_INTEGER,
+    CUDA_FLOAT8,
     CUDA_INT4,
     FP16_SEQUENCES,
     BLOCKS,
@@ -265,6 +273,7 @@ __all__ = [
     "REFERENCE",
     "VARIABLE",
     "Blocks",
+    "CudaFloat8",
     "CudaInt4",
     "CudaInteger",
     "Decomposed",

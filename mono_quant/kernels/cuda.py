@@ -1,4 +1,4 @@
-"""Products on CUDA devices by torch's own operators: 8 bits as integers, 4 bits in bfloat16.
+"""Products on CUDA devices by torch's own operators: 8-bit integers and floats, and 4 bits.
 
 Written from what torch documents of them, and tried in a process of its own on each device before
 they are used: sizes, the order of nibbles and the results.
@@ -10,17 +10,20 @@ import attrs
 import torch
 from torch import Tensor
 
-from mono_quant.base import Arranged, ArrangingKernel, KernelSpec, PackedTensor
+from mono_quant.base import Arranged, ArrangingKernel, KernelSpec, PackedTensor, Scheme
 from mono_quant.kernels.codes import flat, refuse, scales_and_zeros, shaped
 from mono_quant.kernels.digits import Digits, Factor
 from mono_quant.kernels.int4 import group_of, refuse_four_bits
 from mono_quant.kernels.integer import refuse_inputs, refuse_weight
 from mono_quant.kernels.ops import unfollowed
 from mono_quant.kernels.trial import refusal
+from mono_quant.numerics.granularity import PerChannel, PerTensor, PerToken
 from mono_quant.numerics.packing import pack_bits
+from mono_quant.schemes import Float8
 
 _STEP = 8  # rows and columns of integers have to be multiples of it
 _FEWEST = 24  # and the rows of inputs more than 16
+_FLOATS = 16  # what rows and columns of 8-bit floats have to be multiples of
 _TILES = 8  # of 16 columns, that 4-bit weights are packed by
 _COLUMNS = 16 * _TILES
 _CENTRE = 8  # the code that the 4-bit product takes for zero
@@ -76,6 +79,67 @@ class CudaInteger:
         factor.finish(digits, factor.less_zeros(digits, products)[None], None, out)
         lost = rows.isnan().any(1, keepdim=True)
         return shaped(out.masked_fill_(lost, float("nan")), None, x)
+
+
+class CudaFloat8:
+    """Multiplies weights and inputs that are floats of 8 bits, summing in float32.
+
+    The device adds up with fewer bits than float32 has between its own sums, so that products
+    differ from the reference's by more than rounding in float32, and by far less than floats of 8
+    bits round by themselves. Scales are multiplied in afterwards, in float32. NaN stays in its row.
+    """
+
+    name = "cuda-float8"
+
+    def supports(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Return why it cannot: floats of 8 bits on both sides, sizes of multiples of 16, CUDA."""
+        reason = refuse(spec, device, dtype, "cuda") or _refuse_floats("the weight is", spec.scheme)
+        if reason is None and spec.activation is None:
+            reason = "inputs are float"
+        if reason is None and spec.activation is not None:
+            reason = _refuse_floats("inputs are", spec.activation.scheme)
+            if spec.activation.apart is not None:
+                reason = "some of the inputs stay float"
+        if reason is None and torch.float8_e4m3fn not in _dtypes(spec):
+            reason = "neither the weight nor the inputs are float8_e4m3fn"
+        _, rows, length = spec.layout.stack
+        if reason is None and (rows % _FLOATS or length % _FLOATS):
+            reason = f"{rows} x {length} values are no multiples of {_FLOATS}"
+        return reason or _trial("the product of 8-bit floats", _FLOAT8_TRIAL, device)
+
+    def __call__(
+        self, spec: KernelSpec, x: Tensor, weight: PackedTensor, bias: Tensor | None
+    ) -> Tensor:
+        """Return ``x @ weight.T + bias``, ``[..., out]`` in the dtype of `x`."""
+        rows, activation = flat(x, spec.layout.stack[2]), spec.activation
+        assert activation is not None  # `supports` saw to it
+        inputs, columns = _dtypes(spec)
+        q = activation.scheme.quantize(rows, activation.qparams(rows))
+        assert q.qparams.scale is not None  # a Float8 has one
+        codes, scale = weight.tensors["codes"][0], weight.tensors["scale"]
+        one = scale.new_ones((), dtype=torch.float32)
+        out = torch._scaled_mm(
+            q.codes.view(inputs),
+            codes.view(columns).t(),
+            scale_a=one,
+            scale_b=one,
+            out_dtype=torch.float32,
+        )
+        return shaped(out.mul_(scale.reshape(1, -1)).mul_(q.qparams.scale), bias, x)
+
+
+def _dtypes(spec: KernelSpec) -> tuple[torch.dtype, ...]:
+    """Return the dtypes of 8-bit floats of inputs and weight."""
+    schemes = (spec.activation.scheme if spec.activation is not None else None, spec.scheme)
+    return tuple(scheme.dtype for scheme in schemes if isinstance(scheme, Float8))
+
+
+def _refuse_floats(what: str, scheme: Scheme) -> str | None:
+    """Return why a grid is not one of 8-bit floats with a scale per row or for all, or None."""
+    whole = (PerTensor, PerChannel, PerToken)
+    if type(scheme) is Float8 and type(scheme.granularity) in whole:
+        return None
+    return f"{what} {scheme.describe()}, not 8-bit floats by rows"
 
 
 @final
@@ -185,6 +249,18 @@ for rows in (24, 32, 136):
         found = torch._int_mm(left.to(device), right.to(device).t()).cpu()
         assert torch.equal(found.double(), left.double() @ right.double().t())
 """
+_FLOAT8_TRIAL = """
+import torch
+floats = torch.float8_e4m3fn, torch.float8_e5m2
+one = torch.ones((), device=device)
+for of_left, of_right in ((0, 0), (0, 1), (1, 0)):
+    for rows in (1, 3, 16, 17, 136):
+        left = torch.randint(-8, 9, (rows, 64)).float().to(floats[of_left])
+        right = torch.randint(-8, 9, (96, 64)).float().to(floats[of_right])
+        found = torch._scaled_mm(left.to(device), right.to(device).t(), scale_a=one, scale_b=one,
+                                 out_dtype=torch.float32).cpu()
+        assert torch.equal(found, left.float() @ right.float().t())
+"""
 _INT4_TRIAL = """
 import torch
 aten = torch.ops.aten
@@ -204,4 +280,5 @@ for rows in (1, 8, 17, 64):
 """
 
 CUDA_INTEGER = CudaInteger()
+CUDA_FLOAT8 = CudaFloat8()
 CUDA_INT4 = CudaInt4()

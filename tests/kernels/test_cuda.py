@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mono_quant import QuantizedLayer, Quantizer, kernels
-from mono_quant.kernels import CudaInt4, CudaInteger
+from mono_quant import Float8, PerTensor, QuantizedLayer, Quantizer, kernels
+from mono_quant.kernels import REFERENCE, CudaFloat8, CudaInt4, CudaInteger
 from mono_quant.kernels import cuda as module
 from mono_quant.kernels.ops import int_mm_refusal
 from tests.helpers import noise, same_bits
 from tests.kernels.cases import CPU, EPS, INTEGERS, exact, layer, run, spec_of
 from tests.kernels.test_int4 import GRIDS, ROUND, SHAPE, parts
 
-INTEGER, INT4 = CudaInteger(), CudaInt4()
+INTEGER, FLOAT8, INT4 = CudaInteger(), CudaFloat8(), CudaInt4()
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 GPU = torch.device("cuda", 0)
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -36,6 +37,47 @@ def test_integer_products_round_with_the_scales_alone(grid: str) -> None:
     assert found[0].isnan().all()
     assert found[1:].isfinite().all()
     assert run(INTEGER, made, x[:0]).shape == (0, 64)
+
+
+FLOATS = {
+    "dynamic": Quantizer().scheme(Float8()).activations("dynamic", dtype=E4M3),
+    "dynamic, per tensor": Quantizer()
+    .scheme(Float8(granularity=PerTensor()))
+    .activations("dynamic", dtype=E4M3, granularity="tensor"),
+    "inputs of e5m2": Quantizer().scheme(Float8()).activations("dynamic", dtype=E5M2),
+    "weight of e5m2": Quantizer().scheme(Float8(E5M2)).activations("dynamic", dtype=E4M3),
+    "static": Quantizer()
+    .scheme(Float8())
+    .activations("static", dtype=E4M3)
+    .fit(noise(64, 1040, seed=5)),
+    "float16 scales": Quantizer()
+    .scheme(Float8(scale_dtype=torch.float16))
+    .activations("dynamic", dtype=E4M3),
+}
+"""Weights and inputs of 8-bit floats."""
+
+
+@pytest.mark.parametrize("grid", FLOATS)
+def test_products_of_floats_round_as_sums_of_float32(grid: str) -> None:
+    try:
+        torch._scaled_mm(*(torch.zeros(16, 16).to(E4M3),) * 2, *(torch.ones(()),) * 2)
+    except (NotImplementedError, RuntimeError) as why:
+        pytest.skip(f"this torch has no such product on a CPU: {why}")
+    made = layer(FLOATS[grid], 64, 1040)
+    for rows in (1, 3, 17):
+        x = noise(rows, 1040, seed=rows)
+        x[0, :7] = 0
+        expected, size = exact(made, x)
+        found = run(FLOAT8, made, x).double()
+        assert found.shape == expected.shape
+        assert ((found - expected).abs() <= 1040 * EPS * size).all()
+    x = noise(3, 1040)
+    x[0, 3], x[1] = float("nan"), 0
+    found = run(FLOAT8, made, x, noise(64))
+    assert torch.equal(found.isnan(), run(REFERENCE, made, x).isnan())
+    assert found[0].isnan().all()
+    assert found[1].isnan().all() or same_bits(found[1], noise(64))
+    assert run(FLOAT8, made, x[:0]).shape == (0, 64)
 
 
 def documented_pack(codes: Tensor, tiles: int) -> Tensor:
@@ -76,15 +118,25 @@ def test_four_bits_are_given_as_the_operator_takes_them(
 def test_they_say_why_they_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_trial", lambda name, program, device: None)
     eight, four = layer(INTEGERS["dynamic"], 64, 1040), layer(GRIDS["groups of 64"], *SHAPE)
-    for kernel, made in ((INTEGER, eight), (INT4, four)):
+    floats = layer(FLOATS["dynamic"], 64, 1040)
+    for kernel, made in ((INTEGER, eight), (FLOAT8, floats), (INT4, four)):
         spec = spec_of(made)
         assert kernel.supports(spec, GPU, torch.float32) is None
         assert "on cpu" in str(kernel.supports(spec, CPU, torch.float32))
         assert "float64" in str(kernel.supports(spec, GPU, torch.float64))
     assert "8-bit" in str(INTEGER.supports(spec_of(four), GPU, torch.float32))
     assert "8-bit" in str(INT4.supports(spec_of(eight), GPU, torch.float32))
-    floats = layer(Quantizer().activations(None), 64, 1040)
-    assert "inputs are float" in str(INTEGER.supports(spec_of(floats), GPU, torch.float32))
+    assert "not 8-bit floats" in str(FLOAT8.supports(spec_of(eight), GPU, torch.float32))
+    mixed = layer(Quantizer().scheme(Float8()).activations("dynamic"), 64, 1040)
+    assert "inputs are 8-bit asym" in str(FLOAT8.supports(spec_of(mixed), GPU, torch.float32))
+    alone = layer(Quantizer().scheme(Float8()), 64, 1040)
+    assert "inputs are float" in str(FLOAT8.supports(spec_of(alone), GPU, torch.float32))
+    coarse = layer(Quantizer().scheme(Float8(E5M2)).activations("dynamic", dtype=E5M2), 64, 1040)
+    assert "float8_e4m3fn" in str(FLOAT8.supports(spec_of(coarse), GPU, torch.float32))
+    narrow = layer(FLOATS["dynamic"], 72, 1040)
+    assert "multiples of 16" in str(FLOAT8.supports(spec_of(narrow), GPU, torch.float32))
+    weights = layer(Quantizer().activations(None), 64, 1040)
+    assert "inputs are float" in str(INTEGER.supports(spec_of(weights), GPU, torch.float32))
     odd = layer(INTEGERS["dynamic"], 65, 1040)
     assert "multiples of 8" in str(INTEGER.supports(spec_of(odd), GPU, torch.float32))
     narrow = layer(Quantizer().bits(4), 1024, 64)
