@@ -18,12 +18,18 @@ from mono_quant.kernels.choice import fastest, order_of
 from mono_quant.kernels.codes import remembered_bytes
 from mono_quant.kernels.convolution import INTEGER_CONVOLUTION, IntegerConvolution
 from mono_quant.kernels.cuda import (
+    CUDA_DECODED,
     CUDA_FLOAT8,
-    CUDA_INT4,
     CUDA_INTEGER,
+    CudaDecoded,
     CudaFloat8,
-    CudaInt4,
     CudaInteger,
+)
+from mono_quant.kernels.cuda_tiles import (
+    CUDA_INT4,
+    CUDA_TILES_DECODED,
+    CudaInt4,
+    CudaTilesDecoded,
 )
 from mono_quant.kernels.fp16 import FP16, Fp16
 from mono_quant.kernels.fp16_sequences import (
@@ -60,7 +66,9 @@ KERNELS: tuple[Kernel, ...] = (
     FP16,
     CUDA_INTEGER,
     CUDA_FLOAT8,
+    CUDA_DECODED,
     CUDA_INT4,
+    CUDA_TILES_DECODED,
     FP16_SEQUENCES,
     BLOCKS,
     DECOMPOSED,
@@ -203,7 +211,7 @@ def _traceable(
     exporting = getattr(torch.compiler, "is_exporting", None)  # torch 2.6 has none
     if exporting is None or exporting() or gradient_asked(*others) or not _fastest_wanted():
         return REFERENCE
-    traced: tuple[Kernel, ...] = (INTEGER_TRACED, DECOMPOSED_TRACED)
+    traced: tuple[Kernel, ...] = (INTEGER_TRACED, DECOMPOSED_TRACED, CUDA_INTEGER, CUDA_FLOAT8)
     kernels = (*traced, ROW_TRACED) if rows == 1 else traced
     able = (kernel for kernel in kernels if kernel.supports(spec, device, dtype) is None)
     return next(able, REFERENCE)
@@ -273,9 +281,11 @@ __all__ = [
     "REFERENCE",
     "VARIABLE",
     "Blocks",
+    "CudaDecoded",
     "CudaFloat8",
     "CudaInt4",
     "CudaInteger",
+    "CudaTilesDecoded",
     "Decomposed",
     "Fp16",
     "Fp16Sequences",

@@ -84,10 +84,9 @@ class Float8(Scaled):
     def dynamic_qparams(self, x: Tensor) -> QParams:
         """Return `calculate_qparams` of the smallest and largest values, whatever they are."""
         block_size = self.granularity.block_size(tuple(x.shape))
-        low, high = block_range(x.to(torch.float32), block_size)
-        magnitude = torch.maximum(high, -low)
-        scale = (magnitude / self.unit).clamp_(min=_TINY).masked_fill_(magnitude == 0, 0.0)
-        return QParams(self.stored(scale), None, block_size)
+        low, high = block_range(x, block_size)
+        magnitude = torch.maximum(high, -low).to(torch.float32)
+        return QParams(self.stored((magnitude / self.unit).clamp_(min=_TINY)), None, block_size)
 
     def describe(self) -> str:
         """Return the dtype and the granularity."""

@@ -175,8 +175,9 @@ class Scaled(Scheme):
 
     def quantize(self, x: Tensor, qparams: QParams) -> QTensor:
         """Return the code of the nearest level to each value over its scale, in float32."""
-        values, scale = meet(x.to(torch.float32), qparams.block_size, self.scales(qparams))
-        values = values / scale.masked_fill(scale == 0, 1.0)
+        values = x if x.dtype in _PLAIN else x.to(torch.float32)
+        values, scale = meet(values, qparams.block_size, self.scales(qparams))
+        values = values / scale.masked_fill(scale == 0, 1.0)  # in float32, as scales are
         return QTensor(self.encode(values.reshape(x.shape), qparams.extra), qparams, x.dtype)
 
     def dequantize(self, q: QTensor) -> Tensor:

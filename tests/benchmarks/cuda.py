@@ -1,8 +1,9 @@
-"""On a CUDA device: each kernel for it beside float16, bfloat16 and float32 layers, and a decoder.
+"""On a CUDA device: each kernel for it beside bfloat16 and float32 layers, and a decoder.
 
 Ratios over the float layer or model of the same dtype, medians of interleaved calls that wait for
 the device; weights come from memory. "graph" is the same call recorded as a CUDA graph, in which
-Python has no part. "SQNR" is that of the output.
+Python has no part, "compiled" both models under `torch.compile(mode="reduce-overhead")`, in
+bfloat16. "SQNR" is that of the output.
 """
 
 import copy
@@ -21,8 +22,8 @@ from tests.benchmarks.measure import print_table, sqnr
 SIZE = 4096
 BATCHES = (1, 16, 128, 2048)
 SHAPES = ((1, 1), (1, 256), (4, 256))
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_REPEATS = 30
+DTYPES = (torch.float32, torch.bfloat16)
+_REPEATS = 20
 _COLD = 512e6  # bytes of weights that take turns
 
 E4M3 = torch.float8_e4m3fn
@@ -34,6 +35,7 @@ SETTINGS: Mapping[str, Quantizer] = {
     "FP8 weight-only": Quantizer().scheme(Float8()),
     "INT4 g64": Quantizer().bits(4),
 }
+COMPILED = ("INT8 dynamic, symmetric", "FP8 dynamic", "INT8 weight-only", "INT4 g64")
 
 
 def main() -> None:
@@ -47,8 +49,10 @@ def main() -> None:
         columns = ("setting", "dtype", "kernel", *(f"M={batch}" for batch in BATCHES), "SQNR, dB")
         print_table(columns, _linear())
         print("Decoder of 8 blocks of 1024: eager / graph\n")
-        columns = ("setting", "dtype", "MB", "1 token", "256 tokens", "4 x 256", "SQNR, dB")
-        print_table(columns, _decoder())
+        tokens = ("1 token", "256 tokens", "4 x 256")
+        print_table(("setting", "dtype", "MB", *tokens, "SQNR, dB"), _decoder())
+        print("The same, compiled\n")
+        print_table(("setting", *tokens, "SQNR, dB"), _compiled())
 
 
 def _linear() -> Iterator[tuple[str, ...]]:
@@ -87,8 +91,7 @@ def _with(name: str, layer: nn.Module, x: Tensor) -> Tensor:
 
 def _decoder() -> Iterator[tuple[str, ...]]:
     for dtype in DTYPES:
-        torch.manual_seed(0)
-        source = Llama().eval().to("cuda", dtype)
+        source = _source(dtype)
         batches = [torch.randint(VOCABULARY, shape, device="cuda") for shape in SHAPES]
         size = sum(one.nbytes for one in source.state_dict().values())
         yield ("float", _short(dtype), f"{size / 1e6:.0f}", *["1 / 1"] * 3, "")
@@ -98,6 +101,32 @@ def _decoder() -> Iterator[tuple[str, ...]]:
             error = sqnr([source(batches[1]).float()], [model(batches[1]).float()])
             size = sum(one.nbytes for one in model.state_dict().values())
             yield (title, _short(dtype), f"{size / 1e6:.0f}", *cells, f"{error:.2f}")
+
+
+def _compiled() -> Iterator[tuple[str, ...]]:
+    source = _source(torch.bfloat16)
+    for title in COMPILED:
+        model = SETTINGS[title].apply(source, progress=False).model
+        cells, tokens = [], torch.zeros(1, 1)
+        for shape in SHAPES:
+            torch.compiler.reset()
+            tokens = torch.randint(VOCABULARY, shape, device="cuda")
+            calls = [_calls([_fast(one)], tokens) for one in (source, model)]
+            for call in calls * 3:
+                call()
+            cells.append(f"{_ratio(*calls):.2f}")
+        found = _fast(model)(tokens).float()
+        yield (title, *cells, f"{sqnr([source(tokens).float()], [found]):.2f}")
+
+
+def _fast(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    compiled: Callable[[Tensor], Tensor] = torch.compile(model, mode="reduce-overhead")
+    return compiled
+
+
+def _source(dtype: torch.dtype) -> Llama:
+    torch.manual_seed(0)
+    return Llama().eval().to("cuda", dtype)
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -117,7 +146,7 @@ def _ratios(floats: Sequence[nn.Module], quantized: Sequence[nn.Module], x: Tens
     return f"{_ratio(*eager):.2f} / {_recorded(floats, quantized, x)}"
 
 
-def _calls(models: Sequence[nn.Module], x: Tensor) -> Callable[[], object]:
+def _calls(models: Sequence[Callable[[Tensor], object]], x: Tensor) -> Callable[[], object]:
     turn = itertools.cycle(models)
     return lambda: next(turn)(x)
 
