@@ -6,6 +6,7 @@ memory, shape), and the bytes of the array. An ``.npz`` is a zip archive of such
 """
 
 import ast
+import errno
 import io
 import struct
 import sys
@@ -79,7 +80,9 @@ def read_arrays(path: Path) -> Tensor | dict[str, Tensor]:
             }
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except _DAMAGE as error:
+    except (*_DAMAGE, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # an archive may name a place before its beginning, which is EINVAL
         raise InputError(f"{path} is no whole file of numpy's: {error}") from error
 
 

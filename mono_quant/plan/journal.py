@@ -4,7 +4,6 @@ import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 import attrs
 import torch
@@ -12,8 +11,8 @@ from torch import nn
 
 from mono_quant.base import Change, Checkpoint, PackedTensor, WeightRecord
 from mono_quant.calibration import CalibrationData
-from mono_quant.configurable import Config, Kinds, kinds_of
-from mono_quant.errors import InputError
+from mono_quant.configurable import Config, Json, Kinds, kinds_of
+from mono_quant.errors import CorruptCheckpointError, InputError
 from mono_quant.numerics.nested import tensors_in
 from mono_quant.plan.blocks import BlockFit
 from mono_quant.plan.request import WeightPlan
@@ -56,12 +55,17 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         return cls(folder, fingerprint(model, data, config), {one.key: one for one in todo})
 
-    def read(self, number: int) -> BlockFit | None:
+    def read(self, number: int, stage: Stage, model: nn.Module) -> BlockFit | None:
         """Return what a stage came to, or None where it is not finished.
+
+        Args:
+            number: of the stage.
+            stage: whose layers are float still.
+            model: that they are in.
 
         Raises:
             InputError: another run has written it.
-            CheckpointError: it is not whole.
+            CheckpointError: it is not whole, or not of this stage.
         """
         path = self.folder / _NAME.format(number)
         if not path.exists():
@@ -72,11 +76,14 @@ class Journal:
                 f"{path} is of another run: of another quantizer, model or data, or another torch; "
                 "give an empty folder, or remove it"
             )
-        changes = cast("Sequence[Sequence[str]]", found.config["changes"])  # as `write` put them
+        if (why := _unfit(found, stage, model)) is not None:
+            raise CorruptCheckpointError(
+                f"{path} does not fit its block: {why}; remove it, and the block is done again"
+            )
         return BlockFit(
             {key: record.weight for key, record in found.records.items()},
             found.tensors,
-            tuple(Change(path, text, done == "done") for path, text, done in changes),
+            _changes(found.config),
         )
 
     def write(
@@ -94,7 +101,7 @@ class Journal:
             for weight in stage.weights
             if weight.tied_to is None
         }
-        changes = [[one.path, one.text, "done" if one.done else "refused"] for one in fit.changes]
+        changes: list[Json] = [[one.path, one.text, one.done] for one in fit.changes]
         config: Config = {"run": self.run, "changes": changes}
         checkpoint = Checkpoint(records, fit.parameters, config=config)
         _FILES.save(checkpoint, self.folder / _NAME.format(number))
@@ -107,6 +114,43 @@ class Journal:
     def _kinds(self) -> Kinds:
         schemes = [one.recipe.grid.scheme for one in self.todo.values() if one.recipe is not None]
         return kinds_of(*schemes, *(one.maker for one in self.todo.values()))
+
+
+def _changes(config: Config) -> tuple[Change, ...]:
+    """Return what a file says was done or refused.
+
+    Raises:
+        CorruptCheckpointError: it says that in another way than `Journal.write`.
+    """
+    match config.get("changes"):
+        case [*entries]:
+            return tuple(map(_change, entries))
+    raise CorruptCheckpointError("a file of a finished block has no list of changes")
+
+
+def _change(entry: Json) -> Change:
+    match entry:
+        case [str(path), str(text), bool(done)]:
+            return Change(path, text, done)
+    raise CorruptCheckpointError(f"a file of a finished block has the change {entry!r:.100}")
+
+
+def _unfit(found: Checkpoint, stage: Stage, model: nn.Module) -> str | None:
+    """Return what of a file is not of a stage of a model, or None."""
+    own = {weight.key: weight for weight in stage.weights if weight.tied_to is None}
+    if set(found.records) != set(own):
+        return f"it holds {', '.join(found.records) or 'no weight'}"
+    for key, record in found.records.items():
+        dtype = model.get_parameter(own[key].sources[0]).dtype
+        if record.weight.layout != own[key].layout or record.weight.dtype != dtype:
+            return f"{key} is of another shape or dtype"
+    known = dict(model.named_parameters())
+    prefix = f"{stage.path}." if stage.path else ""
+    for name, tensor in found.tensors.items():
+        like = known.get(name) if name.startswith(prefix) else None
+        if like is None or (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+            return f"it has no parameter such as {name}"
+    return None
 
 
 def fingerprint(model: nn.Module, data: CalibrationData, config: Config) -> str:

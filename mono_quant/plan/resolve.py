@@ -64,6 +64,7 @@ def _check_data(request: Request, todo: Sequence[WeightPlan]) -> None:
             raise CalibrationError(
                 f"the statistics have no {first!r} of the inputs of {names}", Mend.STATISTICS
             )
+        request.statistics.check_fit({(one.path, one.name): one.layout.stack for one in todo})
     if request.calibrated:
         return
     needy = [

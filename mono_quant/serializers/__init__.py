@@ -24,7 +24,7 @@ from mono_quant.serializers.torch import (
     state_dict_in,
     write_pickled,
 )
-from mono_quant.serializers.wire import FORMAT, checksum, decode, encode
+from mono_quant.serializers.wire import FORMAT, checksum, decode, encode, seal, unseal
 
 SAFETENSORS = SafetensorsSerializer()
 TORCH = TorchSerializer()
@@ -148,9 +148,11 @@ __all__ = [
     "read_state_dict",
     "read_texts",
     "replacing",
+    "seal",
     "serializer_for",
     "state_dict_in",
     "stored_bytes",
+    "unseal",
     "write_safetensors",
     "write_state_dict",
 ]

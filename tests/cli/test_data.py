@@ -107,7 +107,7 @@ def test_an_archive_that_claims_much_more_than_it_has_is_refused(tmp_path: Path)
         read_arrays(path)
 
 
-@pytest.mark.parametrize("damage", ["stream", "encrypted", "method"])
+@pytest.mark.parametrize("damage", ["stream", "encrypted", "method", "place"])
 def test_an_archive_that_cannot_be_unpacked_is_refused(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     numpy.savez_compressed(path, x=numpy.arange(1000.0))
@@ -118,6 +118,8 @@ def test_an_archive_that_cannot_be_unpacked_is_refused(damage: str, tmp_path: Pa
     elif damage == "encrypted":
         content[local + 6] |= 1
         content[central + 8] |= 1
+    elif damage == "place":  # of the list of what is in it, before its beginning
+        content[-6:-2] = (2 * len(content)).to_bytes(4, "little")
     else:
         content[local + 8] = content[central + 10] = 97
     path.write_bytes(content)
