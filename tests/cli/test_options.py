@@ -287,8 +287,24 @@ def test_a_configuration_may_be_toml(folder: Path, monoquant: Monoquant) -> None
         ("a.toml", "bits = 4", "a quantizer has no bits"),
         ("a.json", "[" * 100_000, "a.json is not JSON"),
         ("a.toml", "bits = '\udcff'", "a.toml is not TOML: "),
+        ("a.toml", "x = " + "[" * 5000, "a.toml is not TOML: "),
+        ("a.toml", "[settings]\nbits = 0x" + "f" * 5000, "a number of more than 64 bits"),
+        ("a.toml", "\n[a" + ".a" * 65 + "]", "a.toml has more than 64 dots in line 2: "),
+        ("a.toml", '"\u2028"' + '."\u2028"' * 65 + "=1", "more than 64 dots in line 1: "),
+        ("a.toml", "# much\n" * 20_000, "has 140000 characters, and TOML of up to 131072 is read"),
     ],
-    ids=["toml", "json", "unknown", "nested", "no text"],
+    ids=[
+        "toml",
+        "json",
+        "unknown",
+        "nested",
+        "no text",
+        "nested toml",
+        "number",
+        "dots",
+        "lines",
+        "long",
+    ],
 )
 def test_a_configuration_of_the_wrong_format_is_named(
     name: str, text: str, complaint: str, folder: Path, monoquant: Monoquant
