@@ -38,6 +38,9 @@ _DAMAGE = (
 _MOST, _PACKED = 1 << 24, 32
 """Bytes that a packed file may claim, and how many more for each of its own."""
 
+_LONGEST = 10_000
+"""Bytes of a header, as numpy has it: to be read, a literal takes some hundred times as much."""
+
 _MAGIC = b"\x93NUMPY"
 _HEADER_LENGTHS = {1: "<H", 2: "<I", 3: "<I"}
 """How the length of a header is written, by the major version."""
@@ -61,7 +64,10 @@ def read_arrays(path: Path) -> Tensor | dict[str, Tensor]:
 
     Raises:
         InputError: it is damaged, or holds something else than numbers.
+        OSError: it is no file, or cannot be read.
     """
+    if not path.is_file():  # a pipe may never end
+        raise FileNotFoundError(f"{path} is not a file")
     try:
         if path.suffix == ".npy":
             with path.open("rb") as file:
@@ -74,9 +80,12 @@ def read_arrays(path: Path) -> Tensor | dict[str, Tensor]:
                     f"its arrays claim {size} bytes, more than the {most} that are read of a file "
                     "of its size; save it with np.savez, which packs nothing"
                 )
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            if len(set(names)) < len(names):
+                raise ValueError("two arrays have one name")
             return {
-                name.removesuffix(".npy"): _array(io.BytesIO(archive.read(name)))
-                for name in archive.namelist()
+                name: _array(io.BytesIO(archive.read(part)))
+                for name, part in zip(names, archive.namelist(), strict=True)
             }
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
@@ -92,6 +101,8 @@ def _array(file: BinaryIO) -> Tensor:
     major, _ = file.read(2)
     form = _HEADER_LENGTHS[major]
     (length,) = struct.unpack(form, file.read(struct.calcsize(form)))
+    if length > _LONGEST:
+        raise ValueError(f"its header has {length} bytes")
     header: object = ast.literal_eval(file.read(length).decode())
     if not isinstance(header, dict):
         raise ValueError("its header is no dictionary")

@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -150,7 +151,7 @@ def _read_config(path: Path) -> Config:
         text = path.read_text(encoding="utf-8")
         if in_toml:
             _check_toml(path, text)
-        config: Json = tomllib.loads(text) if in_toml else json.loads(text)
+        config: Json = tomllib.loads(text) if in_toml else json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         format_ = "TOML" if in_toml else f"JSON (a file in TOML is called {_TOML})"
         raise ConfigurationError(f"{path} is not {format_}: {error}") from error
@@ -159,6 +160,15 @@ def _read_config(path: Path) -> Config:
     if any(isinstance(one, int) and one.bit_length() > _BITS for one in _values(config)):
         raise ConfigurationError(f"{path} holds a number of more than {_BITS} bits")
     return config
+
+
+def _once(pairs: list[tuple[str, Json]]) -> Config:
+    """Return what a JSON object says, each of it once."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen = Counter(name for name, _ in pairs)
+        raise ValueError(f"it says {seen.most_common(1)[0][0]!r} twice")
+    return found
 
 
 def _values(config: Json) -> Iterator[Json]:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mono_quant.atomic import replacing
 from mono_quant.base import Checkpoint, Serializer
 from mono_quant.configurable import Config, Kinds
 from mono_quant.errors import CheckpointError, CorruptCheckpointError, Mend
 from mono_quant.numerics.metrics import tensor_bytes
-from mono_quant.serializers.atomic import replacing
 from mono_quant.serializers.safetensors import (
     SafetensorsSerializer,
     read_safetensors,

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import TypeVar
 
@@ -57,10 +58,34 @@ def _checkpoints(path: Path, original: Path) -> dict[str, Action]:
     return {
         "info": (lambda: command("info", str(path)), None),
         "info --json": (lambda: command("info", *words), None),
+        "info --html": (lambda: _page(path), None),
         "compare": (lambda: command("compare", str(original), *words), None),
         "compare, as the reference": (lambda: command("compare", *words[:1], str(original)), None),
         "dequantize": (lambda: command("dequantize", str(path), "-o", _output(path)), None),
     }
+
+
+class _Doing(HTMLParser):
+    """Finds what runs in a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.scripts, self.handlers = 0, 0
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.scripts += tag == "script"
+        self.handlers += sum(name.startswith("on") for name, _ in attrs)
+
+
+def _page(path: Path) -> str:
+    """Return what comes of a page of a file, which runs no script but its own."""
+    done, page = command("info", str(path), "--html", f"{OUTPUT}.html"), Path(f"{OUTPUT}.html")
+    if page.exists():
+        found = _Doing(page.read_text("utf-8"))
+        if (found.scripts, found.handlers) != (1, 0):
+            return f"!{found.scripts} scripts and {found.handlers} handlers"
+    return done
 
 
 def _plain(path: Path, original: Path, _: Sample) -> dict[str, Action]:

@@ -37,6 +37,10 @@ def replacing(path: Path) -> Iterator[Path]:
         beside.chmod(mode)  # a writer may have put a private file in its place
         _sync(beside, os.O_RDWR)
         beside.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from error  # of a full disk
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
