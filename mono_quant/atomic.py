@@ -27,7 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the file cannot be written.
     """
-    _remove_abandoned(path)
+    remove_abandoned(path)
     folder, lock = _locked_folder(path)
     beside = folder / path.name
     try:
@@ -74,8 +74,11 @@ def _locked_folder(path: Path) -> tuple[Path, int | None]:
         os.close(lock)
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Remove the folders that killed processes of this machine left beside a path."""
+def remove_abandoned(path: Path) -> None:
+    """Remove the folders that killed processes of this machine left beside a path.
+
+    Also those of writers that had put their file in its place already.
+    """
     if _FCNTL is None:
         return
     left = re.compile(rf"\.{re.escape(path.name)}\.{_MACHINE}-[0-9a-f]{{8}}\.tmp")

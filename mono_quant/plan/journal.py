@@ -9,6 +9,7 @@ import attrs
 import torch
 from torch import nn
 
+from mono_quant.atomic import remove_abandoned
 from mono_quant.base import Change, Checkpoint, PackedTensor, WeightRecord
 from mono_quant.calibration import CalibrationData
 from mono_quant.configurable import Config, Json, Kinds, kinds_of
@@ -107,8 +108,9 @@ class Journal:
         _FILES.save(checkpoint, self.folder / _NAME.format(number))
 
     def close(self) -> None:
-        """Remove the files: the run is at its end."""
+        """Remove the files, and what killed runs left beside them: the run is at its end."""
         for path in self.folder.glob(_NAME.replace("{:05d}", "*")):
+            remove_abandoned(path)
             path.unlink()
 
     def _kinds(self) -> Kinds:

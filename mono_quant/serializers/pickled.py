@@ -43,9 +43,14 @@ _PLAIN = frozenset(
 )
 """What makes tensors in plain memory, and plain values. All of it is on torch's own list too."""
 
+_REBUILD_FROM_TYPE = "torch._tensor._rebuild_from_type_v2"  # which calls its first argument
+_NEVER = ("torch.Tensor",)
+"""Beside kinds of memory, what is only ever named: called, it makes memory of any size."""
+
 _COSTLY = ("torch._utils.", "builtins.bytearray", "__builtin__.bytearray", "_codecs.encode")
 _OLD_PICKLES = 5  # a number, a version, the machine, the objects, the keys of their memory
 _DEPTH = 100
+_FOLDER = 0x10  # an attribute of MS-DOS
 _END, _END64 = 22, 98  # bytes of what ends an archive, without and with sizes of 64 bits
 
 
@@ -77,6 +82,11 @@ def check_file(path: Path) -> None:
                     f"{path} is compressed, which torch.save does not do: unpacked, it might take "
                     "any amount of memory; load it and save it again"
                 )
+            if any(one.external_attr & _FOLDER for one in records):
+                raise CorruptCheckpointError(
+                    f"{path} has a record that calls itself a folder: torch would read nothing of "
+                    "it, and take what happens to be in memory for its values"
+                )
             if sum(one.file_size for one in records) > path.stat().st_size:
                 raise CorruptCheckpointError(f"{path} has records that are larger than the file")
             for one in records:
@@ -97,11 +107,22 @@ def _check_old(path: Path, file: BinaryIO) -> None:
 
 
 def _check_names(path: Path, stream: IO[bytes]) -> None:
-    """Refuse names in one pickle that are not known to be harmless; leave the stream behind it."""
+    """Refuse names in one pickle that are not known to be harmless; leave the stream behind it.
+
+    Raises:
+        IndexError: it takes what is not there.
+    """
+    machine = _Machine()
     for operation, argument, _ in pickletools.genops(stream):
+        called = machine.step(operation.name, argument)
+        if called is not None and not _is_harmless(*called):
+            raise CorruptCheckpointError(
+                f"{path} calls {called[0] or 'what it made'}, which makes memory of any size: save "
+                "tensors with torch.save"
+            )
         if operation.name != "GLOBAL":
             continue  # other ways to name something are refused by torch's own reader
-        name = str(argument).replace(" ", ".")
+        name = _dotted(argument)
         if name in _PLAIN or _is_plain_of_torch(name):
             continue
         if name.startswith(_COSTLY):
@@ -110,6 +131,67 @@ def _check_names(path: Path, stream: IO[bytes]) -> None:
                 "plain value: save tensors that are dense, on the CPU and not quantized"
             )
         raise pickle.UnpicklingError(f"Unsupported GLOBAL {name}")
+
+
+class _Machine:
+    """What lies on a pickle's stack, as far as it tells what is called: names, and tuples of those.
+
+    It knows the operations that torch's reader does. At any other one that reader stops.
+    """
+
+    def __init__(self) -> None:
+        self._stack: list[object] = []
+        self._below: list[list[object]] = []
+        self._memo: dict[object, object] = {}
+
+    def step(self, operation: str, argument: object) -> tuple[object, object] | None:
+        """Do an operation; return what it calls, and with what, if it calls something."""
+        stack = self._stack
+        match operation:
+            case "GLOBAL":
+                stack.append(_dotted(argument))
+            case "REDUCE" | "NEWOBJ":
+                arguments, function = stack.pop(), stack.pop()
+                stack.append(None)
+                return function, arguments
+            case "MARK":
+                self._below.append(stack)
+                self._stack = []
+            case "TUPLE":
+                self._stack = self._below.pop()
+                self._stack.append(tuple(stack))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(operation[-1])
+                stack[-count:] = [tuple(stack[-count:])]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(self._memo.get(argument))
+            case "BINPUT" | "LONG_BINPUT":
+                self._memo[argument] = stack[-1]
+            case "BUILD" | "APPEND":
+                stack.pop()
+            case "SETITEM":
+                del stack[-2:]
+            case "APPENDS" | "SETITEMS":
+                self._stack = self._below.pop()
+            case "BINPERSID":
+                stack[-1] = None
+            case "PROTO" | "STOP":
+                pass
+            case _:
+                stack.append(None)
+        return None
+
+
+def _is_harmless(function: object, arguments: object) -> bool:
+    """Return whether a call takes no memory but what is in the file."""
+    if function == _REBUILD_FROM_TYPE:
+        inner = arguments[0] if isinstance(arguments, tuple) and arguments else None
+        return isinstance(inner, str) and inner.startswith("torch._utils._rebuild")
+    return isinstance(function, str) and function not in _NEVER and not function.endswith("Storage")
+
+
+def _dotted(argument: object) -> str:
+    return str(argument).replace(" ", ".")
 
 
 def _is_plain_of_torch(name: str) -> bool:

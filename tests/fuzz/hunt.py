@@ -52,7 +52,8 @@ def hunt(numbers: Sequence[int]) -> Iterator[Tried]:
 def _child(numbers: Sequence[int]) -> Generator[Tried, None, int]:
     """Try mutants in one process until it is lost; return how many were tried."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.fuzz", "--child"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # so that memory that nobody wrote to holds no zeros
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_PERTURB_": "165"}
     with (
         subprocess.Popen(
             command,

@@ -21,6 +21,7 @@ from mono_quant import (
     Quantizer,
     Rounding,
 )
+from mono_quant.atomic import _MACHINE
 from mono_quant.base import Checkpoint
 from mono_quant.configurable import Json
 from mono_quant.rounding.gptq import GPTQ as Gptq
@@ -85,6 +86,17 @@ def test_it_goes_on_and_ends_in_the_same(
     assert len(rounded) == 5 - after
     assert same_tensors(found.model, expected.model)
     assert found.report.to_json() == expected.report.to_json()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_run_left_beside_a_whole_block_is_removed_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was killed between putting a block in its place and removing the folder it came from."""
+    stop(quantizer(GPTQ()), 1, tmp_path, monkeypatch)
+    (path,) = tmp_path.iterdir()
+    (tmp_path / f".{path.name}.{_MACHINE}-deadbeef.tmp").mkdir()
+    quantizer(GPTQ()).apply(net(), resume=tmp_path)
     assert not list(tmp_path.iterdir())
 
 

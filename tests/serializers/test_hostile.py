@@ -59,6 +59,71 @@ def test_a_few_bytes_never_become_many(
         tracemalloc.stop()
 
 
+def nested(function: bytes, argument: bytes) -> bytes:
+    """Return a pickle that has a function of torch's call another one."""
+    return (
+        b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n("
+        + function
+        + b"ctorch\nTensor\n("
+        + argument
+        + b"t}tR."
+    )
+
+
+MEMORY = b"ctorch.storage\nUntypedStorage\n"
+MAKES_MEMORY = {
+    "a tensor": call("torch.Tensor", NUMBER),
+    "memory": call("torch.storage.UntypedStorage", NUMBER),
+    "memory of floats": call("torch.FloatStorage", NUMBER),
+    "a new object": call("torch.storage.UntypedStorage", NUMBER).replace(b"tR.", b"t\x81."),
+    "from the memo": b"\x80\x02(" + MEMORY + b"q\x01th\x01(" + NUMBER + b"tR.",
+    "by another function": nested(MEMORY, NUMBER),
+    "by another function of the memo": b"\x80\x02" + nested(MEMORY + b"q\x01", NUMBER)[2:],
+    "what was made": b"\x80\x02ccollections\nOrderedDict\n)R)R.",
+}
+
+
+@pytest.mark.parametrize("pickled", MAKES_MEMORY.values(), ids=MAKES_MEMORY)
+@pytest.mark.parametrize("reader", [load_model, read_state_dict, read_data])
+def test_what_makes_memory_is_named_and_never_called(
+    reader: Callable[[Path], object],
+    pickled: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(*_: object, **__: object) -> object:
+        raise AssertionError("torch was asked to read it")
+
+    path = tmp_path / "memory.pt"
+    archive(path, pickled)
+    monkeypatch.setattr(torch, "load", never)
+    with pytest.raises(CorruptCheckpointError, match=r"memory\.pt (calls|is not a file)"):
+        reader(path)
+
+
+def test_tensors_with_attributes_and_parameters_are_read(tmp_path: Path) -> None:
+    """They are made by a function that is handed another one."""
+    path, tagged = tmp_path / "tagged.pt", torch.arange(3.0)
+    setattr(tagged, "tag", "a")  # noqa: B010  # tensors have no such attribute in their type
+    torch.save({"tagged": tagged, "parameter": torch.nn.Parameter(torch.ones(2))}, path)
+    assert b"_rebuild_from_type_v2" in path.read_bytes()
+    found = read_state_dict(path)
+    assert torch.equal(found["tagged"], tagged)
+    assert torch.equal(found["parameter"], torch.ones(2))
+
+
+def test_a_record_that_calls_itself_a_folder_is_refused(tmp_path: Path) -> None:
+    """Torch would read nothing of it, and hand out memory that nobody wrote to."""
+    path = tmp_path / "folder.pt"
+    torch.save({"weight": torch.ones(1000)}, path)
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\x01\x02", 0, content.rindex(b"/data/0"))
+    content[entry + 38] |= 0x10
+    path.write_bytes(content)
+    with pytest.raises(CorruptCheckpointError, match="a record that calls itself a folder"):
+        read_state_dict(path)
+
+
 @pytest.mark.parametrize("reader", [load_model, read_state_dict])
 def test_a_compressed_file_is_refused_before_it_is_unpacked(
     reader: Callable[[Path], object], tmp_path: Path
