@@ -20,6 +20,7 @@ from mono_quant.plan.request import WeightPlan
 from mono_quant.plan.stages import Stage
 from mono_quant.serializers import SafetensorsSerializer
 from mono_quant.serializers.wire import checksum
+from mono_quant.version import __version__
 
 _NAME = "stage-{:05d}.safetensors"
 _FILES = SafetensorsSerializer()
@@ -74,8 +75,8 @@ class Journal:
         found = _FILES.load(path, kinds=self._kinds())
         if found.config.get("run") != self.run:
             raise InputError(
-                f"{path} is of another run: of another quantizer, model or data, or another torch; "
-                "give an empty folder, or remove it"
+                f"{path} is of another run: of another quantizer, model or data, or of another "
+                "version of torch or of this package; give an empty folder, or remove it"
             )
         if (why := _unfit(found, stage, model)) is not None:
             raise CorruptCheckpointError(
@@ -156,8 +157,9 @@ def _unfit(found: Checkpoint, stage: Stage, model: nn.Module) -> str | None:
 
 
 def fingerprint(model: nn.Module, data: CalibrationData, config: Config) -> str:
-    """Return a checksum of all that a run depends on: configuration, weights, data, torch."""
-    said = json.dumps([config, torch.__version__, torch.get_num_threads()], sort_keys=True)
+    """Return a checksum of all that a run depends on: configuration, weights, data, versions."""
+    versions = [__version__, torch.__version__, torch.get_num_threads()]
+    said = json.dumps([config, *versions], sort_keys=True)
     tensors = (tensor for batch in data.batches() for tensor in tensors_in(batch))
     state: Iterable[torch.Tensor] = (*model.parameters(), *model.buffers())
     total = zlib.crc32(said.encode())

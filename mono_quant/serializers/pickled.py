@@ -10,7 +10,7 @@ import pickletools
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, cast
 
 import torch
 from torch import Tensor, nn
@@ -112,8 +112,9 @@ def _check_names(path: Path, stream: IO[bytes]) -> None:
     Raises:
         IndexError: it takes what is not there.
     """
-    machine = _Machine()
-    for operation, argument, _ in pickletools.genops(stream):
+    machine, size = _Machine(), path.stat().st_size
+    bounded = cast("IO[bytes]", _Bounded(stream, size))  # as far as it is asked
+    for operation, argument, _ in pickletools.genops(bounded):
         called = machine.step(operation.name, argument)
         if called is not None and not _is_harmless(*called):
             raise CorruptCheckpointError(
@@ -131,15 +132,32 @@ def _check_names(path: Path, stream: IO[bytes]) -> None:
                 "plain value: save tensors that are dense, on the CPU and not quantized"
             )
         raise pickle.UnpicklingError(f"Unsupported GLOBAL {name}")
+    if sum(machine.claims.values()) > size:
+        raise CorruptCheckpointError(f"{path} claims tensors that are larger than the file")
+
+
+class _Bounded:
+    """A stream of which no more is asked at once than a file holds; asked, it makes room first."""
+
+    def __init__(self, stream: IO[bytes], most: int) -> None:
+        self.tell, self.readline = stream.tell, stream.readline
+        self._stream, self._most = stream, most
+
+    def read(self, size: int) -> bytes:
+        """Return so many bytes, or what is left."""
+        return self._stream.read(min(size, self._most))
 
 
 class _Machine:
-    """What lies on a pickle's stack, as far as it tells what is called: names, and tuples of those.
+    """What lies on a pickle's stack, as far as it tells what is called and what memory is claimed.
 
-    It knows the operations that torch's reader does. At any other one that reader stops.
+    Names are `str`, texts `bytes`, numbers `int`, tuples of these `tuple`, all else None. It knows
+    the operations that torch's reader does; at any other one that reader stops.
     """
 
     def __init__(self) -> None:
+        self.claims: dict[object, int] = {}
+        """How many values each memory is said to have, by its key."""
         self._stack: list[object] = []
         self._below: list[list[object]] = []
         self._memo: dict[object, object] = {}
@@ -174,12 +192,25 @@ class _Machine:
             case "APPENDS" | "SETITEMS":
                 self._stack = self._below.pop()
             case "BINPERSID":
-                stack[-1] = None
+                self._claim(stack.pop())
+                stack.append(None)
+            case "BINUNICODE" | "SHORT_BINSTRING":
+                stack.append(str(argument).encode("utf-8", "surrogatepass"))
+            case "BININT" | "BININT1" | "BININT2" | "LONG1":
+                stack.append(argument)
             case "PROTO" | "STOP":
                 pass
             case _:
                 stack.append(None)
         return None
+
+    def _claim(self, said: object) -> None:
+        """Note the memory that torch would make: "storage", its type, key, device and length."""
+        match said:
+            case (b"storage", _, key, _, int(count), *_):
+                self.claims[key] = max(count, self.claims.get(key, 0))
+            case (b"storage", *_):
+                raise ValueError("it names memory of no length")
 
 
 def _is_harmless(function: object, arguments: object) -> bool:

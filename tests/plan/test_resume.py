@@ -100,7 +100,7 @@ def test_what_a_killed_run_left_beside_a_whole_block_is_removed_at_the_end(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("other", ["quantizer", "model", "data"])
+@pytest.mark.parametrize("other", ["quantizer", "model", "data", "version"])
 def test_what_another_run_left_is_refused(
     other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +108,8 @@ def test_what_another_run_left_is_refused(
     asked, model = quantizer(GPTQ(damping=0.02) if other == "quantizer" else GPTQ()), net()
     if other == "model":
         nn.init.zeros_(model.get_parameter("4.bias"))
+    if other == "version":
+        monkeypatch.setattr("mono_quant.plan.journal.__version__", "99")
     if other == "data":
         asked = asked.fit(DATA[:2])
     with pytest.raises(InputError, match="of another run: of another quantizer, model or data"):

@@ -101,6 +101,42 @@ def test_what_makes_memory_is_named_and_never_called(
         reader(path)
 
 
+@pytest.mark.parametrize("new", [True, False])
+def test_memory_that_is_claimed_and_not_there_is_never_made(
+    new: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> object:
+        raise AssertionError("torch was asked to read it")
+
+    path = tmp_path / "claiming.pt"
+    torch.save({"weight": torch.ones(1000)}, path, _use_new_zipfile_serialization=new)
+    content = path.read_bytes()
+    assert content.count(b"cpuq") == 1
+    place = content.index(b"M\xe8\x03", content.index(b"cpuq"))  # 1000 of two bytes
+    claimed = content[:place] + NUMBER + content[place + 3 :]
+    if new:
+        with zipfile.ZipFile(path) as whole:
+            records = {one: whole.read(one) for one in whole.namelist()}
+        with zipfile.ZipFile(path, "w") as made:
+            for name, record in records.items():
+                at = record.find(b"M\xe8\x03", record.find(b"cpuq"))
+                is_main = name.endswith("data.pkl")
+                made.writestr(name, record[:at] + NUMBER + record[at + 3 :] if is_main else record)
+    else:
+        path.write_bytes(claimed)
+    monkeypatch.setattr(torch, "load", never)
+    with pytest.raises(CorruptCheckpointError, match="claims tensors that are larger than"):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_memory_that_many_tensors_share_is_claimed_once(new: bool, tmp_path: Path) -> None:
+    path, whole = tmp_path / "shared.pt", torch.arange(1000.0)
+    state = {str(place): whole[place:] for place in range(50)}
+    torch.save(state, path, _use_new_zipfile_serialization=new)
+    assert all(torch.equal(one, state[key]) for key, one in read_state_dict(path).items())
+
+
 def test_tensors_with_attributes_and_parameters_are_read(tmp_path: Path) -> None:
     """They are made by a function that is handed another one."""
     path, tagged = tmp_path / "tagged.pt", torch.arange(3.0)
