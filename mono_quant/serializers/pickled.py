@@ -6,17 +6,17 @@ whatever refers to itself. So names are read off the pickle first, and sizes cou
 """
 
 import pickle
-import pickletools
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import IO, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from mono_quant.errors import CorruptCheckpointError
 from mono_quant.numerics.metrics import tensor_bytes
+from mono_quant.serializers.machine import Machine, dotted, operations, refuse_call
 
 _PLAIN = frozenset(
     {
@@ -43,13 +43,10 @@ _PLAIN = frozenset(
 )
 """What makes tensors in plain memory, and plain values. All of it is on torch's own list too."""
 
-_REBUILD_FROM_TYPE = "torch._tensor._rebuild_from_type_v2"  # which calls its first argument
-_NEVER = ("torch.Tensor",)
-"""Beside kinds of memory, what is only ever named: called, it makes memory of any size."""
-
 _COSTLY = ("torch._utils.", "builtins.bytearray", "__builtin__.bytearray", "_codecs.encode")
 _OLD_PICKLES = 5  # a number, a version, the machine, the objects, the keys of their memory
 _DEPTH = 100
+_MAIN = "data.pkl"
 _FOLDER = 0x10  # an attribute of MS-DOS
 _END, _END64 = 22, 98  # bytes of what ends an archive, without and with sizes of 64 bits
 
@@ -89,10 +86,12 @@ def check_file(path: Path) -> None:
                 )
             if sum(one.file_size for one in records) > path.stat().st_size:
                 raise CorruptCheckpointError(f"{path} has records that are larger than the file")
+            sizes = {one.filename.lower(): one.file_size for one in records}
             for one in records:
-                if one.filename.lower().endswith("data.pkl"):  # torch does not mind the case
+                if one.filename.lower().endswith(_MAIN):  # torch does not mind the case
                     with archive.open(one) as stream:
-                        _check_names(path, stream)
+                        claims = _check_names(path, stream)
+                    _check_claims(path, claims, sizes, one.filename[: -len(_MAIN)])
 
 
 def _check_old(path: Path, file: BinaryIO) -> None:
@@ -106,24 +105,35 @@ def _check_old(path: Path, file: BinaryIO) -> None:
         raise pickle.UnpicklingError(str(error)) from error
 
 
-def _check_names(path: Path, stream: IO[bytes]) -> None:
+def _check_claims(
+    path: Path, claims: Mapping[bytes, int], sizes: Mapping[str, int], root: str
+) -> None:
+    """Refuse memory that is larger than its record: some versions of torch read on behind that."""
+    for key, size in claims.items():
+        name = f"{root}data/{key.decode()}"
+        if sizes.get(name.lower(), 0) < size:
+            raise CorruptCheckpointError(
+                f"{path} claims {size} bytes of its record {name}, which has fewer"
+            )
+
+
+def _check_names(path: Path, stream: IO[bytes]) -> Mapping[bytes, int]:
     """Refuse names in one pickle that are not known to be harmless; leave the stream behind it.
+
+    Returns:
+        the bytes of each memory that it claims, by key.
 
     Raises:
         IndexError: it takes what is not there.
     """
-    machine, size = _Machine(), path.stat().st_size
-    bounded = cast("IO[bytes]", _Bounded(stream, size))  # as far as it is asked
-    for operation, argument, _ in pickletools.genops(bounded):
-        called = machine.step(operation.name, argument)
-        if called is not None and not _is_harmless(*called):
-            raise CorruptCheckpointError(
-                f"{path} calls {called[0] or 'what it made'}, which makes memory of any size: save "
-                "tensors with torch.save"
-            )
-        if operation.name != "GLOBAL":
+    machine, size = Machine(), path.stat().st_size
+    for operation, argument in operations(stream, size):
+        called = machine.step(operation, argument)
+        if called is not None and (why := refuse_call(*called)) is not None:
+            raise CorruptCheckpointError(f"{path} {why}: save tensors with torch.save")
+        if operation != "GLOBAL":
             continue  # other ways to name something are refused by torch's own reader
-        name = _dotted(argument)
+        name = dotted(argument)
         if name in _PLAIN or _is_plain_of_torch(name):
             continue
         if name.startswith(_COSTLY):
@@ -134,95 +144,7 @@ def _check_names(path: Path, stream: IO[bytes]) -> None:
         raise pickle.UnpicklingError(f"Unsupported GLOBAL {name}")
     if sum(machine.claims.values()) > size:
         raise CorruptCheckpointError(f"{path} claims tensors that are larger than the file")
-
-
-class _Bounded:
-    """A stream of which no more is asked at once than a file holds; asked, it makes room first."""
-
-    def __init__(self, stream: IO[bytes], most: int) -> None:
-        self.tell, self.readline = stream.tell, stream.readline
-        self._stream, self._most = stream, most
-
-    def read(self, size: int) -> bytes:
-        """Return so many bytes, or what is left."""
-        return self._stream.read(min(size, self._most))
-
-
-class _Machine:
-    """What lies on a pickle's stack, as far as it tells what is called and what memory is claimed.
-
-    Names are `str`, texts `bytes`, numbers `int`, tuples of these `tuple`, all else None. It knows
-    the operations that torch's reader does; at any other one that reader stops.
-    """
-
-    def __init__(self) -> None:
-        self.claims: dict[object, int] = {}
-        """How many values each memory is said to have, by its key."""
-        self._stack: list[object] = []
-        self._below: list[list[object]] = []
-        self._memo: dict[object, object] = {}
-
-    def step(self, operation: str, argument: object) -> tuple[object, object] | None:
-        """Do an operation; return what it calls, and with what, if it calls something."""
-        stack = self._stack
-        match operation:
-            case "GLOBAL":
-                stack.append(_dotted(argument))
-            case "REDUCE" | "NEWOBJ":
-                arguments, function = stack.pop(), stack.pop()
-                stack.append(None)
-                return function, arguments
-            case "MARK":
-                self._below.append(stack)
-                self._stack = []
-            case "TUPLE":
-                self._stack = self._below.pop()
-                self._stack.append(tuple(stack))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(operation[-1])
-                stack[-count:] = [tuple(stack[-count:])]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(self._memo.get(argument))
-            case "BINPUT" | "LONG_BINPUT":
-                self._memo[argument] = stack[-1]
-            case "BUILD" | "APPEND":
-                stack.pop()
-            case "SETITEM":
-                del stack[-2:]
-            case "APPENDS" | "SETITEMS":
-                self._stack = self._below.pop()
-            case "BINPERSID":
-                self._claim(stack.pop())
-                stack.append(None)
-            case "BINUNICODE" | "SHORT_BINSTRING":
-                stack.append(str(argument).encode("utf-8", "surrogatepass"))
-            case "BININT" | "BININT1" | "BININT2" | "LONG1":
-                stack.append(argument)
-            case "PROTO" | "STOP":
-                pass
-            case _:
-                stack.append(None)
-        return None
-
-    def _claim(self, said: object) -> None:
-        """Note the memory that torch would make: "storage", its type, key, device and length."""
-        match said:
-            case (b"storage", _, key, _, int(count), *_):
-                self.claims[key] = max(count, self.claims.get(key, 0))
-            case (b"storage", *_):
-                raise ValueError("it names memory of no length")
-
-
-def _is_harmless(function: object, arguments: object) -> bool:
-    """Return whether a call takes no memory but what is in the file."""
-    if function == _REBUILD_FROM_TYPE:
-        inner = arguments[0] if isinstance(arguments, tuple) and arguments else None
-        return isinstance(inner, str) and inner.startswith("torch._utils._rebuild")
-    return isinstance(function, str) and function not in _NEVER and not function.endswith("Storage")
-
-
-def _dotted(argument: object) -> str:
-    return str(argument).replace(" ", ".")
+    return machine.claims
 
 
 def _is_plain_of_torch(name: str) -> bool:

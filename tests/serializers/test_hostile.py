@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mono_quant import CorruptCheckpointError, Quantizer, load_model, quantize, read_state_dict
 from mono_quant.cli.inputs import read_data
+from tests.helpers import same_bits
 from tests.serializers.files import read, small, write
 
 LARGE = 200_000_000
@@ -127,6 +128,72 @@ def test_memory_that_is_claimed_and_not_there_is_never_made(
     monkeypatch.setattr(torch, "load", never)
     with pytest.raises(CorruptCheckpointError, match="claims tensors that are larger than"):
         read_state_dict(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.float8_e4m3fn, torch.complex64])
+def test_memory_that_its_record_does_not_have_is_never_made(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older versions of torch read on behind the record."""
+
+    def never(*_: object, **__: object) -> object:
+        raise AssertionError("torch was asked to read it")
+
+    path = tmp_path / "short.pt"
+    torch.save({"weight": torch.ones(1000).to(dtype), "more": torch.ones(9000)}, path)
+    with zipfile.ZipFile(path) as whole:
+        records = {one: whole.read(one) for one in whole.namelist()}
+    with zipfile.ZipFile(path, "w") as made:
+        for name, record in records.items():
+            made.writestr(name, record[:-1] if name.endswith("data/0") else record)
+    monkeypatch.setattr(torch, "load", never)
+    with pytest.raises(CorruptCheckpointError, match=r"claims \d+ bytes of its record \w+/data/0"):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize("part", ["offset", "shape", "stride"])
+@pytest.mark.parametrize("new", [True, False])
+def test_a_tensor_that_reaches_beyond_its_memory_is_never_made(
+    new: bool, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch enlarges the memory of its first format, whatever that takes."""
+
+    def never(*_: object, **__: object) -> object:
+        raise AssertionError("torch was asked to read it")
+
+    path = tmp_path / "reaching.pt"
+    torch.save({"weight": torch.ones(1000)}, path, _use_new_zipfile_serialization=new)
+    with monkeypatch.context() as patch:
+        changed = {"offset": (7, (1000,), (1,)), "shape": (0, (1001,), (1,))}
+        offset, shape, strides = changed.get(part, (0, (1000,), (2,)))
+        view = torch.ones(1000)
+        patch.setattr(torch.Tensor, "storage_offset", lambda _: offset)
+        patch.setattr(torch.Tensor, "size", lambda _: torch.Size(shape))
+        patch.setattr(torch.Tensor, "stride", lambda _: strides)
+        torch.save({"weight": view}, path, _use_new_zipfile_serialization=new)
+    monkeypatch.setattr(torch, "load", never)
+    with pytest.raises(CorruptCheckpointError, match="holds a tensor that reaches beyond"):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(12.0).reshape(3, 4).t(),
+        torch.arange(12.0)[3:7],
+        torch.ones(1).expand(3),
+        torch.ones(()),
+        torch.ones(0, 7),
+        torch.arange(12.0)[12:],
+        torch.ones(3, 4, dtype=torch.bfloat16)[1:],
+    ],
+    ids=["turned", "part", "spread", "scalar", "empty", "end", "bfloat16"],
+)
+@pytest.mark.parametrize("new", [True, False])
+def test_a_tensor_within_its_memory_is_read(new: bool, tensor: Tensor, tmp_path: Path) -> None:
+    path = tmp_path / "within.pt"
+    torch.save({"weight": tensor}, path, _use_new_zipfile_serialization=new)
+    assert same_bits(read_state_dict(path)["weight"].contiguous(), tensor.contiguous())
 
 
 @pytest.mark.parametrize("new", [True, False])
