@@ -73,7 +73,10 @@ def read_arrays(path: Path) -> Tensor | dict[str, Tensor]:
             with path.open("rb") as file:
                 return _array(file)
         with zipfile.ZipFile(path) as archive:
-            size = sum(part.file_size for part in archive.infolist())
+            parts = archive.infolist()
+            if sum(part.compress_size for part in parts) > path.stat().st_size:
+                raise ValueError("its arrays are larger than the file")  # and room would be made
+            size = sum(part.file_size for part in parts)
             most = _MOST + _PACKED * path.stat().st_size
             if size > most:
                 raise InputError(

@@ -141,7 +141,7 @@ def test_a_pipe_is_no_data_and_is_not_waited_for(suffix: str, tmp_path: Path) ->
         read_data(tmp_path / f"x{suffix}")
 
 
-@pytest.mark.parametrize("damage", ["stream", "encrypted", "method", "place"])
+@pytest.mark.parametrize("damage", ["stream", "encrypted", "method", "place", "size"])
 def test_an_archive_that_cannot_be_unpacked_is_refused(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     numpy.savez_compressed(path, x=numpy.arange(1000.0))
@@ -152,6 +152,8 @@ def test_an_archive_that_cannot_be_unpacked_is_refused(damage: str, tmp_path: Pa
     elif damage == "encrypted":
         content[local + 6] |= 1
         content[central + 8] |= 1
+    elif damage == "size":
+        content[central + 20 : central + 24] = (1 << 30).to_bytes(4, "little")
     elif damage == "place":  # of the list of what is in it, before its beginning
         content[-6:-2] = (2 * len(content)).to_bytes(4, "little")
     else:
