@@ -29,6 +29,7 @@ NAMES = (
     "limits",
     "recurrent",
     "faster",
+    "cuda",
     "endurance",
 )
 
