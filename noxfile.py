@@ -161,7 +161,7 @@ def older_torch(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def fuzz(session: nox.Session) -> None:
-    """Try 20,000 damaged and forged files on every loader, and print what came of them."""
+    """Try 23,000 damaged and forged files on their loaders, and print what came of them."""
     install(session, "-e", ".", *group("tests"))
     session.run("python", "-m", "tests.fuzz", *session.posargs, env=ONE_THREAD)
 

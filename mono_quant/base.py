@@ -513,6 +513,21 @@ class Statistic(AnyStatistic, Generic[StateT]):
     def merge(self, left: StateT, right: StateT) -> StateT:
         """Return the state of both; associative."""
 
+    def check_state(self, state: StateT, stack: Shape | None = None) -> None:
+        """Refuse a state that no inputs make; asked of one that comes from a file.
+
+        Its classes, dtypes and numbers of dimensions are those of `observe` already. Sizes and
+        values that do not go together are refused here; by default none are.
+
+        Args:
+            state: read from a file.
+            stack: ``[G, out, in]`` of the weight whose inputs were seen as rows; None where it is
+                not known yet, and for inputs as they come.
+
+        Raises:
+            InputError: saying what does not fit.
+        """
+
 
 class RangeEstimator(Configurable, ABC):
     """Proposes the range that a grid should cover, for a tensor seen whole: a weight."""

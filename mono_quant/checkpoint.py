@@ -274,6 +274,12 @@ def dequantized(model: ModelT) -> ModelT:
     return model
 
 
+_SHARDING = "torch.distributed.fsdp.fully_sharded_data_parallel"
+_FLATTENED = "_fsdp_flattened"
+"""What that sets on parameters that it keeps in one flat memory."""
+_GATHER = "gather the model first, with full_tensor() or a full state dict, into a plain one"
+
+
 def check_supported(model: nn.Module) -> None:
     """Refuse models whose parameters cannot be read.
 
@@ -284,6 +290,12 @@ def check_supported(model: nn.Module) -> None:
         raise InputError("a ScriptModule cannot be quantized; give the module it was made from")
     if hasattr(model, "_orig_mod"):
         raise InputError("the model is compiled; quantize model._orig_mod and compile the result")
+    for path, module in model.named_modules():
+        if any(base.__module__ == _SHARDING for base in type(module).__mro__):
+            raise InputError(
+                f"{path or 'the model'} is a {type(module).__name__}, of whose weights each "
+                f"process holds a part; {_GATHER}"
+            )
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):  # asked first: a lazy one cannot be asked anything else
             raise InputError(
@@ -292,7 +304,12 @@ def check_supported(model: nn.Module) -> None:
         if type(parameter).__module__.startswith("torch.distributed"):
             raise InputError(
                 f"{name} is a {type(parameter).__name__}, of which each process holds a part; "
-                "gather the model first, with full_tensor() or a full state dict, into a plain one"
+                f"{_GATHER}"
+            )
+        if parameter.__dict__.get(_FLATTENED):
+            raise InputError(
+                f"{name} lies in the memory of a FullyShardedDataParallel, of which each process "
+                f"holds a part; {_GATHER}"
             )
         if parameter.is_inference():
             raise InputError(

@@ -8,6 +8,7 @@ from typing import Protocol, Self, cast
 
 import attrs
 
+from mono_quant.atomic import replacing
 from mono_quant.base import Change
 from mono_quant.columns import ESTIMATED, columns_of, filled
 from mono_quant.configurable import Config
@@ -273,10 +274,11 @@ class Report:
             title: above the page.
 
         Raises:
-            OSError: the file cannot be written.
+            OSError: the file cannot be written; what stood there still stands.
         """
-        path = Path(path)
-        path.write_text(self._page(title), encoding="utf-8")
+        path, page = Path(path), self._page(title)
+        with replacing(path) as beside:
+            beside.write_text(page, encoding="utf-8")
         return path
 
     def plot(self) -> Drawing:

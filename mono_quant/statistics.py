@@ -12,12 +12,27 @@ from torch import Tensor
 
 from mono_quant.base import AnyStatistic, Statistic, Statistics
 from mono_quant.configurable import Config, Json, Kinds
-from mono_quant.errors import CheckpointError, CorruptCheckpointError
+from mono_quant.errors import (
+    CalibrationError,
+    CheckpointError,
+    CorruptCheckpointError,
+    InputError,
+    Mend,
+    MonoQuantError,
+)
 from mono_quant.gathering import Gathered, Wanted
-from mono_quant.serializers import checksum, read_safetensors, read_texts, write_safetensors
+from mono_quant.numerics.granularity import Shape
+from mono_quant.serializers import (
+    checksum,
+    read_safetensors,
+    read_texts,
+    seal,
+    unseal,
+    write_safetensors,
+)
 
 FORMAT = "mono_quant_statistics"
-VERSION = "1"
+VERSION = 1
 
 Key = tuple[str, str]
 """A layer and the name of a weight in it."""
@@ -86,6 +101,28 @@ class CalibrationStatistics:
                     found.setdefault(path, asked[0])
         return found
 
+    def check_fit(self, stacks: Mapping[Key, Shape]) -> None:
+        """Refuse statistics of rows that are of other sizes than the weights of a model.
+
+        Args:
+            stacks: the shape ``[G, out, in]`` of each weight, by layer and name.
+
+        Raises:
+            CalibrationError: naming the first.
+        """
+        for key, known in self.weights.items():
+            for one in known.rows:
+                if key not in stacks or one not in known.gathered.rows:
+                    continue
+                fold = cast("Statistic[object]", one)  # the only kind of statistic there is
+                try:
+                    fold.check_state(known.gathered.rows.states[one], stacks[key])
+                except InputError as error:
+                    name = ".".join(filter(None, key))
+                    raise CalibrationError(
+                        f"the statistics are not of the inputs of {name}: {error}", Mend.STATISTICS
+                    ) from error
+
     def gathered(self) -> Mapping[Key, Gathered]:
         """Return the states by layer and weight."""
         return {key: one.gathered for key, one in self.weights.items()}
@@ -110,13 +147,12 @@ class CalibrationStatistics:
             }
             for (layer, name), one in self.weights.items()
         ]
-        texts = {
-            "format": FORMAT,
-            "version": VERSION,
-            "weights": json.dumps(weights, allow_nan=False),
-            "transforms": json.dumps(self.transforms, allow_nan=False),
-            "checksums": json.dumps({key: checksum(tensor) for key, tensor in tensors.items()}),
+        header: Config = {
+            "weights": weights,
+            "transforms": list(self.transforms),
+            "checksums": {key: checksum(tensor) for key, tensor in tensors.items()},
         }
+        texts = seal(FORMAT, VERSION, header)
         write_safetensors(path, tensors, {"mono_quant": json.dumps(texts)})
         return path
 
@@ -138,19 +174,31 @@ class CalibrationStatistics:
         texts = read_texts(path)
         if texts.get("format") != FORMAT:
             raise CorruptCheckpointError(f"{path} holds no statistics: calibrate(...) makes them")
-        if texts.get("version") != VERSION:
-            raise CheckpointError(f"{path} is of version {texts.get('version')}, not {VERSION}")
-        tensors = {key: tensor.clone() for key, tensor in read_safetensors(path).items()}
         try:
-            sums: Json = json.loads(texts["checksums"])
-            if sums != {key: checksum(tensor) for key, tensor in tensors.items()}:
+            header = unseal(texts, VERSION)
+            tensors = {key: tensor.clone() for key, tensor in read_safetensors(path).items()}
+            if header["checksums"] != {key: checksum(tensor) for key, tensor in tensors.items()}:
                 raise CorruptCheckpointError("a tensor was changed")
-            weights: list[dict[str, Json]] = json.loads(texts["weights"])
-            return cls(dict(_read(weights, tensors, kinds)), tuple(json.loads(texts["transforms"])))
+            weights = cast("Sequence[Mapping[str, Json]]", header["weights"])  # else it is refused
+            transforms = cast("Sequence[Config]", header["transforms"])
+            return cls(dict(_read(weights, tensors, kinds)), tuple(map(_described, transforms)))
         except CheckpointError as error:
             raise type(error)(f"{path} cannot be read: {error.what}", error.mend) from error
-        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (
+            MonoQuantError,
+            LookupError,
+            ArithmeticError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            RuntimeError,
+        ) as error:
             raise CorruptCheckpointError(f"{path} cannot be read: {error!r}") from error
+
+
+def _described(transform: Config) -> Config:
+    """Return the configuration of a transform, of which no more than its kind is asked."""
+    return {**transform, "kind": str(transform["kind"])}
 
 
 def _written(
@@ -210,7 +258,9 @@ def _states(
         if entry["state"] is not None:
             fold = cast("Statistic[object]", statistic)  # the only kind of statistic there is
             # what class a state is of, the statistic says, and never the file
-            states[statistic] = _made(entry["state"], fold.observe(torch.ones(1, 1)), tensors)
+            state = _made(entry["state"], fold.observe(torch.ones(1, 1)), tensors)
+            fold.check_state(state)
+            states[statistic] = state
     return tuple(asked), states
 
 

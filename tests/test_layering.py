@@ -17,7 +17,7 @@ RANKS = {
     name: rank
     for rank, names in enumerate(
         [
-            "version errors progress text devices",
+            "version errors progress text atomic devices",
             "configurable",
             "numerics",
             "base speed",

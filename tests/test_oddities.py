@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -239,3 +239,40 @@ def test_a_sharded_model_is_refused_with_what_to_do() -> None:
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     with pytest.raises(InputError, match=r"0\.weight is a DTensor.*full_tensor\(\)"):
         Quantizer().apply(model)
+
+
+def sharded(*, own_names: bool) -> FullyShardedDataParallel:
+    """Return a model in torch's first kind of sharding, of which one process has all."""
+    return FullyShardedDataParallel(
+        nn.Sequential(nn.Linear(64, 8)),
+        sharding_strategy=ShardingStrategy.NO_SHARD,
+        use_orig_params=own_names,
+        device_id=torch.device("cpu"),
+    )
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("own_names", [False, True])
+def test_a_wrapper_that_shards_its_parameters_is_refused_with_what_to_do(
+    own_names: bool, in_place: bool
+) -> None:
+    """Else it would lose its hooks, or be left float as a module without weights."""
+    wrapped = sharded(own_names=own_names)
+    apply = Quantizer().apply_ if in_place else Quantizer().apply
+    with pytest.raises(InputError, match=r"the model is a Fully\w+Parallel, .*full_tensor\(\)"):
+        apply(wrapped)
+    with pytest.raises(InputError, match=r"^1 is a FullyShardedDataParallel, of whose weights"):
+        apply(nn.Sequential(nn.ReLU(), wrapped))
+    assert wrapped(torch.ones(2, 64)).shape == (2, 8)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.filterwarnings("ignore:When using ``NO_SHARD``:UserWarning")  # as it should
+def test_what_is_inside_of_such_a_wrapper_is_refused_too() -> None:
+    wrapped = sharded(own_names=True)
+    with pytest.raises(InputError, match=r"0\.weight lies in the memory of a FullySharded"):
+        Quantizer().apply(wrapped.module)
+    whole = nn.Sequential(nn.Linear(64, 8))
+    whole.load_state_dict(wrapped.state_dict())
+    assert Quantizer().only("*").apply(whole).validate(ROWS)

@@ -1,5 +1,6 @@
 """The builder: every call gives a new quantizer, and says what it replaces or adds."""
 
+import functools
 from collections.abc import Callable
 
 import attrs
@@ -176,6 +177,29 @@ def test_overrides_add_and_the_last_one_wins() -> None:
         "2.weight": "6-bit symmetric per-group 16",
         "3.weight": "4-bit symmetric per-group 32",
     }
+
+
+def test_overrides_that_only_fit_in_another_order_say_which() -> None:
+    def ordered(*names: str) -> Quantizer:
+        settings = {
+            "0": lambda q: q.override("0", bits=16),
+            "*": lambda q: q.override("*", activations="dynamic"),
+            "2": lambda q: q.override("2", bits=4),
+        }
+        return functools.reduce(lambda q, name: settings[name](q), names, Quantizer())
+
+    model = three_layers()
+    for names in (("0", "*"), ("2", "0", "*"), ("0", "2", "*")):
+        with pytest.raises(
+            ConfigurationError,
+            match=r"its activations cannot be quantized; the override of '\*' comes after that of "
+            r"'0', and the last one wins: say that of '\*' first$",
+        ):
+            ordered(*names).plan(model)
+    plan = ordered("*", "0", "2").plan(model)
+    assert next(one.recipe.grid.scheme.code_bits for one in plan.weights if one.recipe) is None
+    with pytest.raises(ConfigurationError, match=r"its activations cannot be quantized$"):
+        Quantizer().override("0", bits=16, activations="dynamic")
 
 
 def test_an_override_changes_only_what_it_says() -> None:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import attrs
 import pytest
@@ -20,7 +20,9 @@ from mono_quant import (
     CorruptCheckpointError,
     Entropy,
     EqualizeLayers,
+    FormatVersionError,
     Histogram,
+    ImportanceWeighted,
     InputError,
     LearnedRounding,
     MinMax,
@@ -34,7 +36,13 @@ from mono_quant import (
     UnknownKindError,
 )
 from mono_quant.base import Grid
-from mono_quant.serializers import read_safetensors, read_texts, write_safetensors
+from mono_quant.serializers import (
+    checksum,
+    read_safetensors,
+    read_texts,
+    seal,
+    write_safetensors,
+)
 from mono_quant.testing.models import Convolutions, Perceptron
 from tests.helpers import same_tensors
 
@@ -218,52 +226,176 @@ def test_another_suffix_and_another_file_are_refused(path: Path, tmp_path: Path)
         Quantizer().statistics(path)
 
 
-Edit = Callable[[dict[str, str], dict[str, Tensor]], object]
+Header = dict[str, Any]  # JSON, which edits change whatever it is
+Edit = Callable[[Header, dict[str, Tensor]], object]
 
 
-def rest_of(texts: dict[str, str], key: str, value: object) -> None:
-    texts[key] = json.dumps(value)
+def forge(path: Path, edit: Edit, version: int = 1) -> None:
+    """Change what a file of statistics says, so that all of its checksums are right."""
+    header: Header = json.loads(read_texts(path)["header"])
+    tensors = {key: tensor.clone() for key, tensor in read_safetensors(path).items()}
+    edit(header, tensors)
+    if "checksums" in header:
+        header["checksums"] = {key: checksum(tensor) for key, tensor in tensors.items()}
+    texts = seal("mono_quant_statistics", version, header)
+    write_safetensors(path, tensors, {"mono_quant": json.dumps(texts)})
+
+
+def state_in(header: Header, place: int = 0, of: str = "inputs") -> Header:
+    """Return what a header says of the first state of a weight, to be changed."""
+    found: Header = header["weights"][place][of][0]["state"]["fields"]
+    return found
 
 
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda texts, tensors: tensors["0"].add_(1), "a tensor was changed"),
-        (lambda texts, tensors: texts.update(version="2"), "is of version 2, not 1"),
-        (lambda texts, tensors: texts.pop("weights"), "cannot be read: KeyError"),
-        (lambda texts, tensors: texts.update(weights="3"), "cannot be read: TypeError"),
-        (lambda texts, tensors: texts.update(weights="[" * 100_000), "cannot be read: Recursion"),
+        (lambda header, _: header.pop("weights"), "cannot be read: KeyError"),
+        (lambda header, _: header.pop("checksums"), "cannot be read: KeyError"),
+        (lambda header, _: header.update(weights=3), "cannot be read: TypeError"),
+        (lambda header, _: header.update(transforms=[3]), "cannot be read: TypeError"),
         (
-            lambda texts, tensors: texts.update(
-                weights=texts["weights"].replace('"kind": "minmax"', '"kind": "os.system"')
+            lambda header, _: header["weights"][0]["inputs"][0]["statistic"].update(
+                kind="os.system"
             ),
             "no class of kind 'os.system' is known",
         ),
         (
-            lambda texts, tensors: texts.update(
-                weights=texts["weights"].replace('"low"', '"lowest"')
-            ),
+            lambda header, _: state_in(header).update(lowest=state_in(header).pop("low")),
             "a MinMaxState has no",
         ),
+        (lambda header, _: state_in(header).update(low={"value": 3}), "cannot be read: KeyError"),
+        (lambda _, tensors: tensors["0"].fill_(torch.inf), "the tensor holds infinity"),
+        (lambda _, tensors: tensors["0"].fill_(99.0), "smallest value is 99, above the largest"),
         (
-            lambda texts, tensors: texts.update(
-                weights=texts["weights"].replace('{"tensor": "0"}', '{"value": 3}')
-            ),
-            "cannot be read: KeyError",
+            lambda _, tensors: tensors.update({"0": tensors["0"].expand(2).clone()}),
+            "torch.float32 of 1 dimensions, where torch.float32 of 0",
         ),
     ],
-    ids=["tensor", "version", "missing", "type", "nested", "kind", "field", "value"],
+    ids=[
+        "missing",
+        "unchecked",
+        "type",
+        "transform",
+        "kind",
+        "field",
+        "value",
+        "infinite",
+        "turned",
+        "dimension",
+    ],
 )
-def test_what_was_forged_is_refused(edit: Edit, words: str, path: Path) -> None:
-    model = Perceptron()
+def test_what_was_forged_is_refused(edit: Edit, words: str, tmp_path: Path) -> None:
+    model, path = Perceptron(), tmp_path / "known.safetensors"
     quantizer = EIGHT.observer(activations=MinMax())
     quantizer.fit(model.example()).plan(model).calibrate(progress=False).save(path)
-    texts = read_texts(path)
-    tensors = {key: tensor.clone() for key, tensor in read_safetensors(path).items()}
-    edit(texts, tensors)
-    write_safetensors(path, tensors, {"mono_quant": json.dumps(texts)})
+    forge(path, edit)
     with pytest.raises(CheckpointError, match=words):
         CalibrationStatistics.load(path)
+
+
+def test_another_version_is_refused(path: Path) -> None:
+    forge(path, lambda header, _: header, version=2)
+    with pytest.raises(FormatVersionError, match=r"has format version 2, and this .* up to 1"):
+        CalibrationStatistics.load(path)
+
+
+def test_a_letter_or_a_tensor_that_was_changed_is_noticed(path: Path) -> None:
+    texts, tensors = read_texts(path), read_safetensors(path)
+    other = {**texts, "header": texts["header"].replace('"layer": "0"', '"layer": "4"')}
+    write_safetensors(path, tensors, {"mono_quant": json.dumps(other)})
+    with pytest.raises(CorruptCheckpointError, match="its header was changed"):
+        CalibrationStatistics.load(path)
+    one, *_ = tensors
+    tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+    tensors[one] += 1
+    write_safetensors(path, tensors, {"mono_quant": json.dumps(texts)})
+    with pytest.raises(CorruptCheckpointError, match="a tensor was changed"):
+        CalibrationStatistics.load(path)
+
+
+def first_of(tensors: dict[str, Tensor], dimensions: int, dtype: torch.dtype) -> str:
+    """Return the key of the first tensor of a kind."""
+    return next(
+        key for key, one in tensors.items() if (one.dim(), one.dtype) == (dimensions, dtype)
+    )
+
+
+COUNTS = (1, torch.int64)
+GRAM = (3, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "which", "edit", "words"),
+    [
+        (EIGHT, COUNTS, lambda x: x[:-1], r"a histogram has \d+ bins of 2\^-?\d+, where"),
+        (EIGHT, COUNTS, lambda x: x.repeat(2), r"a histogram has \d+ bins of 2\^-?\d+, where"),
+        (EIGHT, COUNTS, lambda x: -x - 1, "no numbers of values"),
+        (EIGHT, COUNTS, lambda x: x + (1 << 62), "no numbers of values"),
+        (
+            EIGHT.bits(4).rounding(GPTQ()),
+            GRAM,
+            lambda x: x[:, :-1],
+            r"second moments are \(1, 63, 64\), where \(1, 64, 64\)",
+        ),
+    ],
+    ids=["fewer", "more", "negative", "too many", "no square"],
+)
+def test_a_tensor_of_another_length_than_its_statistic_makes_is_refused_when_it_is_read(
+    quantizer: Quantizer,
+    which: tuple[int, torch.dtype],
+    edit: Callable[[Tensor], Tensor],
+    words: str,
+    tmp_path: Path,
+) -> None:
+    model, path = Perceptron(), tmp_path / "known.safetensors"
+    if which is COUNTS:
+        quantizer = quantizer.observer(activations=Histogram(bins=64))
+    quantizer.fit(model.example()).plan(model).calibrate(progress=False).save(path)
+
+    def change(_: Header, tensors: dict[str, Tensor]) -> None:
+        key = first_of(tensors, *which)
+        tensors[key] = edit(tensors[key]).contiguous()
+
+    forge(path, change)
+    with pytest.raises(CorruptCheckpointError, match=words):
+        CalibrationStatistics.load(path)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "words"),
+    [
+        (Quantizer().rounding(GPTQ()), r"second moments are \(1, 5, 5\), where \(1, 64, 64\)"),
+        (Quantizer().rounding(ImportanceWeighted()), r"mean squares are \(1, 5\), where \(1, 64\)"),
+        (Quantizer().outliers(), "there are 5 peaks of inputs for 64 columns"),
+    ],
+    ids=["gptq", "importance", "outliers"],
+)
+def test_statistics_of_rows_of_another_width_than_the_weight_are_refused_by_the_plan(
+    quantizer: Quantizer, words: str, tmp_path: Path
+) -> None:
+    class Narrow(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(5, 64), nn.ReLU(), nn.Linear(64, 64))
+
+    narrow, quantizer = Narrow(), quantizer.bits(4).activations(None).only("0")
+    known = quantizer.fit(torch.ones(4, 5)).plan(narrow).calibrate(progress=False)
+    path = known.save(tmp_path / "known.safetensors")
+    with pytest.raises(CalibrationError, match=f"not of the inputs of 0.weight: .*{words}"):
+        quantizer.statistics(path).plan(Perceptron())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["minmax", "moving average", "histogram", "gptq", "outliers"])
+def test_statistics_of_a_model_of_another_precision_are_read_again(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model, quantizer = Perceptron().to(dtype), QUANTIZERS[name]
+    data = quantizer.fit(model.example().to(dtype))
+    path = data.plan(model).calibrate(progress=False).save(tmp_path / "known.safetensors")
+    by_file = quantizer.statistics(path).apply(model, progress=False)
+    by_data = data.plan(model).run(sequential=False, progress=False)
+    assert same_tensors(by_file.model, by_data.model)
 
 
 @attrs.frozen

@@ -6,6 +6,7 @@ memory, shape), and the bytes of the array. An ``.npz`` is a zip archive of such
 """
 
 import ast
+import errno
 import io
 import struct
 import sys
@@ -37,6 +38,9 @@ _DAMAGE = (
 _MOST, _PACKED = 1 << 24, 32
 """Bytes that a packed file may claim, and how many more for each of its own."""
 
+_LONGEST = 10_000
+"""Bytes of a header, as numpy has it: to be read, a literal takes some hundred times as much."""
+
 _MAGIC = b"\x93NUMPY"
 _HEADER_LENGTHS = {1: "<H", 2: "<I", 3: "<I"}
 """How the length of a header is written, by the major version."""
@@ -60,26 +64,37 @@ def read_arrays(path: Path) -> Tensor | dict[str, Tensor]:
 
     Raises:
         InputError: it is damaged, or holds something else than numbers.
+        OSError: it is no file, or cannot be read.
     """
+    if not path.is_file():  # a pipe may never end
+        raise FileNotFoundError(f"{path} is not a file")
     try:
         if path.suffix == ".npy":
             with path.open("rb") as file:
                 return _array(file)
         with zipfile.ZipFile(path) as archive:
-            size = sum(part.file_size for part in archive.infolist())
+            parts = archive.infolist()
+            if sum(part.compress_size for part in parts) > path.stat().st_size:
+                raise ValueError("its arrays are larger than the file")  # and room would be made
+            size = sum(part.file_size for part in parts)
             most = _MOST + _PACKED * path.stat().st_size
             if size > most:
                 raise InputError(
                     f"its arrays claim {size} bytes, more than the {most} that are read of a file "
                     "of its size; save it with np.savez, which packs nothing"
                 )
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            if len(set(names)) < len(names):
+                raise ValueError("two arrays have one name")
             return {
-                name.removesuffix(".npy"): _array(io.BytesIO(archive.read(name)))
-                for name in archive.namelist()
+                name: _array(io.BytesIO(archive.read(part)))
+                for name, part in zip(names, archive.namelist(), strict=True)
             }
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except _DAMAGE as error:
+    except (*_DAMAGE, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # an archive may name a place before its beginning, which is EINVAL
         raise InputError(f"{path} is no whole file of numpy's: {error}") from error
 
 
@@ -89,6 +104,8 @@ def _array(file: BinaryIO) -> Tensor:
     major, _ = file.read(2)
     form = _HEADER_LENGTHS[major]
     (length,) = struct.unpack(form, file.read(struct.calcsize(form)))
+    if length > _LONGEST:
+        raise ValueError(f"its header has {length} bytes")
     header: object = ast.literal_eval(file.read(length).decode())
     if not isinstance(header, dict):
         raise ValueError("its header is no dictionary")

@@ -2,7 +2,8 @@
 
 import json
 import tomllib
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,6 +40,9 @@ StrategyT = TypeVar("StrategyT", bound=Configurable)
 
 _OF_TYPE = "type:"
 _TOML = ".toml"
+_MOST_TOML, _MOST_DOTS = 1 << 17, 64
+_BITS = 64
+"""Of a whole number; TOML lets one be written that no message can show."""
 _IN_OVERRIDE = (
     "bits",
     "symmetric",
@@ -147,13 +151,57 @@ def _read_config(path: Path) -> Config:
     in_toml = path.suffix == _TOML
     try:
         text = path.read_text(encoding="utf-8")
-        config: Json = tomllib.loads(text) if in_toml else json.loads(text)
+        if in_toml:
+            _check_toml(path, text)
+        config: Json = tomllib.loads(text) if in_toml else json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         format_ = "TOML" if in_toml else f"JSON (a file in TOML is called {_TOML})"
         raise ConfigurationError(f"{path} is not {format_}: {error}") from error
     if not isinstance(config, Mapping):
         raise ConfigurationError(f"{path} holds no JSON object; --dump-config prints one")
+    if any(isinstance(one, int) and one.bit_length() > _BITS for one in _values(config)):
+        raise ConfigurationError(f"{path} holds a number of more than {_BITS} bits")
     return config
+
+
+def _once(pairs: list[tuple[str, Json]]) -> Config:
+    """Return what a JSON object says, each of it once."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen = Counter(name for name, _ in pairs)
+        raise ValueError(f"it says {seen.most_common(1)[0][0]!r} twice")
+    return found
+
+
+def _values(config: Json) -> Iterator[Json]:
+    """Yield all that is in a configuration."""
+    waiting = [config]
+    while waiting:
+        match waiting.pop():
+            case dict(inner):
+                waiting += inner.values()
+            case list(inner):
+                waiting += inner
+            case value:
+                yield value
+
+
+def _check_toml(path: Path, text: str) -> None:
+    """Refuse names in a name in a name, of which the standard library's reader copies each part.
+
+    A line of 40 kB took 2 GB.
+    """
+    if len(text) > _MOST_TOML:
+        raise ConfigurationError(
+            f"{path} has {len(text)} characters, and TOML of up to {_MOST_TOML} is read; write "
+            "JSON, as --dump-config does"
+        )
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.count(".") > _MOST_DOTS:
+            raise ConfigurationError(
+                f"{path} has more than {_MOST_DOTS} dots in line {number}: tables are not nested "
+                "so deeply; break the line, or write JSON"
+            )
 
 
 def _strategy(

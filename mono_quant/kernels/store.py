@@ -4,12 +4,12 @@ import contextlib
 import json
 import os
 import platform
-import tempfile
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from mono_quant.atomic import replacing
 from mono_quant.version import __version__
 
 _CPUINFO = Path("/proc/cpuinfo")
@@ -42,7 +42,9 @@ class Store:
         everything = _read()
         everything.setdefault(machine(), {})[name] = value
         with contextlib.suppress(OSError, RuntimeError):  # no such folder, no space, no home
-            _write(path(), json.dumps(everything, indent=1, sort_keys=True))
+            path().parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path()) as beside:  # several processes may do so at once
+                beside.write_text(json.dumps(everything, indent=1, sort_keys=True), "utf-8")
 
     def forget(self) -> None:
         """Forget what is in memory; the file stays."""
@@ -101,16 +103,3 @@ def _read() -> dict[str, dict[str, str]]:
         for key, part in found.items()
         if isinstance(part, dict)
     }
-
-
-def _write(target: Path, text: str) -> None:
-    """Write a file whole or not at all: several processes may do so at once."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).replace(target)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -21,6 +21,17 @@ def finite_ends(low: Tensor, high: Tensor) -> tuple[float, float]:
     return ends[0], ends[1]
 
 
+def check_ends(low: Tensor, high: Tensor) -> None:
+    """Refuse ends of a range that are not finite, or the wrong way round.
+
+    Raises:
+        InputError: they are.
+    """
+    least, most = finite_ends(low, high)
+    if least > most:
+        raise InputError(f"the smallest value is {least:g}, above the largest, {most:g}")
+
+
 def all_finite(x: Tensor) -> bool:
     """Return whether there is neither NaN nor infinity in `x`."""
     # NaN and infinity are contagious, and `torch.isfinite` makes copies. A sum is read at the speed

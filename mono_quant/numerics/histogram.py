@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mono_quant.errors import InputError
-from mono_quant.numerics.extremes import finite_ends
+from mono_quant.numerics.extremes import check_ends, finite_ends
 
 SAMPLED_FROM = 1 << 16
 """A tensor of more values than this is sampled."""
@@ -21,6 +21,7 @@ _SAMPLE = 1 << 15
 _BLOCK = 256
 _TAIL_BLOCKS = 64
 _SAFE_EXPONENT = 120  # the power of two is a float32
+_MOST_VALUES = 2.0**62  # of which 64 bits hold the sum
 _LOWEST_EXPONENT = -200  # below that of any histogram of float32 values that are not all zero
 
 
@@ -135,6 +136,26 @@ def merge(left: HistogramState, right: HistogramState, bins: int) -> HistogramSt
     layout = _Bins.covering(*finite_ends(low, high), bins)
     counts = layout.join(left) + layout.join(right)
     return _state(low, high, layout, counts, left.zeros + right.zeros)
+
+
+def check(state: HistogramState, bins: int) -> None:
+    """Refuse what `observe` and `merge` make of no values; for a state that comes from a file.
+
+    Raises:
+        InputError: its extremes are none, its bins are not those of its extremes, or its counts are
+            no numbers of values.
+    """
+    check_ends(state.low, state.high)
+    expected = _Bins.covering(*finite_ends(state.low, state.high), bins)
+    exponent, count = int(state.exponent), state.counts.numel()
+    if (exponent, count) != (expected.exponent, expected.count):
+        raise InputError(
+            f"a histogram has {count} bins of 2^{exponent}, where {expected.count} of "
+            f"2^{expected.exponent} were expected"
+        )
+    counts = torch.cat([state.counts, state.zeros.reshape(1)])
+    if bool((counts < 0).any()) or not 0 < float(counts.to(torch.float64).sum()) < _MOST_VALUES:
+        raise InputError("the counts of a histogram are no numbers of values")
 
 
 def cells(state: HistogramState) -> tuple[Tensor, Tensor, Tensor]:

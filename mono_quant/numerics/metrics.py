@@ -32,7 +32,8 @@ class SquaredError:
         """Return the sums over all elements of two tensors of one shape.
 
         Squared and added up in float64: float32 has no squares of values near 1e-22 or 1e20. A part
-        at a time, so that no copy of the tensors is made.
+        at a time, so that no copy of the tensors is made. A complex value is two, its square that
+        of its magnitude.
 
         Raises:
             InputError: the shapes differ.
@@ -43,9 +44,10 @@ class SquaredError:
             )
         signal = noise = torch.zeros((), dtype=torch.float64, device=reference.device)
         flat = reference.detach().reshape(-1), other.detach().reshape(-1)
+        form = _reals if reference.is_complex() or other.is_complex() else _doubles
         for part, against in zip(*(torch.split(tensor, _PART) for tensor in flat), strict=True):
-            exact = part.to(torch.float64)
-            error = exact - against.to(torch.float64)
+            exact = form(part)
+            error = exact - form(against)
             signal, noise = signal + exact.dot(exact), noise + error.dot(error)
         return cls(float(signal), float(noise), reference.numel())
 
@@ -73,6 +75,15 @@ class SquaredError:
         if self.signal == 0 or math.isinf(self.noise):
             return -math.inf
         return 10 * math.log10(self.signal / self.noise)
+
+
+def _doubles(x: Tensor) -> Tensor:
+    return x.to(torch.float64)
+
+
+def _reals(x: Tensor) -> Tensor:
+    """Return real and imaginary parts, one behind the other; of a real tensor, zeros for these."""
+    return torch.view_as_real(x.to(torch.complex128).resolve_conj()).reshape(-1)
 
 
 def sqnr_db(reference: Tensor, other: Tensor) -> float:

@@ -8,6 +8,7 @@ from mono_quant.base import Observer
 from mono_quant.configurable import is_count
 from mono_quant.errors import ConfigurationError
 from mono_quant.numerics import histogram
+from mono_quant.numerics.granularity import Shape
 from mono_quant.numerics.histogram import HistogramState
 
 FINE = 1 << 13
@@ -40,6 +41,10 @@ class CountingObserver(Observer[HistogramState]):
     def merge(self, left: HistogramState, right: HistogramState) -> HistogramState:
         """Return the histogram of both."""
         return histogram.merge(left, right, self.most_bins)
+
+    def check_state(self, state: HistogramState, stack: Shape | None = None) -> None:
+        """Refuse bins that are not those of its extremes, and counts that are none."""
+        histogram.check(state, self.most_bins)
 
 
 _MOST = 1 << 20

@@ -10,13 +10,13 @@ from mono_quant.base import Observer, Scheme
 from mono_quant.configurable import register
 from mono_quant.errors import InputError
 from mono_quant.numerics.blocks import block_range
-from mono_quant.numerics.extremes import finite_ends
+from mono_quant.numerics.extremes import check_ends, finite_ends
 from mono_quant.numerics.granularity import Shape
 
 
 @attrs.frozen(eq=False)
 class MinMaxState:
-    """The extremes seen so far, each a tensor of no dimension."""
+    """The extremes seen so far, each a float32 tensor of no dimension."""
 
     low: Tensor
     high: Tensor
@@ -37,13 +37,17 @@ class MinMax(Observer[MinMaxState]):
         """
         if x.numel() == 0:
             raise InputError("an empty tensor has no extremes")
-        low, high = x.amin(), x.amax()
+        low, high = (end.to(torch.float32) for end in (x.amin(), x.amax()))
         finite_ends(low, high)
         return MinMaxState(low, high)
 
     def merge(self, left: MinMaxState, right: MinMaxState) -> MinMaxState:
         """Return the wider range."""
         return MinMaxState(torch.minimum(left.low, right.low), torch.maximum(left.high, right.high))
+
+    def check_state(self, state: MinMaxState, stack: Shape | None = None) -> None:
+        """Refuse extremes that are not finite, or the wrong way round."""
+        check_ends(state.low, state.high)
 
     def calculate_range(self, state: MinMaxState, scheme: Scheme) -> tuple[Tensor, Tensor]:
         """Return the extremes."""

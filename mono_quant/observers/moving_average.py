@@ -3,13 +3,13 @@
 from typing import ClassVar
 
 import attrs
-import torch
 from torch import Tensor
 
 from mono_quant.base import Observer, Scheme
 from mono_quant.configurable import register
-from mono_quant.errors import ConfigurationError
+from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.numerics.blocks import block_range
+from mono_quant.numerics.extremes import check_ends
 from mono_quant.numerics.granularity import Shape
 from mono_quant.observers.minmax import MinMax
 
@@ -66,8 +66,7 @@ class MovingAverage(Observer[MovingAverageState]):
             InputError: it is empty, or holds NaN or infinity.
         """
         ends = MinMax().observe(x)
-        low, high = ends.low.to(torch.float32), ends.high.to(torch.float32)
-        return MovingAverageState(low, high, low, high, 1)
+        return MovingAverageState(ends.low, ends.high, ends.low, ends.high, 1)
 
     def merge(self, left: MovingAverageState, right: MovingAverageState) -> MovingAverageState:
         """Return the average over the batches of `left` followed by those of `right`."""
@@ -87,6 +86,13 @@ class MovingAverage(Observer[MovingAverageState]):
             blend(left.later_high, right.later_high),
             left.batches + right.batches,
         )
+
+    def check_state(self, state: MovingAverageState, stack: Shape | None = None) -> None:
+        """Refuse averages that are not finite or the wrong way round, or of no batches."""
+        check_ends(state.low, state.high)
+        check_ends(state.later_low, state.later_high)
+        if state.batches < 1:
+            raise InputError(f"an average is of 1 batch or more, not of {state.batches}")
 
     def calculate_range(self, state: MovingAverageState, scheme: Scheme) -> tuple[Tensor, Tensor]:
         """Return the averages."""

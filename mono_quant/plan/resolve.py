@@ -19,7 +19,7 @@ from mono_quant.plan.measure import foreseen, wanted_of
 from mono_quant.plan.outline import outline_of
 from mono_quant.plan.plan import Plan
 from mono_quant.plan.request import LOW_BITS, Request, WeightPlan
-from mono_quant.selection import Selection
+from mono_quant.selection import Selection, Selector
 from mono_quant.settings import Activations, Settings
 
 SMALL = 512
@@ -64,6 +64,7 @@ def _check_data(request: Request, todo: Sequence[WeightPlan]) -> None:
             raise CalibrationError(
                 f"the statistics have no {first!r} of the inputs of {names}", Mend.STATISTICS
             )
+        request.statistics.check_fit({(one.path, one.name): one.layout.stack for one in todo})
     if request.calibrated:
         return
     needy = [
@@ -134,7 +135,7 @@ class _Selected:
 
     only: frozenset[str] | None
     skip: frozenset[str]
-    overrides: Sequence[tuple[frozenset[str], Settings]]
+    overrides: Sequence[tuple[frozenset[str], Selector, Settings]]
 
     @classmethod
     def of(cls, selection: Selection, request: Request) -> "_Selected":
@@ -142,16 +143,31 @@ class _Selected:
         return cls(
             frozenset().union(*only) if only else None,
             frozenset().union(*map(selection.names, request.skip)),
-            [(selection.names(selector), settings) for selector, settings in request.overrides],
+            [(selection.names(one), one, settings) for one, settings in request.overrides],
         )
 
     def settings(self, names: frozenset[str], base: Settings) -> tuple[Settings, bool]:
-        """Return the settings of a layer and whether the user named it."""
+        """Return the settings of a layer and whether the user named it.
+
+        Raises:
+            ConfigurationError: some of them contradict each other, as they follow each other.
+        """
+        found, before = base, list[tuple[Selector, Settings]]()
+        for meant, selector, settings in self.overrides:
+            if not names & meant:
+                continue
+            try:
+                found = settings.over(found)
+            except ConfigurationError as error:
+                if (first := _before(before, settings, base)) is None:
+                    raise
+                raise ConfigurationError(
+                    f"{error}; the override of {selector!r} comes after that of {first!r}, and the "
+                    f"last one wins: say that of {selector!r} first"
+                ) from error
+            before.append((selector, settings))
         asked = self.only is not None and bool(names & self.only)
-        for meant, settings in self.overrides:
-            if names & meant:
-                base, asked = settings.over(base), True
-        return base, asked
+        return found, asked or bool(before)
 
     def reason(self, names: frozenset[str]) -> str | None:
         if names & self.skip:
@@ -159,6 +175,23 @@ class _Selected:
         if self.only is not None and not names & self.only:
             return "not among only(...)"
         return None
+
+
+def _before(
+    overrides: Sequence[tuple[Selector, Settings]], last: Settings, base: Settings
+) -> Selector | None:
+    """Return which override some settings would have to stand before; None where none helps."""
+    for place, (selector, _) in enumerate(overrides):
+        found = base
+        try:
+            for settings in (*(one for _, one in overrides[:place]), last):
+                found = settings.over(found)
+            for _, settings in overrides[place:]:
+                found = settings.over(found)
+        except ConfigurationError:
+            continue
+        return selector
+    return None
 
 
 def _weights(model: nn.Module, request: Request) -> list[WeightPlan]:

@@ -175,7 +175,7 @@ def _quantize_stage(
     journal: Journal | None,
 ) -> None:
     """Quantize the layers of a stage; what was gathered for them is gone when it returns."""
-    done = journal.read(number) if journal is not None else None
+    done = journal.read(number, stage, run.model) if journal is not None else None
     here = by_layer(stage.weights)
     mine = {path: wanted[path] for path in here if path in wanted}
     if done is not None:  # of which only ranges of inputs are found anew

@@ -8,9 +8,21 @@ from torch import Tensor
 
 from mono_quant.base import Statistic
 from mono_quant.configurable import register
+from mono_quant.errors import InputError
+from mono_quant.numerics.granularity import Shape
 
 _TRIES = 3
 """How often damping is multiplied by ten where rounding made a matrix indefinite."""
+
+
+def check_count(count: int) -> None:
+    """Refuse a number of rows that is none.
+
+    Raises:
+        InputError: it is negative.
+    """
+    if count < 0:
+        raise InputError(f"rows are counted from 0 on, not {count}")
 
 
 @attrs.frozen(eq=False)
@@ -122,3 +134,13 @@ class Hessian(Statistic[HessianState]):
     def merge(self, left: HessianState, right: HessianState) -> HessianState:
         """Return the sums over both."""
         return HessianState(left.gram + right.gram, left.count + right.count)
+
+    def check_state(self, state: HessianState, stack: Shape | None = None) -> None:
+        """Refuse sums that are no square, or not as wide as the weight."""
+        matrices, _, columns = state.gram.shape if stack is None else stack
+        if state.gram.shape != (matrices, columns, columns):
+            raise InputError(
+                f"second moments are {tuple(state.gram.shape)}, where "
+                f"{(matrices, columns, columns)} were expected"
+            )
+        check_count(state.count)

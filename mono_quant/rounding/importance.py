@@ -10,8 +10,10 @@ from mono_quant.base import AnyStatistic, Grid, Rounding, Scheme, Statistic, Sta
 from mono_quant.configurable import is_count, register
 from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.numerics.blocks import block_sum
+from mono_quant.numerics.granularity import Shape
 from mono_quant.numerics.values import QTensor
 from mono_quant.rounding.columns import rows_where
+from mono_quant.rounding.hessian import check_count
 from mono_quant.rounding.nearest import to_nearest
 
 
@@ -54,6 +56,16 @@ class InputPower(Statistic[PowerState]):
     def merge(self, left: PowerState, right: PowerState) -> PowerState:
         """Return the sums over both."""
         return PowerState(left.total + right.total, left.count + right.count)
+
+    def check_state(self, state: PowerState, stack: Shape | None = None) -> None:
+        """Refuse sums that are not as many as the weight has columns."""
+        expected = state.total.shape if stack is None else (stack[0], stack[2])
+        if state.total.shape != expected:
+            raise InputError(
+                f"mean squares are {tuple(state.total.shape)}, where {tuple(expected)} were "
+                "expected"
+            )
+        check_count(state.count)
 
 
 _POWER = InputPower()

@@ -50,6 +50,11 @@ class ColumnPeaks(Statistic[Tensor]):
         """Return the larger of both."""
         return torch.maximum(left, right)
 
+    def check_state(self, state: Tensor, stack: Shape | None = None) -> None:
+        """Refuse as many as the weight has no columns."""
+        if stack is not None and len(state) != stack[2]:
+            raise InputError(f"there are {len(state)} peaks of inputs for {stack[2]} columns")
+
 
 def _check_times(_: object, __: object, times: float) -> None:
     if type(times) not in (int, float) or not 1 <= times < math.inf:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mono_quant.atomic import replacing
 from mono_quant.base import Checkpoint, Serializer
 from mono_quant.configurable import Config, Kinds
 from mono_quant.errors import CheckpointError, CorruptCheckpointError, Mend
 from mono_quant.numerics.metrics import tensor_bytes
-from mono_quant.serializers.atomic import replacing
 from mono_quant.serializers.safetensors import (
     SafetensorsSerializer,
     read_safetensors,
@@ -24,7 +24,7 @@ from mono_quant.serializers.torch import (
     state_dict_in,
     write_pickled,
 )
-from mono_quant.serializers.wire import FORMAT, checksum, decode, encode
+from mono_quant.serializers.wire import FORMAT, checksum, decode, encode, seal, unseal
 
 SAFETENSORS = SafetensorsSerializer()
 TORCH = TorchSerializer()
@@ -148,9 +148,11 @@ __all__ = [
     "read_state_dict",
     "read_texts",
     "replacing",
+    "seal",
     "serializer_for",
     "state_dict_in",
     "stored_bytes",
+    "unseal",
     "write_safetensors",
     "write_state_dict",
 ]

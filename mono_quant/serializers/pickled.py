@@ -6,7 +6,6 @@ whatever refers to itself. So names are read off the pickle first, and sizes cou
 """
 
 import pickle
-import pickletools
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from mono_quant.errors import CorruptCheckpointError
 from mono_quant.numerics.metrics import tensor_bytes
+from mono_quant.serializers.machine import Machine, dotted, operations, refuse_call
 
 _PLAIN = frozenset(
     {
@@ -46,6 +46,8 @@ _PLAIN = frozenset(
 _COSTLY = ("torch._utils.", "builtins.bytearray", "__builtin__.bytearray", "_codecs.encode")
 _OLD_PICKLES = 5  # a number, a version, the machine, the objects, the keys of their memory
 _DEPTH = 100
+_MAIN = "data.pkl"
+_FOLDER = 0x10  # an attribute of MS-DOS
 _END, _END64 = 22, 98  # bytes of what ends an archive, without and with sizes of 64 bits
 
 
@@ -53,9 +55,6 @@ def is_archive(path: Path) -> bool:
     """Return whether a file is a zip archive, as torch has written since 2020."""
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
-
-
-_FOLDER = 0x10  # the bit of a zip record's external attributes (DOS) that says so
 
 
 def check_file(path: Path) -> None:
@@ -82,15 +81,17 @@ def check_file(path: Path) -> None:
                 )
             if any(one.external_attr & _FOLDER and not one.is_dir() for one in records):
                 raise CorruptCheckpointError(
-                    f"{path} has records that are marked as folders, of which torch reads whatever "
-                    "lay in memory; save it again"
+                    f"{path} has a record that calls itself a folder: torch would read nothing of "
+                    "it, and take what happens to be in memory for its values"
                 )
             if sum(one.file_size for one in records) > path.stat().st_size:
                 raise CorruptCheckpointError(f"{path} has records that are larger than the file")
+            sizes = {one.filename.lower(): one.file_size for one in records}
             for one in records:
-                if one.filename.lower().endswith("data.pkl"):  # torch does not mind the case
+                if one.filename.lower().endswith(_MAIN):  # torch does not mind the case
                     with archive.open(one) as stream:
-                        _check_names(path, stream)
+                        claims = _check_names(path, stream)
+                    _check_claims(path, claims, sizes, one.filename[: -len(_MAIN)])
 
 
 def _check_old(path: Path, file: BinaryIO) -> None:
@@ -104,12 +105,35 @@ def _check_old(path: Path, file: BinaryIO) -> None:
         raise pickle.UnpicklingError(str(error)) from error
 
 
-def _check_names(path: Path, stream: IO[bytes]) -> None:
-    """Refuse names in one pickle that are not known to be harmless; leave the stream behind it."""
-    for operation, argument, _ in pickletools.genops(stream):
-        if operation.name != "GLOBAL":
+def _check_claims(
+    path: Path, claims: Mapping[bytes, int], sizes: Mapping[str, int], root: str
+) -> None:
+    """Refuse memory that is larger than its record: some versions of torch read on behind that."""
+    for key, size in claims.items():
+        name = f"{root}data/{key.decode()}"
+        if sizes.get(name.lower(), 0) < size:
+            raise CorruptCheckpointError(
+                f"{path} claims {size} bytes of its record {name}, which has fewer"
+            )
+
+
+def _check_names(path: Path, stream: IO[bytes]) -> Mapping[bytes, int]:
+    """Refuse names in one pickle that are not known to be harmless; leave the stream behind it.
+
+    Returns:
+        the bytes of each memory that it claims, by key.
+
+    Raises:
+        IndexError: it takes what is not there.
+    """
+    machine, size = Machine(), path.stat().st_size
+    for operation, argument in operations(stream, size):
+        called = machine.step(operation, argument)
+        if called is not None and (why := refuse_call(*called)) is not None:
+            raise CorruptCheckpointError(f"{path} {why}: save tensors with torch.save")
+        if operation != "GLOBAL":
             continue  # other ways to name something are refused by torch's own reader
-        name = str(argument).replace(" ", ".")
+        name = dotted(argument)
         if name in _PLAIN or _is_plain_of_torch(name):
             continue
         if name.startswith(_COSTLY):
@@ -118,6 +142,9 @@ def _check_names(path: Path, stream: IO[bytes]) -> None:
                 "plain value: save tensors that are dense, on the CPU and not quantized"
             )
         raise pickle.UnpicklingError(f"Unsupported GLOBAL {name}")
+    if sum(machine.claims.values()) > size:
+        raise CorruptCheckpointError(f"{path} claims tensors that are larger than the file")
+    return machine.claims
 
 
 def _is_plain_of_torch(name: str) -> bool:

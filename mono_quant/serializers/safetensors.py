@@ -8,11 +8,11 @@ from pathlib import Path
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import Tensor
 
+from mono_quant.atomic import replacing
 from mono_quant.base import Checkpoint, Serializer
 from mono_quant.configurable import Config, Kinds, dtype_name
 from mono_quant.errors import CheckpointError, CorruptCheckpointError
 from mono_quant.numerics.metrics import tensor_bytes
-from mono_quant.serializers.atomic import replacing
 from mono_quant.serializers.wire import decode, encode, read_header
 
 _ENTRY = "mono_quant"

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mono_quant.atomic import replacing
 from mono_quant.base import Checkpoint, Serializer
 from mono_quant.configurable import Config, Kinds
 from mono_quant.errors import CheckpointError, CorruptCheckpointError
-from mono_quant.serializers.atomic import replacing
 from mono_quant.serializers.pickled import check_content, check_file, is_archive
 from mono_quant.serializers.wire import decode, encode, read_header
 

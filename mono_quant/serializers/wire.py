@@ -77,28 +77,59 @@ def encode(checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, Tensor]]:
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     with ThreadPoolExecutor() as pool:
         checksums = dict(zip(tensors, pool.map(checksum, tensors.values()), strict=True))
-    header = json.dumps(
-        {
-            "records": records,
-            "transient": sorted(checkpoint.transient),
-            "ties": checkpoint.ties,
-            "containers": checkpoint.containers,
-            "edits": checkpoint.edits,
-            "applied": checkpoint.applied,
-            "config": checkpoint.config,
-            "summary": checkpoint.summary,
-            "checksums": checksums,
-            "producer": {"mono_quant": __version__, "torch": torch.__version__},
-        },
-        allow_nan=False,
-    )
-    texts = {
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
-        "header": header,
-        "header_checksum": str(zlib.crc32(header.encode())),
+    header: Config = {
+        "records": records,
+        "transient": sorted(checkpoint.transient),
+        "ties": checkpoint.ties,
+        "containers": checkpoint.containers,
+        "edits": checkpoint.edits,
+        "applied": checkpoint.applied,
+        "config": checkpoint.config,
+        "summary": checkpoint.summary,
+        "checksums": checksums,
+        "producer": {"mono_quant": __version__, "torch": torch.__version__},
     }
-    return texts, tensors
+    return seal(FORMAT, FORMAT_VERSION, header), tensors
+
+
+def seal(form: str, version: int, header: Config) -> dict[str, str]:
+    """Return the text entries of a file of some form, with a checksum of its header."""
+    text = json.dumps(header, allow_nan=False)
+    return {
+        "format": form,
+        "format_version": str(version),
+        "header": text,
+        "header_checksum": str(zlib.crc32(text.encode())),
+    }
+
+
+def unseal(texts: Mapping[str, str], newest: int) -> Config:
+    """Return the header in the text entries of a file.
+
+    Args:
+        texts: what `seal` returned.
+        newest: the version that is known here.
+
+    Raises:
+        CorruptCheckpointError: something was changed.
+        FormatVersionError: its version is newer.
+    """
+    version = texts.get("format_version", "")
+    if not version.isdecimal():
+        raise CorruptCheckpointError(f"its format version is {version!r}")
+    if int(version) > newest:
+        raise FormatVersionError(
+            f"it has format version {version}, and this mono_quant reads up to {newest}; "
+            "upgrade mono_quant"
+        )
+    header = texts.get("header", "")
+    if str(zlib.crc32(header.encode())) != texts.get("header_checksum"):
+        raise CorruptCheckpointError("its header was changed: the checksum differs")
+    try:
+        parsed: Json = json.loads(header, parse_constant=_finite, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpointError(f"its header is not JSON: {error}") from error
+    return _mapping(parsed)
 
 
 def decode(texts: Mapping[str, str], source: TensorSource, kinds: Kinds | None) -> Checkpoint:
@@ -149,22 +180,7 @@ def checksum(tensor: Tensor) -> int:
 def _header(texts: Mapping[str, str]) -> Config:
     if texts.get("format") != FORMAT:
         raise CorruptCheckpointError("it was not written by mono_quant", Mend.IS_FLOAT)
-    version = texts.get("format_version", "")
-    if not version.isdecimal():
-        raise CorruptCheckpointError(f"its format version is {version!r}")
-    if int(version) > FORMAT_VERSION:
-        raise FormatVersionError(
-            f"it has format version {version}, and this mono_quant reads up to {FORMAT_VERSION}; "
-            "upgrade mono_quant"
-        )
-    header = texts.get("header", "")
-    if str(zlib.crc32(header.encode())) != texts.get("header_checksum"):
-        raise CorruptCheckpointError("its header was changed: the checksum differs")
-    try:
-        parsed: Json = json.loads(header, parse_constant=_finite, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
-        raise CorruptCheckpointError(f"its header is not JSON: {error}") from error
-    return _mapping(parsed)
+    return unseal(texts, FORMAT_VERSION)
 
 
 @attrs.frozen(eq=False)

@@ -124,6 +124,21 @@ def a_state_does_not_grow_with_the_data(subject: AnyStatistic) -> None:
     expect(sizes[1] <= 1.5 * sizes[0], f"{sizes[0]} values after 16 batches, {sizes[1]} after 32")
 
 
+def states_of_inputs_are_accepted(subject: AnyStatistic) -> None:
+    """`check_state` takes what inputs make, merged or not, and changes nothing in it."""
+    statistic = _known(subject)
+    for pieces in pieces_of_inputs():
+        for state in (statistic.observe(pieces[0]), fold(statistic, pieces)):
+            before = [x.clone() for x in tensors_of(state)]
+            for stack in (None, (1, 3, 8)):
+                try:
+                    statistic.check_state(state, stack)
+                except InputError as error:
+                    raise Broken(f"a state of inputs [n, 8] is refused: {error}") from error
+            pairs = zip(tensors_of(state), before, strict=True)
+            expect(all(same_bits(x, y) for x, y in pairs), "a state was changed by checking it")
+
+
 # --- range estimators --------------------------------------------------------------------------
 
 
@@ -284,6 +299,7 @@ STATISTIC_LAWS = Laws(
         where_order_is_free_no_cut_or_order_matters,
         observing_and_merging_change_nothing,
         a_state_does_not_grow_with_the_data,
+        states_of_inputs_are_accepted,
     ),
 )
 ESTIMATOR_LAWS = Laws(

@@ -1,10 +1,13 @@
 """Data from the files that people have: torch's, safetensors', numpy's, and folders of them."""
 
+import os
 import pickle
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+from typing import cast
 
 import numpy
 import pytest
@@ -107,7 +110,38 @@ def test_an_archive_that_claims_much_more_than_it_has_is_refused(tmp_path: Path)
         read_arrays(path)
 
 
-@pytest.mark.parametrize("damage", ["stream", "encrypted", "method"])
+def test_a_header_is_as_long_as_numpy_reads_and_no_longer(tmp_path: Path) -> None:
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (2,)%s}"
+    for spaces, reads in ((9_000, True), (9_999, False), (10_000_000, False)):
+        text = header % (b" " * spaces)
+        content = b"\x93NUMPY\x02\x00" + len(text).to_bytes(4, "little") + text + bytes(8)
+        (tmp_path / "x.npy").write_bytes(content)
+        if reads:
+            assert torch.equal(torch.zeros(2), cast("Tensor", read_arrays(tmp_path / "x.npy")))
+            continue
+        with pytest.raises(InputError, match=r"no whole file of numpy's: its header has \d+ bytes"):
+            read_arrays(tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize("names", [("x.npy", "x.npy"), ("x.npy", "x")])
+@pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
+def test_two_arrays_of_one_name_are_refused(names: tuple[str, str], tmp_path: Path) -> None:
+    numpy.save(tmp_path / "x.npy", ARRAYS["floats"])
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        for name in names:
+            archive.write(tmp_path / "x.npy", name)
+    with pytest.raises(InputError, match="two arrays have one name"):
+        read_arrays(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".pt", ".safetensors"])
+def test_a_pipe_is_no_data_and_is_not_waited_for(suffix: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / f"x{suffix}")
+    with pytest.raises(FileNotFoundError, match=r"x\.\w+ is not a file"):
+        read_data(tmp_path / f"x{suffix}")
+
+
+@pytest.mark.parametrize("damage", ["stream", "encrypted", "method", "place", "size"])
 def test_an_archive_that_cannot_be_unpacked_is_refused(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     numpy.savez_compressed(path, x=numpy.arange(1000.0))
@@ -118,6 +152,10 @@ def test_an_archive_that_cannot_be_unpacked_is_refused(damage: str, tmp_path: Pa
     elif damage == "encrypted":
         content[local + 6] |= 1
         content[central + 8] |= 1
+    elif damage == "size":
+        content[central + 20 : central + 24] = (1 << 30).to_bytes(4, "little")
+    elif damage == "place":  # of the list of what is in it, before its beginning
+        content[-6:-2] = (2 * len(content)).to_bytes(4, "little")
     else:
         content[local + 8] = content[central + 10] = 97
     path.write_bytes(content)

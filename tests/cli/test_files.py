@@ -194,6 +194,16 @@ def test_compare_names_what_only_one_has(folder: Path, monoquant: Monoquant) -> 
     assert "missing: 2.bias" in shown
 
 
+def test_compare_sees_the_imaginary_part(folder: Path, monoquant: Monoquant) -> None:
+    one = torch.complex(torch.ones(8), torch.full((8,), 3.0))
+    other = torch.complex(torch.ones(8), torch.full((8,), 2.0))
+    torch.save({"spectrum": one}, "one.pt")
+    torch.save({"spectrum": other}, "other.pt")
+    rows = monoquant("compare", "one.pt", "other.pt", "--json").json["tensors"]
+    assert isinstance(rows, list)
+    assert [row["sqnr_db"] for row in rows if isinstance(row, dict)] == [pytest.approx(10.0)]
+
+
 def test_compare_counts_a_tied_weight_once(folder: Path, monoquant: Monoquant) -> None:
     torch.save(Tied().state_dict(), "tied.pt")
     Quantizer().apply(Tied()).save("tied-small.pt")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mono_quant import load_model
-from mono_quant.serializers.atomic import _MACHINE, replacing
+from mono_quant.atomic import _MACHINE, replacing
 from tests.endurance.kills import (
     kill_while_calibrating,
     kill_while_quantizing_in_place,

@@ -13,11 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant import (
+    GPTQ,
     Affine,
     Codebook,
+    Entropy,
     FittedCodebook,
     Float8,
+    Histogram,
+    ImportanceWeighted,
     Microscaling,
+    MinMax,
+    MovingAverage,
     OutlierColumns,
     PerChannel,
     PerGroup,
@@ -96,6 +102,20 @@ IMAGES = torch.linspace(-1, 1, 2 * 4 * 25).reshape(2, 4, 5, 5)
 STEPS = torch.linspace(-1, 1, 2 * 3 * 16).reshape(2, 3, 16)
 WEIGHTS = Quantizer().activations(None)
 
+EIGHT = Quantizer().only("*")
+STATISTICS: dict[str, Quantizer] = {
+    "ranges": EIGHT.observer(activations=MinMax()).override(
+        "2", activation_observer=MovingAverage()
+    ),
+    "histograms": EIGHT.observer(activations=Histogram(64)).override(
+        "2", activation_observer=Entropy(300)
+    ),
+    "rows": EIGHT.bits(4).rounding(GPTQ()).outliers(2).override("2", rounding=ImportanceWeighted()),
+}
+"""By the names of files of statistics that every release writes, what they are used by."""
+KEPT = "kept"
+"""The folder of them in that of a version, and of the settings of what used them."""
+
 WRITTEN: dict[str, Written] = {
     **{
         f"affine{bits}": Written(WEIGHTS.bits(bits).group_size(8), linear, ROWS)
@@ -136,6 +156,23 @@ def main() -> None:
         with torch.no_grad():
             output: Tensor = result.dequantize()(one.batch)
         (folder / f"{name}.json").write_text(json.dumps(output.tolist()) + "\n")
+    write_kept(folder / KEPT)
+
+
+def write_kept(folder: Path) -> None:
+    """Write statistics, settings, and what a model made with them returns."""
+    folder.mkdir()
+    for name, quantizer in STATISTICS.items():
+        torch.manual_seed(0)
+        model = linear().eval()
+        known = quantizer.fit(ROWS).plan(model).calibrate(progress=False)
+        path = known.save(folder / f"{name}.safetensors")
+        result = quantizer.statistics(path).apply(model, progress=False)
+        with torch.no_grad():
+            output: Tensor = result.dequantize()(ROWS)
+        state = {key: one.tolist() for key, one in model.state_dict().items()}
+        written = {"settings": quantizer.to_config(), "model": state, "output": output.tolist()}
+        (folder / f"{name}.json").write_text(json.dumps(written) + "\n")
 
 
 if __name__ == "__main__":

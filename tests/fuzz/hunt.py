@@ -19,6 +19,9 @@ from tests.fuzz.trial import prepare, trial
 SECONDS = 60.0
 """How long all loaders together may take for one mutant, on a machine that is busy."""
 
+LOST = -1_000_000
+"""A number at which a process ends."""
+
 
 @attrs.frozen
 class Tried:
@@ -49,7 +52,8 @@ def hunt(numbers: Sequence[int]) -> Iterator[Tried]:
 def _child(numbers: Sequence[int]) -> Generator[Tried, None, int]:
     """Try mutants in one process until it is lost; return how many were tried."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.fuzz", "--child"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # so that memory that nobody wrote to holds no zeros
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_PERTURB_": "165"}
     with (
         subprocess.Popen(
             command,
@@ -95,7 +99,7 @@ def child() -> None:
         for one in samples():  # loads what libraries load at their first use
             trial(Mutant(0, one, "", one.content, False), watch)
         for line in iter(sys.stdin.readline, ""):
-            if int(line) < 0:  # so that a test sees that the loss of a process is seen
+            if int(line) == LOST:  # so that a test sees that the loss of a process is seen
                 os.kill(os.getpid(), signal.SIGKILL)
             answers.write(json.dumps(trial(mutant(int(line)), watch)) + "\n")
             answers.flush()

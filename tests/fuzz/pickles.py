@@ -76,14 +76,14 @@ def mutate(content: bytes, random: Random) -> tuple[str, bytes, bool]:
         records = {one.filename: archive.read(one) for one in archive.infolist()}
     main = next(name for name in records if name.endswith("/data.pkl"))
     if kind == "record":
-        return (*_record(records, random), False)
+        return (*record(records, random), False)
     if kind == "payload":
         how = random.choice(("payload", "bomb"))
         inserted = random.choice(PAYLOADS if how == "payload" else BOMBS)
         records[main] = _with(records[main], inserted, random)
-        return how, _zipped(records), False
+        return how, zipped(records), False
     how, records[main] = _pickle(records[main], random)
-    return how, _zipped(records), False
+    return how, zipped(records), False
 
 
 def _old(content: bytes, random: Random) -> tuple[str, bytes]:
@@ -103,7 +103,7 @@ def _old(content: bytes, random: Random) -> tuple[str, bytes]:
     return how, content[:start] + made + content[end:]
 
 
-def _zipped(records: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+def zipped(records: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w", compression) as archive:
         for name, content in records.items():
@@ -187,7 +187,7 @@ _REBUILD = (
 )
 
 
-def _record(records: dict[str, bytes], random: Random) -> tuple[str, bytes]:
+def record(records: dict[str, bytes], random: Random) -> tuple[str, bytes]:
     """Change a record of the archive."""
     name = random.choice(list(records))
     how = random.choice(
@@ -202,17 +202,17 @@ def _record(records: dict[str, bytes], random: Random) -> tuple[str, bytes]:
     elif how == "traverse":
         records["../../" + name] = records.pop(name)
     elif how == "compress":
-        return "record: compress", _zipped(records, zipfile.ZIP_DEFLATED)
+        return "record: compress", zipped(records, zipfile.ZIP_DEFLATED)
     elif how == "bomb":
         records[name] = bytes(120_000_000)
-        return "record: bomb", _zipped(records, zipfile.ZIP_DEFLATED)
+        return "record: bomb", zipped(records, zipfile.ZIP_DEFLATED)
     elif how == "empty":
         records[name] = b""
     elif how == "add":
         records[name + "x"] = records[name]
     else:
         records = dict(reversed(records.items()))
-    return f"record: {how}", _zipped(records)
+    return f"record: {how}", zipped(records)
 
 
 def _content(content: bytes, random: Random) -> tuple[str, bytes, bool]:

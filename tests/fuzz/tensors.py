@@ -1,12 +1,25 @@
 """Mutants of safetensors files: the length, the header, its metadata and the bytes behind it."""
 
 import json
+import math
+import struct
 import zlib
 from random import Random
+from typing import Any
 
 from tests.fuzz.values import deep, edit, odd, scramble, text_of
 
 DTYPES = ("F32", "F16", "BF16", "F64", "I64", "U8", "I8", "BOOL", "F8_E4M3", "F4", "C64", "f32", "")
+NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "I64": "int64",
+    "I8": "int8",
+    "U8": "uint8",
+    "F8_E4M3": "float8_e4m3fn",
+}
+"""Of the dtypes that samples have, as checksums have them."""
 LENGTHS = (0, 1, 7, 8, 1 << 31, 1 << 32, 100_000_000, 100_000_001, 1 << 63, (1 << 64) - 1)
 
 
@@ -33,6 +46,10 @@ def mutate(content: bytes, random: Random) -> tuple[str, bytes, bool]:
             edit(texts, random)
     elif random.random() < 0.05:
         texts = seal(texts, deep(random))
+    elif random.random() < 0.4:
+        how, rest = _tensor(header, texts, rest, random)
+        header["__metadata__"]["mono_quant"] = json.dumps(texts)
+        return f"forged tensor: {how}", _joined(text_of(header), rest), True
     else:
         inner = json.loads(texts["header"])
         for _ in range(random.randrange(1, 4)):
@@ -45,6 +62,43 @@ def mutate(content: bytes, random: Random) -> tuple[str, bytes, bool]:
 def seal(texts: dict[str, str], header: str) -> dict[str, str]:
     """Return our texts with another header, whose checksum is right."""
     return {**texts, "header": header, "header_checksum": str(zlib.crc32(header.encode()))}
+
+
+def _tensor(
+    header: dict[str, dict[str, Any]], texts: dict[str, str], rest: bytes, random: Random
+) -> tuple[str, bytes]:
+    """Change a tensor and its checksum, in place; return what was done, and all tensors' bytes."""
+    inner = json.loads(texts["header"])
+    name = random.choice([one for one in header if one != "__metadata__"])
+    entry = header[name]
+    start, end = entry["data_offsets"]
+    content, shape = rest[start:end], list(entry["shape"])
+    how = random.choice(("values", "zeros", "cut", "doubled", "flat", "deep", "odd value"))
+    if how == "values":
+        content = scramble(content, random)[1][: len(content)].ljust(len(content), b"\0")
+    elif how == "zeros":
+        content = bytes(len(content))
+    elif how == "odd value" and entry["dtype"] == "F32" and content:
+        value = struct.pack("<f", random.choice((math.nan, math.inf, -1.0, 3e38, 1e-40)))
+        at = 4 * random.randrange(len(content) // 4)
+        content = content[:at] + value + content[at + 4 :]
+    elif how in ("cut", "doubled") and shape and shape[0]:
+        shape[0], content = {
+            "cut": (shape[0] - 1, content[: len(content) // shape[0] * (shape[0] - 1)]),
+            "doubled": (shape[0] * 2, content * 2),
+        }[how]
+    elif how == "flat":
+        shape = [math.prod(shape)]
+    else:
+        shape = [1, *shape]
+    entry["shape"], entry["data_offsets"] = shape, [start, start + len(content)]
+    for other, one in header.items():
+        if other != "__metadata__" and other != name and one["data_offsets"][0] >= end:
+            one["data_offsets"] = [at + len(content) - (end - start) for at in one["data_offsets"]]
+    described = f"{NAMES[entry['dtype']]} {shape} "
+    inner["checksums"][name] = zlib.crc32(described.encode() + content)
+    texts.update(seal(texts, json.dumps(inner)))
+    return how, rest[:start] + content + rest[end:]
 
 
 def _joined(text: bytes, rest: bytes) -> bytes:

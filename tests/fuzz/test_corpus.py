@@ -1,14 +1,32 @@
-"""A few hundred mutants in the ordinary tests; `nox -s fuzz` tries 20,000."""
+"""A few hundred mutants in the ordinary tests; `nox -s fuzz` tries 23,000."""
 
 import sys
 
 import pytest
 
-from tests.fuzz.hunt import hunt
+from tests.fuzz.hunt import LOST, hunt
 from tests.fuzz.mutants import mutant
 from tests.fuzz.samples import samples
 
-MUTANTS = 20 * 13  # of each sample as many
+MUTANTS = 15 * 23  # of each sample as many
+
+
+REFUSED = ("exit 1", "exit 2", "InputError", "CorruptCheckpointError")
+FOREIGN = {
+    "plain": {"info", "info --json", "info --html", "dequantize"},
+    "statistics": {"info"},
+}
+"""What reads other files than those of a role."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_valid_files_are_read_by_all_that_is_meant_for_them() -> None:
+    """Else a loader that refuses everything would pass."""
+    for tried in hunt(range(-len(samples()), 0)):
+        sample = mutant(tried.number).sample
+        assert not tried.bad, sample.name
+        refused = {loader for loader, one in tried.outcomes.items() if one in REFUSED}
+        assert refused == FOREIGN.get(sample.role, set()), sample.name
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
@@ -26,6 +44,6 @@ def test_a_number_makes_the_same_mutant_again() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_the_hunt_sees_a_process_that_is_lost() -> None:
     """Else a loader that takes its process with it would go unseen."""
-    crash, after = hunt([-1, 1])
+    crash, after = hunt([LOST, 1])
     assert crash.bad == {"process": "!crash: ended with -9"}
     assert not after.bad

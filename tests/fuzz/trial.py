@@ -6,29 +6,15 @@ import io
 import os
 import resource
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from mono_quant import (
-    MonoQuantError,
-    QTensor,
-    load_model,
-    quantize,
-    read_state_dict,
-)
-from mono_quant.calibration import CalibrationData
-from mono_quant.cli import main
-from mono_quant.cli.inputs import read_data
+from mono_quant import MonoQuantError
 from mono_quant.cli.parser import build_parser
-from mono_quant.files import validate_file
+from tests.fuzz.loaders import OUTPUT, Right, actions_on, lay_out
 from tests.fuzz.mutants import Mutant
 from tests.fuzz.pickles import CANARY
-from tests.fuzz.samples import DATA, Sample
-from tests.helpers import TiedModel, same_bits
 
 MEMORY = 64 << 20
 """Bytes that reading a mutant may take beyond `PER_BYTE` times its own size."""
@@ -114,11 +100,12 @@ def trial(mutant: Mutant, watch: Watch) -> dict[str, str]:
     path, original = Path(f"{PREFIX}{sample.suffix}"), Path(f"original{sample.suffix}")
     path.write_bytes(mutant.content)
     original.write_bytes(sample.content)
+    lay_out(sample)
     others = {one.name for one in Path().iterdir()}
     found: dict[str, str] = {}
-    for name, (run, right) in _actions(path, original, sample).items():
+    for name, (run, right) in actions_on(path, original, sample).items():
         _forget_peak()
-        before, output = _memory("VmRSS"), Path(f"out{sample.suffix}")
+        before = _memory("VmRSS")
         watch.on = True
         try:
             found[name] = _outcome(run, None if mutant.forged else right)
@@ -127,7 +114,8 @@ def trial(mutant: Mutant, watch: Watch) -> dict[str, str]:
         grown = _memory("VmHWM") - before
         if grown > MEMORY + PER_BYTE * len(mutant.content):
             found[name] = f"!memory: {grown >> 20} MiB ({found[name]})"
-        output.unlink(missing_ok=True)
+        for output in Path().glob(f"{OUTPUT}.*"):
+            output.unlink()
         there = sorted(one.name for one in Path().iterdir() if one.name not in others)
         if CANARY in there:
             found[name] = f"!code ran ({found[name]})"
@@ -140,76 +128,6 @@ def trial(mutant: Mutant, watch: Watch) -> dict[str, str]:
             found[name] = f"!touched {watch.seen[0]} ({found[name]})"
             watch.seen.clear()
     return found
-
-
-Right = Callable[[object], bool]
-Action = tuple[Callable[[], object], Right | None]
-
-
-def _actions(path: Path, original: Path, sample: Sample) -> dict[str, Action]:
-    words = (str(path), "--json")
-    shared: dict[str, Action] = {
-        "info": (lambda: _command("info", str(path)), None),
-        "info --json": (lambda: _command("info", *words), None),
-        "compare": (lambda: _command("compare", str(original), *words), None),
-        "compare, as the reference": (lambda: _command("compare", *words[:1], str(original)), None),
-        "dequantize": (lambda: _command("dequantize", str(path), "-o", f"out{path.suffix}"), None),
-    }
-    if sample.make is None:
-        return shared | {
-            "read_state_dict": (lambda: read_state_dict(path), None),
-            "read_data": (lambda: read_data(path), None),
-            "quantize": (lambda: quantize(path, 4), None),
-            "monoquant quantize": (
-                lambda: _command("quantize", str(path), "-o", f"out{path.suffix}", "--quiet"),
-                None,
-            ),
-        }
-    make = sample.make
-    batch = torch.arange(16) if make is TiedModel else DATA
-    expected, held = _held(sample)
-    example = CalibrationData.example(batch)
-    return shared | {
-        "load": (lambda: load_model(path), lambda found: same(found, expected)),
-        "load into a model": (
-            lambda: load_model(path, make()).state_dict(),
-            lambda found: same(found, held),
-        ),
-        "validate": (lambda: _command("validate", *words), None),
-        "validate with a model": (lambda: validate_file(path, make(), example), None),
-    }
-
-
-@functools.cache
-def _held(sample: Sample) -> tuple[Mapping[str, object], Mapping[str, object]]:
-    """Return what a valid file holds, as tensors and as the state dict of its model."""
-    assert sample.make is not None
-    path = Path(f"original{sample.suffix}")
-    return load_model(path), load_model(path, sample.make()).state_dict()
-
-
-def same(found: object, expected: Mapping[str, object]) -> bool:
-    """Return whether what was loaded is equal to the bit to what the valid file holds."""
-    if not isinstance(found, Mapping) or set(found) != set(expected):
-        return False
-    return all(_same(found[key], value) for key, value in expected.items())
-
-
-def _same(one: object, other: object) -> bool:
-    if isinstance(one, QTensor) and isinstance(other, QTensor):
-        extra, more = one.qparams.extra, other.qparams.extra
-        return (
-            same_bits(one.codes, other.codes)
-            and _same(one.qparams.scale, other.qparams.scale)
-            and _same(one.qparams.zero_point, other.qparams.zero_point)
-            and set(extra) == set(more)
-            and all(_same(extra[key], more[key]) for key in extra)
-        )
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        if one.is_neg() or one.is_conj():
-            return False
-        return same_bits(one.detach().clone(memory_format=torch.contiguous_format), other.detach())
-    return one is other
 
 
 def _outcome(run: Callable[[], object], right: Right | None) -> str:
@@ -225,17 +143,6 @@ def _outcome(run: Callable[[], object], right: Right | None) -> str:
     if right is None:
         return "loaded"
     return "equal" if right(found) else "!silently changed"
-
-
-def _command(*words: str) -> str:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = main(words)
-    said = out.getvalue() + err.getvalue()
-    if code in (0, 1, 2):
-        strange = {one for one in said if not one.isprintable()} - {"\n"}
-        return f"!characters that are obeyed: {strange!r}" if strange else f"exit {code}"
-    return f"!exit {code}: {err.getvalue().strip():.150}"
 
 
 def _forget_peak() -> None:

@@ -37,6 +37,8 @@ ODD: tuple[object, ...] = (
     "\x00",
     "\x1b[2J\x1b]0;title\x07",
     "\ud800",
+    "</script><script>alert(1)</script>",
+    "' onload='alert(1)",
     "é\u202e",
     "os.system",
     "builtins.eval",

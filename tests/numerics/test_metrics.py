@@ -34,6 +34,25 @@ def test_sqnr_does_not_lose_digits_to_the_dtype_of_its_tensors(dtype: torch.dtyp
     assert sqnr_db(reference, other) == pytest.approx(formula(reference, other), abs=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_of_complex_values_both_parts_count(dtype: torch.dtype) -> None:
+    parts = noise(70_000, 2).to(torch.float64)
+    others = parts + noise(70_000, 2, seed=1) / 50
+    reference, other = (torch.view_as_complex(x).to(dtype) for x in (parts, others))
+    assert sqnr_db(reference, other) == pytest.approx(formula(parts, others), abs=1e-4)
+    assert sqnr_db(reference.conj(), other.conj()) == pytest.approx(
+        formula(parts, others), abs=1e-4
+    )
+    assert SquaredError.between(reference, other).count == 70_000
+
+
+def test_a_part_that_is_missing_is_noise() -> None:
+    turned = torch.complex(torch.ones(8), torch.full((8,), 2.0))
+    assert SquaredError.between(turned, turned.conj()).noise == 8 * 4.0**2
+    assert SquaredError.between(turned, torch.ones(8)) == SquaredError(8 * 5.0, 8 * 4.0, 8)
+    assert SquaredError.between(torch.ones(8), turned) == SquaredError(8.0, 8 * 4.0, 8)
+
+
 def test_a_sum_of_many_small_squares_keeps_its_digits() -> None:
     count = 1 << 22
     error = SquaredError.between(torch.full((count,), 0.1), torch.zeros(count))

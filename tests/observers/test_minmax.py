@@ -58,10 +58,14 @@ def test_merging_leaves_both_states_as_they_were(one: Tensor, two: Tensor) -> No
     assert (ends(left), ends(right)) == before
 
 
-def test_a_state_has_no_dimension_and_the_dtype_of_what_was_seen() -> None:
-    state = MinMax().observe(noise(3, 5).to(torch.float16))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_state_is_two_floats_without_a_dimension(dtype: torch.dtype) -> None:
+    """Of one dtype, so that a file tells what it is to hold; 16 bits lose nothing in it."""
+    x = noise(3, 5).to(dtype)
+    state = MinMax().observe(x)
     assert state.low.shape == state.high.shape == ()
-    assert state.low.dtype == torch.float16
+    assert state.low.dtype == state.high.dtype == torch.float32
+    assert ends(state) == (float(x.amin().float()), float(x.amax().float()))
 
 
 def test_the_range_of_a_state_is_its_extremes_whatever_the_scheme() -> None:

@@ -4,8 +4,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,7 +21,11 @@ from mono_quant import (
     Quantizer,
     Rounding,
 )
+from mono_quant.atomic import _MACHINE
+from mono_quant.base import Checkpoint
+from mono_quant.configurable import Json
 from mono_quant.rounding.gptq import GPTQ as Gptq
+from mono_quant.serializers import SafetensorsSerializer
 from tests.helpers import noise, same_tensors
 
 DATA = [noise(8, 64, seed=place) for place in range(3)]
@@ -82,7 +89,18 @@ def test_it_goes_on_and_ends_in_the_same(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("other", ["quantizer", "model", "data"])
+def test_what_a_killed_run_left_beside_a_whole_block_is_removed_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was killed between putting a block in its place and removing the folder it came from."""
+    stop(quantizer(GPTQ()), 1, tmp_path, monkeypatch)
+    (path,) = tmp_path.iterdir()
+    (tmp_path / f".{path.name}.{_MACHINE}-deadbeef.tmp").mkdir()
+    quantizer(GPTQ()).apply(net(), resume=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("other", ["quantizer", "model", "data", "version"])
 def test_what_another_run_left_is_refused(
     other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +108,8 @@ def test_what_another_run_left_is_refused(
     asked, model = quantizer(GPTQ(damping=0.02) if other == "quantizer" else GPTQ()), net()
     if other == "model":
         nn.init.zeros_(model.get_parameter("4.bias"))
+    if other == "version":
+        monkeypatch.setattr("mono_quant.plan.journal.__version__", "99")
     if other == "data":
         asked = asked.fit(DATA[:2])
     with pytest.raises(InputError, match="of another run: of another quantizer, model or data"):
@@ -106,6 +126,57 @@ def test_a_file_that_was_changed_is_refused(
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(CorruptCheckpointError):
+        quantizer(GPTQ()).apply(net(), resume=tmp_path)
+
+
+Edit = Callable[[Checkpoint], Checkpoint]
+
+
+def in_half(checkpoint: Checkpoint) -> Checkpoint:
+    weights = {
+        key: attrs.evolve(one, weight=replace(one.weight, dtype=torch.float16))
+        for key, one in checkpoint.records.items()
+    }
+    return attrs.evolve(checkpoint, records=weights)
+
+
+def renamed(checkpoint: Checkpoint) -> Checkpoint:
+    (record,) = checkpoint.records.values()
+    other = attrs.evolve(record, module="3.0")
+    return attrs.evolve(checkpoint, records={other.key: other})
+
+
+def with_shape(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Edit:
+    return lambda found: attrs.evolve(found, tensors={name: torch.zeros(shape, dtype=dtype)})
+
+
+def with_changes(changes: Json) -> Edit:
+    return lambda found: attrs.evolve(found, config={**found.config, "changes": changes})
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda found: attrs.evolve(found, records={}), "it holds no weight; remove it"),
+        (renamed, r"it holds 3\.0\.weight; remove it"),
+        (in_half, r"0\.0\.weight is of another shape or dtype; remove it"),
+        (with_shape("0.0.bias", (63,)), r"it has no parameter such as 0\.0\.bias; remove it"),
+        (with_shape("0.0.bias", (64,), torch.float64), r"no parameter such as 0\.0\.bias"),
+        (with_shape("4.bias", (16,)), r"it has no parameter such as 4\.bias; remove it"),
+        (with_changes(None), "has no list of changes"),
+        (with_changes([["0", "text"]]), r"has the change \['0', 'text'\]"),
+        (with_changes(["abc"]), "has the change 'abc'"),
+    ],
+    ids=["empty", "weight", "dtype", "shape", "precision", "block", "none", "short", "text"],
+)
+def test_a_block_that_does_not_fit_is_refused_however_right_its_checksums(
+    edit: Edit, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop(quantizer(GPTQ()), 1, tmp_path, monkeypatch)
+    (path,) = tmp_path.iterdir()
+    serializer = SafetensorsSerializer()
+    serializer.save(edit(serializer.load(path)), path)
+    with pytest.raises(CorruptCheckpointError, match=words):
         quantizer(GPTQ()).apply(net(), resume=tmp_path)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from mono_quant import CheckpointError, Quantizer, load_model, save_model
+from mono_quant import GPTQ, CheckpointError, Quantizer, load_model, save_model
 from tests.serializers.files import SUFFIXES, assert_same, small
 
 each_suffix = pytest.mark.parametrize("suffix", SUFFIXES)
@@ -94,6 +94,26 @@ def test_a_disk_that_is_full_is_an_os_error_and_leaves_the_old_file(
         large.save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_the_statistics_and_the_page_that_were_there(tmp_path: Path) -> None:
+    model, x = nn.Linear(128, 64), torch.ones(4, 128)
+    quantizer = Quantizer().bits(4).only("*").rounding(GPTQ())
+    known = quantizer.fit(x).plan(model).calibrate(progress=False)
+    deep = nn.Sequential(*(nn.Linear(16, 16) for _ in range(50)))
+    report = Quantizer().apply(deep).report
+    path, page = tmp_path / "known.safetensors", tmp_path / "report.html"
+    path.write_bytes(b"as it was")
+    page.write_bytes(b"as it was")
+    with small_files_only():
+        with pytest.raises(OSError, match="known"):
+            known.save(path)
+        with pytest.raises(OSError, match=r"report\.html"):
+            report.to_html(page)
+    assert path.read_bytes() == page.read_bytes() == b"as it was"
+    assert sorted(tmp_path.iterdir()) == [path, page]
+    report.to_html(page)
+    assert page.stat().st_size > 20_000
 
 
 @each_suffix

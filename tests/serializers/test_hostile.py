@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mono_quant import CorruptCheckpointError, Quantizer, load_model, quantize, read_state_dict
 from mono_quant.cli.inputs import read_data
+from tests.helpers import same_bits
 from tests.serializers.files import read, small, write
 
 LARGE = 200_000_000
@@ -59,6 +60,173 @@ def test_a_few_bytes_never_become_many(
         tracemalloc.stop()
 
 
+def nested(function: bytes, argument: bytes) -> bytes:
+    """Return a pickle that has a function of torch's call another one."""
+    return (
+        b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n("
+        + function
+        + b"ctorch\nTensor\n("
+        + argument
+        + b"t}tR."
+    )
+
+
+MEMORY = b"ctorch.storage\nUntypedStorage\n"
+MAKES_MEMORY = {
+    "a tensor": call("torch.Tensor", NUMBER),
+    "memory": call("torch.storage.UntypedStorage", NUMBER),
+    "memory of floats": call("torch.FloatStorage", NUMBER),
+    "a new object": call("torch.storage.UntypedStorage", NUMBER).replace(b"tR.", b"t\x81."),
+    "from the memo": b"\x80\x02(" + MEMORY + b"q\x01th\x01(" + NUMBER + b"tR.",
+    "by another function": nested(MEMORY, NUMBER),
+    "by another function of the memo": b"\x80\x02" + nested(MEMORY + b"q\x01", NUMBER)[2:],
+    "what was made": b"\x80\x02ccollections\nOrderedDict\n)R)R.",
+}
+
+
+@pytest.mark.parametrize("pickled", MAKES_MEMORY.values(), ids=MAKES_MEMORY)
+@pytest.mark.parametrize("reader", [load_model, read_state_dict, read_data])
+def test_what_makes_memory_is_named_and_never_called(
+    reader: Callable[[Path], object],
+    pickled: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(*_: object, **__: object) -> object:
+        raise AssertionError("torch was asked to read it")
+
+    path = tmp_path / "memory.pt"
+    archive(path, pickled)
+    monkeypatch.setattr(torch, "load", never)
+    with pytest.raises(CorruptCheckpointError, match=r"memory\.pt (calls|is not a file)"):
+        reader(path)
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_memory_that_is_claimed_and_not_there_is_never_made(
+    new: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> object:
+        raise AssertionError("torch was asked to read it")
+
+    path = tmp_path / "claiming.pt"
+    torch.save({"weight": torch.ones(1000)}, path, _use_new_zipfile_serialization=new)
+    content = path.read_bytes()
+    assert content.count(b"cpuq") == 1
+    place = content.index(b"M\xe8\x03", content.index(b"cpuq"))  # 1000 of two bytes
+    claimed = content[:place] + NUMBER + content[place + 3 :]
+    if new:
+        with zipfile.ZipFile(path) as whole:
+            records = {one: whole.read(one) for one in whole.namelist()}
+        with zipfile.ZipFile(path, "w") as made:
+            for name, record in records.items():
+                at = record.find(b"M\xe8\x03", record.find(b"cpuq"))
+                is_main = name.endswith("data.pkl")
+                made.writestr(name, record[:at] + NUMBER + record[at + 3 :] if is_main else record)
+    else:
+        path.write_bytes(claimed)
+    monkeypatch.setattr(torch, "load", never)
+    with pytest.raises(CorruptCheckpointError, match="claims tensors that are larger than"):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.float8_e4m3fn, torch.complex64])
+def test_memory_that_its_record_does_not_have_is_never_made(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older versions of torch read on behind the record."""
+
+    def never(*_: object, **__: object) -> object:
+        raise AssertionError("torch was asked to read it")
+
+    path = tmp_path / "short.pt"
+    torch.save({"weight": torch.ones(1000).to(dtype), "more": torch.ones(9000)}, path)
+    with zipfile.ZipFile(path) as whole:
+        records = {one: whole.read(one) for one in whole.namelist()}
+    with zipfile.ZipFile(path, "w") as made:
+        for name, record in records.items():
+            made.writestr(name, record[:-1] if name.endswith("data/0") else record)
+    monkeypatch.setattr(torch, "load", never)
+    with pytest.raises(CorruptCheckpointError, match=r"claims \d+ bytes of its record \w+/data/0"):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize("part", ["offset", "shape", "stride"])
+@pytest.mark.parametrize("new", [True, False])
+def test_a_tensor_that_reaches_beyond_its_memory_is_never_made(
+    new: bool, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch enlarges the memory of its first format, whatever that takes."""
+
+    def never(*_: object, **__: object) -> object:
+        raise AssertionError("torch was asked to read it")
+
+    path = tmp_path / "reaching.pt"
+    torch.save({"weight": torch.ones(1000)}, path, _use_new_zipfile_serialization=new)
+    with monkeypatch.context() as patch:
+        changed = {"offset": (7, (1000,), (1,)), "shape": (0, (1001,), (1,))}
+        offset, shape, strides = changed.get(part, (0, (1000,), (2,)))
+        view = torch.ones(1000)
+        patch.setattr(torch.Tensor, "storage_offset", lambda _: offset)
+        patch.setattr(torch.Tensor, "size", lambda _: torch.Size(shape))
+        patch.setattr(torch.Tensor, "stride", lambda _: strides)
+        torch.save({"weight": view}, path, _use_new_zipfile_serialization=new)
+    monkeypatch.setattr(torch, "load", never)
+    with pytest.raises(CorruptCheckpointError, match="holds a tensor that reaches beyond"):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(12.0).reshape(3, 4).t(),
+        torch.arange(12.0)[3:7],
+        torch.ones(1).expand(3),
+        torch.ones(()),
+        torch.ones(0, 7),
+        torch.arange(12.0)[12:],
+        torch.ones(3, 4, dtype=torch.bfloat16)[1:],
+    ],
+    ids=["turned", "part", "spread", "scalar", "empty", "end", "bfloat16"],
+)
+@pytest.mark.parametrize("new", [True, False])
+def test_a_tensor_within_its_memory_is_read(new: bool, tensor: Tensor, tmp_path: Path) -> None:
+    path = tmp_path / "within.pt"
+    torch.save({"weight": tensor}, path, _use_new_zipfile_serialization=new)
+    assert same_bits(read_state_dict(path)["weight"].contiguous(), tensor.contiguous())
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_memory_that_many_tensors_share_is_claimed_once(new: bool, tmp_path: Path) -> None:
+    path, whole = tmp_path / "shared.pt", torch.arange(1000.0)
+    state = {str(place): whole[place:] for place in range(50)}
+    torch.save(state, path, _use_new_zipfile_serialization=new)
+    assert all(torch.equal(one, state[key]) for key, one in read_state_dict(path).items())
+
+
+def test_tensors_with_attributes_and_parameters_are_read(tmp_path: Path) -> None:
+    """They are made by a function that is handed another one."""
+    path, tagged = tmp_path / "tagged.pt", torch.arange(3.0)
+    setattr(tagged, "tag", "a")  # noqa: B010  # tensors have no such attribute in their type
+    torch.save({"tagged": tagged, "parameter": torch.nn.Parameter(torch.ones(2))}, path)
+    assert b"_rebuild_from_type_v2" in path.read_bytes()
+    found = read_state_dict(path)
+    assert torch.equal(found["tagged"], tagged)
+    assert torch.equal(found["parameter"], torch.ones(2))
+
+
+def test_a_record_that_calls_itself_a_folder_is_refused(tmp_path: Path) -> None:
+    """Torch would read nothing of it, and hand out memory that nobody wrote to."""
+    path = tmp_path / "folder.pt"
+    torch.save({"weight": torch.ones(1000)}, path)
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\x01\x02", 0, content.rindex(b"/data/0"))
+    content[entry + 38] |= 0x10
+    path.write_bytes(content)
+    with pytest.raises(CorruptCheckpointError, match="a record that calls itself a folder"):
+        read_state_dict(path)
+
+
 @pytest.mark.parametrize("reader", [load_model, read_state_dict])
 def test_a_compressed_file_is_refused_before_it_is_unpacked(
     reader: Callable[[Path], object], tmp_path: Path
@@ -70,24 +238,6 @@ def test_a_compressed_file_is_refused_before_it_is_unpacked(
             made.writestr(name, whole.read(name))
     assert path.stat().st_size < LARGE / 1000
     with pytest.raises(CorruptCheckpointError, match=r"small\.pt is compressed.*save it again"):
-        reader(path)
-
-
-@pytest.mark.parametrize("reader", [load_model, read_state_dict])
-def test_a_tensor_that_claims_to_be_a_folder_is_refused(
-    reader: Callable[[Path], object], tmp_path: Path
-) -> None:
-    """Torch would read nothing of it, and return the memory that it was to be read into."""
-    plain, path = tmp_path / "plain.pt", tmp_path / "folder.pt"
-    torch.save({"weight": torch.arange(9)}, plain)
-    with zipfile.ZipFile(plain) as whole, zipfile.ZipFile(path, "w") as made:
-        for one in whole.infolist():
-            content = whole.read(one)
-            if "/data/" in one.filename:
-                one.external_attr |= 0x10
-            made.writestr(one, content)
-    assert read_state_dict(plain)["weight"].tolist() == list(range(9))
-    with pytest.raises(CorruptCheckpointError, match=r"folder\.pt.*marked as folders"):
         reader(path)
 
 

@@ -28,6 +28,7 @@ from mono_quant import (
     Statistics,
 )
 from mono_quant.configurable import Config
+from mono_quant.errors import InputError
 from mono_quant.numerics.blocks import block_range
 from mono_quant.numerics.granularity import Shape
 
@@ -207,6 +208,21 @@ class Keeping(Statistic[list[Tensor]]):
 
     def merge(self, left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
         return [*left, *right]
+
+
+@attrs.frozen
+class Distrusting(Statistic[Tensor]):
+    kind: ClassVar[str] = "tests.distrusting"
+
+    def observe(self, x: Tensor) -> Tensor:
+        return x.abs().amax(0)
+
+    def merge(self, left: Tensor, right: Tensor) -> Tensor:
+        return torch.maximum(left, right)
+
+    def check_state(self, state: Tensor, stack: Shape | None = None) -> None:
+        if stack is not None and len(state) != stack[1]:  # rows, where columns were meant
+            raise InputError(f"{len(state)} peaks for {stack[1]} columns")
 
 
 @attrs.frozen

@@ -27,7 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the file cannot be written.
     """
-    _remove_abandoned(path)
+    remove_abandoned(path)
     folder, lock = _locked_folder(path)
     beside = folder / path.name
     try:
@@ -37,6 +37,10 @@ def replacing(path: Path) -> Iterator[Path]:
         beside.chmod(mode)  # a writer may have put a private file in its place
         _sync(beside, os.O_RDWR)
         beside.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from error  # of a full disk
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
@@ -70,8 +74,11 @@ def _locked_folder(path: Path) -> tuple[Path, int | None]:
         os.close(lock)
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Remove the folders that killed processes of this machine left beside a path."""
+def remove_abandoned(path: Path) -> None:
+    """Remove the folders that killed processes of this machine left beside a path.
+
+    Also those of writers that had put their file in its place already.
+    """
     if _FCNTL is None:
         return
     left = re.compile(rf"\.{re.escape(path.name)}\.{_MACHINE}-[0-9a-f]{{8}}\.tmp")
