@@ -76,21 +76,24 @@ class Integer:
             if alike is not None:
                 columns = weight.tensors["codes"][0].t()
                 return shaped(_of_one_row(alike, columns, constants(weight), bias), None, x)
-        out = rows.new_empty(count, spec.layout.stack[1])
         few = digits_of_few(rows, activation) if activation is not None else None
         if few is not None:
-            factor_of(weight, bias).product(few, out)
-            return shaped(out, None, x)
+            return shaped(factor_of(weight, bias).product(few), None, x)
         if not has_finite_sum(rows):
             return BLOCKS(spec, x, weight, bias)
         factor = factor_of(weight, bias)
         qparams = activation.qparams(rows) if activation is not None else None
+        out: Tensor | None = None
         for place in parts(count, AT_ONCE * torch.get_num_threads()):
             if activation is None or qparams is None:
                 digits = digits_of_floats(rows_of(rows, place))
             else:
                 digits = digits_of_codes(rows, activation.scheme, qparams, place)
-            factor.product(digits, rows_of(out, place))
+            if place is None:
+                return shaped(factor.product(digits), None, x)
+            out = rows.new_empty(count, spec.layout.stack[1]) if out is None else out
+            factor.product(digits, out[place])
+        assert out is not None  # a part that is not all is followed by others
         return shaped(out, None, x)
 
 
