@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from mono_quant.base import ArrangingKernel, Kernel, KernelSpec
+from mono_quant.base import ArrangingKernel, Kernel, KernelSpec, PackedTensor
 from mono_quant.kernels.blocks import BLOCKS, Blocks
 from mono_quant.kernels.choice import fastest, order_of
 from mono_quant.kernels.codes import remembered_bytes
@@ -38,7 +38,7 @@ from mono_quant.kernels.fp16_sequences import (
     Fp16Sequences,
 )
 from mono_quant.kernels.int4 import INT4, PANEL_BLOCKS, PANEL_BYTES, Int4, PanelBlocks, PanelBytes
-from mono_quant.kernels.integer import INTEGER, Integer
+from mono_quant.kernels.integer import INTEGER, Integer, Row, row_of
 from mono_quant.kernels.ops import followed, gradient_asked, untraced
 from mono_quant.kernels.outliers import DECOMPOSED, DECOMPOSED_TRACED, Decomposed
 from mono_quant.kernels.packed_convolution import PACKED_CONVOLUTION, PackedConvolution
@@ -153,6 +153,10 @@ class Site:
         if isinstance(kernel, ArrangingKernel) and (arrange is None or not arrange()):
             kernel = self._kernel((device, dtype, rows, is_followed, False))
         return kernel
+
+    def row(self, kernel: Kernel, weight: PackedTensor) -> Row | None:
+        """Return a shorter way to what `kernel` computes of single rows, or None."""
+        return row_of(self.spec, weight) if kernel is INTEGER else None
 
     def _kernel(self, asked: _Asked) -> Kernel:
         kernel = self._chosen.get(asked)
@@ -298,6 +302,7 @@ __all__ = [
     "PanelBlocks",
     "PanelBytes",
     "Reference",
+    "Row",
     "Site",
     "memory",
     "remembered_bytes",

@@ -80,13 +80,24 @@ class Factor:
         bias = bias.to(torch.float32) if bias is not None else None
         return cls(codes, sums, zero, scale.reshape(-1).to(torch.float32), bias)
 
-    def product(self, x: Digits, out: Tensor) -> None:
-        """Write the product with some rows of inputs to ``out [M, out]``."""
-        count, width = out.shape
-        sums = self.less_zeros(x, int_mm(x.digits, self.codes)).view(x.places, count, width)
+    def product(self, x: Digits, out: Tensor | None = None) -> Tensor:
+        """Return the product with some rows of inputs, ``float32 [M, out]``.
+
+        Args:
+            x: the inputs.
+            out: where it is to be; None for where the sums were, if values have one digit: fresh
+                memory for as much takes a good part of the time.
+        """
+        width = self.codes.shape[0]
+        sums = self.less_zeros(x, int_mm(x.digits, self.codes)).view(x.places, -1, width)
+        count = sums.shape[1]
+        if out is None:
+            one = x.places == 1
+            out = sums[0].view(torch.float32) if one else self.scale.new_empty(count, width)
         step = _SUMS * torch.get_num_threads() // (x.places * width)
         for place in parts(count, max(1, step)):
             self.finish(x, sums if place is None else sums[:, place], place, rows_of(out, place))
+        return out
 
     def less_zeros(self, x: Digits, sums: Tensor) -> Tensor:
         """Return sums of codes, ``int32 [places * M, out]``, less what zero points add to them.
@@ -107,7 +118,7 @@ class Factor:
             x: the inputs.
             sums: of those rows, from `less_zeros`, ``[places, M, out]``; overwritten.
             place: of those rows; None for all.
-            out: ``[M, out]``.
+            out: ``[M, out]``; the same memory as the sums', or none of it.
         """
         sums.addcmul_(rows_of(x.zero, place), self.sums, value=-1)
         out.copy_(sums[-1])

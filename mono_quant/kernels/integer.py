@@ -1,11 +1,21 @@
 """Exact integer products on the codes of a weight, as they are stored."""
 
+from typing import final
+
 import torch
 from torch import Tensor
 
 from mono_quant.base import Activation, KernelSpec, PackedTensor, Scheme
 from mono_quant.kernels.blocks import BLOCKS
-from mono_quant.kernels.codes import constants, flat, has_finite_sum, refuse, shaped
+from mono_quant.kernels.codes import (
+    DTYPES,
+    Constants,
+    constants,
+    flat,
+    has_finite_sum,
+    refuse,
+    shaped,
+)
 from mono_quant.kernels.digits import (
     AT_ONCE,
     Factor,
@@ -18,7 +28,14 @@ from mono_quant.kernels.digits import (
     rows_of,
     times,
 )
-from mono_quant.kernels.ops import LONGEST_ROW, SHORTEST_ROW, int_mm, int_mm_refusal
+from mono_quant.kernels.ops import (
+    LONGEST_ROW,
+    SHORTEST_ROW,
+    followed,
+    int_mm_columns,
+    int_mm_refusal,
+)
+from mono_quant.kernels.store import STORE
 from mono_quant.numerics.granularity import PerChannel, PerTensor, PerToken
 from mono_quant.schemes import Affine
 
@@ -57,33 +74,98 @@ class Integer:
         if count == 1 and activation is not None and zero_point is None:
             alike = on_one_grid(rows, activation)
             if alike is not None:
-                return shaped(_of_one_row(alike, weight, bias), None, x)
-        out = rows.new_empty(count, spec.layout.stack[1])
+                columns = weight.tensors["codes"][0].t()
+                return shaped(_of_one_row(alike, columns, constants(weight), bias), None, x)
         few = digits_of_few(rows, activation) if activation is not None else None
         if few is not None:
-            factor_of(weight, bias).product(few, out)
-            return shaped(out, None, x)
+            return shaped(factor_of(weight, bias).product(few), None, x)
         if not has_finite_sum(rows):
             return BLOCKS(spec, x, weight, bias)
         factor = factor_of(weight, bias)
         qparams = activation.qparams(rows) if activation is not None else None
+        out: Tensor | None = None
         for place in parts(count, AT_ONCE * torch.get_num_threads()):
             if activation is None or qparams is None:
                 digits = digits_of_floats(rows_of(rows, place))
             else:
                 digits = digits_of_codes(rows, activation.scheme, qparams, place)
-            factor.product(digits, rows_of(out, place))
+            if place is None:
+                return shaped(factor.product(digits), None, x)
+            out = rows.new_empty(count, spec.layout.stack[1]) if out is None else out
+            factor.product(digits, out[place])
+        assert out is not None  # a part that is not all is followed by others
         return shaped(out, None, x)
 
 
-def _of_one_row(inputs: OneGrid, weight: PackedTensor, bias: Tensor | None) -> Tensor:
+@final
+class Row:
+    """The product of a weight without zero points with single rows, all but the row found before.
+
+    A layer that meets one row waits longer for Python than for some of the operators: this is what
+    `Integer` does for it, in the fewest steps. Nothing of it is true any more once the codes or
+    their scales were written to, or another kernel may be chosen; then it answers with None.
+
+    Args:
+        spec: of the product, with quantized inputs.
+        weight: of 8 bits, its codes ``int8 [1, out, in]``.
+    """
+
+    __slots__ = ("_activation", "_codes", "_columns", "_known", "_length", "_scale", "_state")
+
+    def __init__(self, spec: KernelSpec, weight: PackedTensor) -> None:
+        activation = spec.activation
+        assert activation is not None  # the caller saw to it
+        self._activation: Activation = activation
+        self._length = spec.layout.stack[2]
+        self._codes, self._scale = weight.tensors["codes"], weight.tensors["scale"]
+        self._columns, self._known = self._codes[0].t(), constants(weight)
+        self._state = self._now()
+
+    def __call__(self, x: Tensor, codes: Tensor | None, bias: Tensor | None) -> Tensor | None:
+        """Return ``x @ weight.T + bias`` in the dtype of `x`, or None where it is not for this.
+
+        Args:
+            x: any input; one row of a CPU's floats that nobody follows is what this is for.
+            codes: those that the layer has now.
+            bias: ``[out]``, or None.
+        """
+        if codes is not self._codes or x.numel() != self._length or x.shape[-1] != self._length:
+            return None
+        if x.dtype not in DTYPES or not x.is_cpu or followed(x, bias) or self._state != self._now():
+            return None
+        alike = on_one_grid(flat(x, self._length), self._activation)
+        if alike is None:
+            return None
+        return shaped(_of_one_row(alike, self._columns, self._known, bias), None, x)
+
+    def _now(self) -> tuple[int, int, int, int]:
+        written = self._codes._version, self._scale._version
+        return (STORE.age, torch.get_num_threads(), *written)
+
+
+def row_of(spec: KernelSpec, weight: PackedTensor) -> Row | None:
+    """Return what computes single rows as `Integer` would, or None where there is no such way."""
+    codes, scale = weight.tensors["codes"], weight.tensors["scale"]
+    if spec.activation is None or "zero_point" in weight.tensors:
+        return None
+    if codes.is_inference() or scale.is_inference():  # these do not count how often
+        return None
+    return Row(spec, weight)
+
+
+def _of_one_row(inputs: OneGrid, columns: Tensor, known: Constants, bias: Tensor | None) -> Tensor:
     """Return what `Factor` makes of one row, for a weight without zero points.
 
     In half of the operators: sums of one row need no room of their own, and are not many.
+
+    Args:
+        inputs: the row.
+        columns: codes of the weight, ``int8 [in, out]``.
+        known: of the weight.
+        bias: ``[out]``, or None.
     """
     row, zero, unit = inputs
-    known = constants(weight)
-    sums = int_mm(row, weight.tensors["codes"][0])
+    sums = int_mm_columns(row, columns)
     if zero:
         sums.sub_(known.sums, alpha=zero)
     out = sums * known.scale

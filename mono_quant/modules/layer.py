@@ -20,7 +20,7 @@ from mono_quant.base import (
     QuantizedModule,
 )
 from mono_quant.kernels import REFERENCE, Site, select
-from mono_quant.modules.weight import QuantizedInput, QuantizedWeight
+from mono_quant.modules.weight import QuantizedInput, QuantizedWeight, Short
 
 _SITES = "_sites"
 """Where a layer keeps what was chosen for its products, by weight."""
@@ -133,9 +133,24 @@ class QuantizedLayer(QuantizedModule):
         self, operation: Operation, x: Tensor, bias: Tensor | None, name: str = "weight"
     ) -> Tensor:
         """Return `operation` on `x` and the weight of that name, by the kernel chosen for it."""
-        result = self._result(operation, x, bias, name)
+        result = None if torch.compiler.is_compiling() else self._of_row(operation, x, bias, name)
+        if result is None:
+            result = self._result(operation, x, bias, name)
         then = self._modules.get(_THEN)
         return result if then is None else cast("Tensor", then(result))  # as every activation's
+
+    def _of_row(
+        self, operation: Operation, x: Tensor, bias: Tensor | None, name: str
+    ) -> Tensor | None:
+        """Return the result by the shorter way that an earlier call found, if it is for this."""
+        held = self._holder(name)
+        short = held.short
+        if short is None or _LISTENING or short.operation is not operation:
+            return None
+        inputs = self._input(name)
+        if inputs is None or inputs is not short.inputs or not inputs.is_held(short.activation):
+            return None
+        return short.row(x, held.held_codes, bias)
 
     def _result(self, operation: Operation, x: Tensor, bias: Tensor | None, name: str) -> Tensor:
         held = self._holder(name)
@@ -151,7 +166,11 @@ class QuantizedLayer(QuantizedModule):
             return kernel(spec, x, held.pin() if operation.reads_rows else held.peek(), bias)
         if isinstance(kernel, ArrangingKernel):
             return kernel.product(spec, x, held.arranged(kernel, spec), bias)
-        return kernel(spec, x, held.read(), bias)
+        weight, inputs = held.read(), self._input(name)
+        row = site.row(kernel, weight) if rows == 1 else None
+        if row is not None and inputs is not None and spec.activation is not None:
+            held.short = Short(row, operation, inputs, spec.activation)
+        return kernel(spec, x, weight, bias)
 
     def _site(self, operation: Operation, held: QuantizedWeight, name: str) -> Site:
         """Return where a weight meets its inputs; another one if what is asked has changed."""

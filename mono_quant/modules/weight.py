@@ -15,9 +15,10 @@ from mono_quant.base import (
     ArrangedT,
     ArrangingKernel,
     KernelSpec,
+    Operation,
     PackedTensor,
 )
-from mono_quant.kernels import memory, remembered_bytes
+from mono_quant.kernels import Row, memory, remembered_bytes
 from mono_quant.kernels.ops import untraced
 from mono_quant.modules.fixed import Fixed
 
@@ -48,6 +49,23 @@ class _Held:
     scales: Mapping[str, tuple[Tensor, int]]
 
 
+@attrs.frozen(eq=False)
+class Short:
+    """The shorter way to the product with single rows, and for whom it is.
+
+    Attributes:
+        row: computes it.
+        operation: as it was asked for.
+        inputs: what is known of them.
+        activation: the same, as it was then.
+    """
+
+    row: Row
+    operation: Operation
+    inputs: "QuantizedInput"
+    activation: Activation
+
+
 class QuantizedWeight(Fixed):
     """A packed weight as the buffers of a small module.
 
@@ -67,6 +85,7 @@ class QuantizedWeight(Fixed):
         self.scheme = packed.scheme
         self.layout = packed.layout
         self._held: _Held | None = None
+        self.short: Short | None = None
         self._pinned = False
         device = packed.tensors["codes"].device
         like = torch.empty(0, dtype=packed.dtype, device=device)
@@ -80,6 +99,11 @@ class QuantizedWeight(Fixed):
             with _LOCK:
                 codes = self._restored()
         return self._with(codes)
+
+    @property
+    def held_codes(self) -> Tensor | None:
+        """The canonical codes, or None while they are in another order."""
+        return self._buffers["codes"]
 
     @property
     def columns_apart(self) -> Tensor | None:
@@ -193,7 +217,7 @@ class QuantizedWeight(Fixed):
             codes = weight.tensors["codes"]
             written = codes._version
             arranged = kernel.arrange(spec, weight)
-        self._held = _Held(arranged, weakref.ref(codes), written, scales)
+        self._held, self.short = _Held(arranged, weakref.ref(codes), written, scales), None
         self._buffers["codes"] = None
         if not arranged.traceable:
             _OPAQUE.add(self)
@@ -234,7 +258,7 @@ class QuantizedWeight(Fixed):
     def _settle(self) -> None:
         """Hold canonical codes and nothing else."""
         self._restored()
-        self._held = None
+        self._held = self.short = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         with _LOCK:
@@ -277,7 +301,7 @@ class QuantizedWeight(Fixed):
         with _LOCK:
             codes = self.peek().tensors["codes"]
             buffers = {**self._buffers, "codes": codes}
-            return {**self.__dict__, "_buffers": buffers, "_held": None}
+            return {**self.__dict__, "_buffers": buffers, "_held": None, "short": None}
 
 
 def kernel_bytes(model: nn.Module) -> int:

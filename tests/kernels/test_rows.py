@@ -1,0 +1,128 @@
+"""Single rows by the shorter way, which must see whatever has changed."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mono_quant import QuantizedLayer, Quantizer, kernels
+from mono_quant.kernels.ops import int_mm_refusal
+from mono_quant.modules.layer import kernels_run
+from mono_quant.modules.weight import QuantizedWeight
+from tests.helpers import noise, same_bits
+
+pytestmark = pytest.mark.skipif(
+    int_mm_refusal() is not None, reason=f"no integer product: {int_mm_refusal()}"
+)
+
+GRIDS = {
+    "dynamic": Quantizer(),
+    "symmetric": Quantizer().activations("dynamic", symmetric=True),
+    "per tensor": Quantizer().activations("dynamic", granularity="tensor"),
+    "static": Quantizer().fit(noise(32, 1024)),
+}
+
+
+def made(quantizer: Quantizer, bias: bool = True) -> QuantizedLayer:
+    layer = quantizer.only("*").apply(nn.Linear(1024, 96, bias=bias), progress=False).model
+    assert isinstance(layer, QuantizedLayer)
+    return layer
+
+
+def held(layer: nn.Module) -> QuantizedWeight:
+    return next(one for one in layer.modules() if isinstance(one, QuantizedWeight))
+
+
+def computed(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return what a layer computes that has met no row before."""
+    result = copy.deepcopy(layer)(x)
+    assert isinstance(result, Tensor)
+    return result
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_later_rows_are_computed_as_the_first_one(grid: str, bias: bool) -> None:
+    layer = made(GRIDS[grid], bias)
+    with torch.no_grad(), kernels.use("integer"):
+        layer(noise(1, 1024))
+        assert held(layer).short is not None
+        for shape in ((1, 1024), (1, 1, 1024), (1024,)):
+            for seed in range(5):
+                x = noise(*shape, seed=seed)
+                assert same_bits(layer(x), computed(layer, x))
+        half = noise(1, 1024).to(torch.bfloat16)
+        assert same_bits(layer(half), computed(layer, half))
+        for odd in (torch.zeros(1, 1024), torch.full((1, 1024), float("nan"))):
+            assert same_bits(layer(odd), computed(layer, odd))
+        with pytest.raises(RuntimeError, match="does not meet a weight"):
+            layer(noise(1024, 1))
+
+
+def test_a_changed_weight_is_seen() -> None:
+    layer, x = made(Quantizer()), noise(1, 1024)
+    with torch.no_grad(), kernels.use("integer"):
+        layer(x)
+        weight = held(layer)
+        weight.get_buffer("codes").neg_()
+        assert same_bits(layer(x), computed(layer, x))
+        weight.get_buffer("scale").mul_(2)
+        assert same_bits(layer(x), computed(layer, x))
+        other = made(Quantizer().activations("dynamic", symmetric=True))
+        layer.load_state_dict({key: 0 * value for key, value in other.state_dict().items()})
+        assert same_bits(layer(x), torch.zeros(1, 96))
+        layer.quantized_inputs = other.quantized_inputs
+        assert same_bits(layer(noise(1, 1024, seed=3)), computed(layer, noise(1, 1024, seed=3)))
+
+
+def test_a_calibrated_scale_that_moved_is_seen() -> None:
+    layer, x = made(GRIDS["static"]), noise(1, 1024)
+    with torch.no_grad(), kernels.use("integer"):
+        before = layer(x)
+        inputs = layer.quantized_inputs["weight"]
+        inputs.register_buffer("scale", inputs.get_buffer("scale") * 8)
+        assert not same_bits(layer(x), before)
+        assert same_bits(layer(x), computed(layer, x))
+
+
+def test_whoever_asks_for_more_is_served() -> None:
+    layer, x = made(Quantizer()), noise(1, 1024)
+    with torch.no_grad(), kernels.use("integer"):
+        expected = layer(x)
+        with kernels_run() as ran:
+            assert same_bits(layer(x), expected)
+        assert list(ran.values()) == ["integer"]
+        with kernels.use("reference"):
+            assert not same_bits(layer(x), expected)
+        assert same_bits(layer(x), expected)
+        torch.compiler.reset()
+        fast = torch.compile(layer, backend="eager", fullgraph=True)
+        torch.testing.assert_close(fast(x), expected)
+    x.requires_grad_(True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_it_keeps_no_codes_alive_and_is_not_copied() -> None:
+    layer, x = made(Quantizer()), noise(1, 1024)
+    with torch.no_grad():
+        with kernels.use("integer"):
+            layer(x)
+        assert held(copy.deepcopy(layer)).short is None
+        assert held(pickle.loads(pickle.dumps(layer))).short is None
+        codes = weakref.ref(held(layer).get_buffer("codes"))
+        layer.to(torch.float64)
+        layer.to(torch.float32)
+        assert held(layer).short is None
+        with kernels.use("integer"):
+            layer(x)
+        with kernels.use("onednn"):
+            layer(x)
+        assert held(layer).short is None or held(layer).held_codes is not None
+        layer.dequantize()
+        gc.collect()
+        assert codes() is None
