@@ -169,16 +169,12 @@ def _flag(option: str) -> Callable[[ast.Call], str | None]:
     return lambda call: option if not call.args and not call.keywords else None
 
 
-def _graph(call: ast.Call) -> str:
-    return "graph() in Python"
-
-
 _SAID: Mapping[str, Callable[[ast.Call], str | None]] = {
     "activations": _choice("--activations", none="float"),
     "asymmetric": _flag("--asymmetric"),
     "fit": _fit,
     "float_zero_point": _flag("--float-zero-point"),
-    "graph": _graph,
+    "graph": _flag("--graph"),
     "on_damage": _choice("--on-damage"),
     "override": _override,
     "require": _require,

@@ -180,7 +180,7 @@ def test_a_plan_writes_nothing(folder: Path, monoquant: Monoquant) -> None:
     assert "float: skipped" in done.out
     assert sorted(folder.iterdir()) == before
     shown = monoquant("plan", "model.pt", "--bits", 4, "--json").json
-    assert {"plan", "peak_bytes", "peak_bytes_in_place", "config"} == set(shown)
+    assert {"plan", "peak_bytes", "peak_bytes_in_place", "time", "config"} == set(shown)
 
 
 def test_quiet_says_nothing(folder: Path, monoquant: Monoquant) -> None:
