@@ -15,7 +15,7 @@ from mono_quant.base import (
     TransformContext,
 )
 from mono_quant.calibration import CalibrationData, Kept, compare, count_samples
-from mono_quant.checkpoint import ModelT, adapt_containers, calling, copy_structure
+from mono_quant.checkpoint import ModelT, adapt_containers, calling, copy_structure, guard_saving
 from mono_quant.configurable import Config
 from mono_quant.errors import CalibrationError, DamageError, InputError, Mend
 from mono_quant.evidence import WARNING_DB, LayerReport
@@ -230,6 +230,7 @@ class Plan(Generic[ModelT]):
         work, rows = layers.model, layers.rows
         changes = (*changes, *layers.changes)
         adapt_containers(work, self._containers)
+        guard_saving(work)
         found = _Evidence(rows, changes, tuple(estimated(rows.values())))
         if floats is not None:
             found = self._beside(floats, work, found, data, label)
