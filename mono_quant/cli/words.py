@@ -158,6 +158,10 @@ def _validate(call: ast.Call) -> str | None:
     return "--example FILE" if ast.unparse(call) == "validate(example=...)" else None
 
 
+def _quantize(call: ast.Call) -> str | None:
+    return "monoquant quantize" if ast.unparse(call) == "quantize(...)" else None
+
+
 def _require(call: ast.Call) -> str | None:
     values = {one.arg: _value(one.value) for one in call.keywords}
     if call.args or not values or None in values.values():
@@ -177,6 +181,7 @@ _SAID: Mapping[str, Callable[[ast.Call], str | None]] = {
     "graph": _flag("--graph"),
     "on_damage": _choice("--on-damage"),
     "override": _override,
+    "quantize": _quantize,
     "require": _require,
     "skip": _skip,
     "validate": _validate,

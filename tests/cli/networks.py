@@ -45,6 +45,10 @@ def convolutions() -> nn.Module:
     ).eval()
 
 
+def training() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()).train()
+
+
 def narrow() -> nn.Module:
     return nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 10))
 
