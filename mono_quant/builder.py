@@ -181,6 +181,7 @@ class Builder:
         bits: int = 8,
         symmetric: bool = False,
         granularity: Granularity | str | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> Self:
         """Say how the inputs of layers are quantized. **Replaces**.
 
@@ -194,13 +195,12 @@ class Builder:
             symmetric: use a grid without a zero point.
             granularity: "token" (a range for each row, the default of dynamic ones) or "tensor"
                 (all that static ones can be).
+            dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``, or the name of one, for a grid
+                of 8-bit floats; None for integers.
         """
         chosen = granularity_of_inputs(granularity) if granularity is not None else None
-        return self._settings(
-            attrs.evolve(
-                self._request.settings, activations=Activations(mode, bits, symmetric, chosen)
-            )
-        )
+        asked = Activations(mode, bits, symmetric, chosen, dtype)
+        return self._settings(attrs.evolve(self._request.settings, activations=asked))
 
     def rounding(self, rounding: Rounding) -> Self:
         """Say how grid points are chosen. **Replaces**."""

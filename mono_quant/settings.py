@@ -7,7 +7,16 @@ import attrs
 import torch
 
 from mono_quant.base import Grid, Observer, RangeEstimator, Rounding, Scheme, Target
-from mono_quant.configurable import Config, Configurable, Json, Kinds, as_dtype, encode, register
+from mono_quant.configurable import (
+    Config,
+    Configurable,
+    Json,
+    Kinds,
+    as_dtype,
+    dtype_name,
+    encode,
+    register,
+)
 from mono_quant.errors import ConfigurationError
 from mono_quant.numerics.granularity import (
     Granularity,
@@ -19,7 +28,7 @@ from mono_quant.numerics.granularity import (
 )
 from mono_quant.observers import MSE, MinMax
 from mono_quant.rounding import LearnedRounding, RoundToNearest
-from mono_quant.schemes import Affine, FittedCodebook, FloatCast, OutlierColumns, Outliers
+from mono_quant.schemes import Affine, FittedCodebook, Float8, FloatCast, OutlierColumns, Outliers
 
 T = TypeVar("T")
 
@@ -52,6 +61,7 @@ class Activations(Configurable):
         symmetric: no zero point.
         granularity: `PerToken` (the default of dynamic ones) or `PerTensor`, all that static ones
             can be.
+        dtype: float8_e4m3fn or float8_e5m2 for a grid of floats; None for integers.
     """
 
     kind: ClassVar[str] = "activations"
@@ -59,6 +69,9 @@ class Activations(Configurable):
     bits: int = 8
     symmetric: bool = False
     granularity: Granularity | None = None
+    dtype: torch.dtype | None = attrs.field(
+        default=None, converter=attrs.converters.optional(as_dtype)
+    )
 
     def __attrs_post_init__(self) -> None:
         """Refuse what no grid of activations can be."""
@@ -73,23 +86,39 @@ class Activations(Configurable):
                 f"the granularity of {self.mode or 'float'} activations is {names}, "
                 f"not {self.granularity!r}"
             )
-        said = (self.bits, self.symmetric, self.granularity) != (8, False, None)
+        is_plain = (self.bits, self.symmetric) == (8, False)
+        said = not is_plain or self.granularity is not None or self.dtype is not None
         if self.mode is None and said:
             raise ConfigurationError(
-                "activations that stay float have no bits, symmetry or granularity; say "
+                "activations that stay float have no bits, symmetry, granularity or dtype; say "
                 "'dynamic' or 'static', or leave those out"
+            )
+        if self.dtype is not None and not is_plain:
+            raise ConfigurationError(
+                f"activations in {dtype_name(self.dtype)} have 8 bits and no symmetry to choose: "
+                "leave bits and symmetric out, or the dtype"
             )
         if type(self.bits) is not int or self.bits not in range(2, 9):
             raise ConfigurationError(
                 f"activations have 2 to 8 bits, not {self.bits!r}; activations(None) leaves them "
                 "in float"
             )
+        if self.mode is not None:
+            _ = self.scheme  # which refuses dtypes that are not of 8-bit floats
 
     @property
-    def scheme(self) -> Affine:
-        """The grid; its scales are float32, since they are few or never stored."""
-        default = PerToken() if self.mode == "dynamic" else PerTensor()
-        return Affine(self.bits, self.symmetric, self.granularity or default, torch.float32)
+    def scheme(self) -> Affine | Float8:
+        """The grid; its scales are float32, since they are few or never stored.
+
+        Raises:
+            ConfigurationError: the dtype is not one of 8-bit floats.
+        """
+        granularity = self.granularity
+        if granularity is None:
+            granularity = PerToken() if self.mode == "dynamic" else PerTensor()
+        if self.dtype is not None:
+            return Float8(self.dtype, granularity, torch.float32)
+        return Affine(self.bits, self.symmetric, granularity, torch.float32)
 
 
 @attrs.frozen

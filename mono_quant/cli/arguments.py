@@ -159,6 +159,11 @@ def add_inputs(inputs: _ArgumentGroup) -> None:
         "--activation-granularity", metavar="KIND", help="what shares a scale: token or tensor"
     )
     inputs.add_argument(
+        "--activation-dtype",
+        metavar="DTYPE",
+        help="float8_e4m3fn or float8_e5m2: inputs as floats of 8 bits (default: integers)",
+    )
+    inputs.add_argument(
         "--activation-observer",
         metavar="STRATEGY",
         help="how ranges of static inputs are found (default: as --observer)",

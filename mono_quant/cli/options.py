@@ -42,6 +42,7 @@ class PlanOptions(ModelOptions):
     activation_bits: int | None
     activation_symmetric: bool | None
     activation_granularity: str | None
+    activation_dtype: str | None
     activation_observer: str | None
     fold: bool | None
     transform: list[str]

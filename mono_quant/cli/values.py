@@ -104,6 +104,7 @@ def _inputs(quantizer: Quantizer, options: PlanOptions) -> Quantizer:
         "--activation-bits": options.activation_bits,
         "--activation-symmetric": options.activation_symmetric,
         "--activation-granularity": options.activation_granularity,
+        "--activation-dtype": options.activation_dtype,
     }
     said = [name for name, value in more.items() if value is not None]
     if options.activations is not None:
@@ -112,6 +113,7 @@ def _inputs(quantizer: Quantizer, options: PlanOptions) -> Quantizer:
             bits=options.activation_bits or 8,
             symmetric=options.activation_symmetric or False,
             granularity=options.activation_granularity,
+            dtype=options.activation_dtype,
         )
     elif said:
         raise ConfigurationError(f"{said[0]} says how, and not when: add --activations MODE")

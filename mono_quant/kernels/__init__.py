@@ -17,7 +17,20 @@ from mono_quant.kernels.blocks import BLOCKS, Blocks
 from mono_quant.kernels.choice import fastest, order_of
 from mono_quant.kernels.codes import remembered_bytes
 from mono_quant.kernels.convolution import INTEGER_CONVOLUTION, IntegerConvolution
-from mono_quant.kernels.cuda import CUDA_INT4, CUDA_INTEGER, CudaInt4, CudaInteger
+from mono_quant.kernels.cuda import (
+    CUDA_DECODED,
+    CUDA_FLOAT8,
+    CUDA_INTEGER,
+    CudaDecoded,
+    CudaFloat8,
+    CudaInteger,
+)
+from mono_quant.kernels.cuda_tiles import (
+    CUDA_INT4,
+    CUDA_TILES_DECODED,
+    CudaInt4,
+    CudaTilesDecoded,
+)
 from mono_quant.kernels.fp16 import FP16, Fp16
 from mono_quant.kernels.fp16_sequences import (
     FP16_SEQUENCES,
@@ -52,7 +65,10 @@ KERNELS: tuple[Kernel, ...] = (
     PANEL_BYTES,
     FP16,
     CUDA_INTEGER,
+    CUDA_FLOAT8,
+    CUDA_DECODED,
     CUDA_INT4,
+    CUDA_TILES_DECODED,
     FP16_SEQUENCES,
     BLOCKS,
     DECOMPOSED,
@@ -195,7 +211,7 @@ def _traceable(
     exporting = getattr(torch.compiler, "is_exporting", None)  # torch 2.6 has none
     if exporting is None or exporting() or gradient_asked(*others) or not _fastest_wanted():
         return REFERENCE
-    traced: tuple[Kernel, ...] = (INTEGER_TRACED, DECOMPOSED_TRACED)
+    traced: tuple[Kernel, ...] = (INTEGER_TRACED, DECOMPOSED_TRACED, CUDA_INTEGER, CUDA_FLOAT8)
     kernels = (*traced, ROW_TRACED) if rows == 1 else traced
     able = (kernel for kernel in kernels if kernel.supports(spec, device, dtype) is None)
     return next(able, REFERENCE)
@@ -265,8 +281,11 @@ __all__ = [
     "REFERENCE",
     "VARIABLE",
     "Blocks",
+    "CudaDecoded",
+    "CudaFloat8",
     "CudaInt4",
     "CudaInteger",
+    "CudaTilesDecoded",
     "Decomposed",
     "Fp16",
     "Fp16Sequences",

@@ -1,38 +1,32 @@
-"""Products on CUDA devices by torch's own operators: 8 bits as integers, 4 bits in bfloat16.
+"""Products on CUDA devices by torch's own operators: 8-bit integers and 8-bit floats.
 
-Written from what torch documents of them, and tried in a process of its own on each device before
-they are used: sizes, the order of nibbles and the results.
+Operators are tried in a process of its own on each device before they are used: sizes and results.
 """
 
-from typing import ClassVar, final
-
-import attrs
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from mono_quant.base import Arranged, ArrangingKernel, KernelSpec, PackedTensor
-from mono_quant.kernels.codes import flat, refuse, scales_and_zeros, shaped
-from mono_quant.kernels.digits import Digits, Factor
-from mono_quant.kernels.int4 import group_of, refuse_four_bits
-from mono_quant.kernels.integer import refuse_inputs, refuse_weight
-from mono_quant.kernels.ops import unfollowed
+from mono_quant.base import KernelSpec, PackedTensor, Scheme
+from mono_quant.kernels.codes import constants, flat, refuse, shaped
+from mono_quant.kernels.digits import Factor
+from mono_quant.kernels.integer import refuse_grid, refuse_inputs, refuse_weight
+from mono_quant.kernels.ops import untraced
 from mono_quant.kernels.trial import refusal
-from mono_quant.numerics.packing import pack_bits
+from mono_quant.numerics.granularity import PerChannel, PerTensor, PerToken
+from mono_quant.schemes import Float8
 
 _STEP = 8  # rows and columns of integers have to be multiples of it
 _FEWEST = 24  # and the rows of inputs more than 16
-_TILES = 8  # of 16 columns, that 4-bit weights are packed by
-_COLUMNS = 16 * _TILES
-_CENTRE = 8  # the code that the 4-bit product takes for zero
-_AT_ONCE = 1024  # columns that are unpacked at once
+_FLOATS = 16  # what rows and columns of 8-bit floats have to be multiples of
 _SIGN = 128  # what turns an unsigned byte into a signed one
 
 
 class CudaInteger:
     """Multiplies 8-bit weights and quantized inputs as integers, summing in 32 bits.
 
-    No value is looked at, so that the device is never waited for: the sums of the weight's codes
-    are products with a row of ones, and a row with NaN is NaN.
+    No value is looked at, so that the device is never waited for, and `torch.compile` makes one
+    pass of what goes before the product and one of what follows it. A row with NaN is NaN.
     """
 
     name = "cuda-integer"
@@ -46,131 +40,160 @@ class CudaInteger:
         _, rows, length = spec.layout.stack
         if reason is None and (rows % _STEP or length % _STEP):
             reason = f"{rows} x {length} values are no multiples of {_STEP}"
-        return reason or _trial("the integer product", _INTEGER_TRIAL, device)
+        return reason or trial("the integer product", _INTEGER_TRIAL, device)
 
     def __call__(
         self, spec: KernelSpec, x: Tensor, weight: PackedTensor, bias: Tensor | None
     ) -> Tensor:
         """Return ``x @ weight.T + bias``, ``[..., out]`` in the dtype of `x`."""
-        rows, tensors, activation = flat(x, spec.layout.stack[2]), weight.tensors, spec.activation
+        rows, activation = flat(x, spec.layout.stack[2]), spec.activation
         assert activation is not None  # `supports` saw to it
+        factor = _factor(weight, bias)
         qparams = activation.qparams(rows)
-        assert qparams.scale is not None  # an Affine has one
-        codes = activation.scheme.quantize(rows, qparams).codes
-        zero = qparams.zero_point
-        if zero is None:
-            zero = torch.zeros_like(qparams.scale, dtype=torch.int32)
-        else:
+        codes, zero, unit = activation.scheme.quantize(rows, qparams).codes, None, qparams.scale
+        assert unit is not None  # an Affine has one
+        if qparams.zero_point is not None:
             codes = codes.bitwise_xor(_SIGN).view(torch.int8)
-            zero = zero.to(torch.int32) - _SIGN
-        count = len(rows)
-        left = codes.new_zeros(max(_FEWEST, -(-(count + 1) // _STEP) * _STEP), codes.shape[1])
-        left[:count], left[count] = codes, 1
-        both = torch._int_mm(left, tensors["codes"][0].t())
-        products, sums = both[:count], both[count : count + 1]
-        factor = Factor.of(
-            tensors["codes"][0], sums, tensors["scale"], tensors.get("zero_point"), bias
-        )
-        digits = Digits(codes, zero, qparams.scale)
-        out = rows.new_empty(products.shape)
-        factor.finish(digits, factor.less_zeros(digits, products)[None], None, out)
-        lost = rows.isnan().any(1, keepdim=True)
-        return shaped(out.masked_fill_(lost, float("nan")), None, x)
+            zero = qparams.zero_point.to(torch.int32) - _SIGN
+        products = _int_mm(codes, factor.codes)
+        if factor.zero is not None:
+            of_rows = codes.sum(1, keepdim=True, dtype=torch.int32)
+            products = torch.addcmul(products, of_rows, factor.zero, value=-1)
+        if zero is not None:
+            products = torch.addcmul(products, zero, factor.sums, value=-1)
+        out = products * factor.scale  # before the unit of a huge input, which could overflow
+        out = out * unit if factor.bias is None else torch.addcmul(factor.bias, out, unit)
+        if activation.mode == "static":  # the scale of another one is NaN where an input is
+            out = out.masked_fill(rows.isnan().any(1, keepdim=True), float("nan"))
+        return shaped(out, None, x)
 
 
-@final
-@attrs.frozen(eq=False)
-class Tiles(Arranged):
-    """A 4-bit weight as the product on CUDA reads it.
+def _factor(weight: PackedTensor, bias: Tensor | None) -> Factor:
+    """Return a weight as a factor; sums of its codes are kept, but not for a compiled layer."""
+    tensors = weight.tensors
+    codes, scale = tensors["codes"], tensors["scale"]
+    if torch.compiler.is_compiling():
+        sums = codes.sum(-1, dtype=torch.int32)
+    else:
+        known = constants(weight)
+        sums, scale = known.sums, known.scale
+    return Factor.of(codes[0], sums, scale, tensors.get("zero_point"), bias)
 
-    Attributes:
-        codes: ``int32 [out / 8, in / 128, 32, 4]``.
-        pairs: scale and offset of each group, ``bfloat16 [groups, out, 2]``: the value is
-            ``(code - 8) * scale + offset``.
-        shape: of the weight, ``[out, in]``.
+
+def _int_mm(left: Tensor, codes: Tensor) -> Tensor:
+    """Return ``left [M, in] @ codes [out, in].T``, ``int32 [M, out]``, for any number of rows."""
+    count = left.shape[0]
+    if count < _FEWEST:
+        padded = left.new_zeros(_FEWEST, left.shape[1])
+        padded[:count] = left
+        left = padded
+    return torch._int_mm(left, codes.t())[:count]
+
+
+class CudaFloat8:
+    """Multiplies weights and inputs that are floats of 8 bits, summing in float32.
+
+    The device adds up with fewer bits than float32 has between its own sums, so that products
+    differ from the reference's by more than rounding in float32, and by far less than floats of 8
+    bits round by themselves. Scales are multiplied in afterwards, in float32; where the result is
+    bfloat16, by the operator itself. NaN stays in its row.
     """
 
-    traceable: ClassVar[bool] = False
-
-    codes: Tensor
-    pairs: Tensor
-    shape: tuple[int, int]
-
-    @property
-    def beside(self) -> int:
-        """Bytes of what the canonical weight does not have."""
-        return self.pairs.nbytes
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the codes."""
-        return self.codes.nbytes
-
-    def canonical(self) -> Tensor:
-        """Return the codes as `PackedTensor` has them, ``uint8 [1, out, in / 2]``."""
-        return unfollowed(self._unpacked)
-
-    def _unpacked(self) -> Tensor:
-        """Return them by way of products with the rows of a unit matrix, which are exact."""
-        rows, length = self.shape
-        group = length // self.pairs.shape[0]
-        ones = torch.zeros_like(self.pairs)
-        ones[..., 0] = 1
-        codes = torch.empty(rows, length, dtype=torch.uint8, device=self.codes.device)
-        for start in range(0, length, _AT_ONCE):
-            stop = min(start + _AT_ONCE, length)
-            eye = self.pairs.new_zeros(stop - start, length)
-            eye[:, start:stop].fill_diagonal_(1)
-            values = torch.ops.aten._weight_int4pack_mm(eye, self.codes, group, ones)
-            codes[:, start:stop] = values.add_(_CENTRE).t()
-        return pack_bits(codes, 4)[None]
-
-
-@final
-class CudaInt4(ArrangingKernel[Tiles]):
-    """Multiplies float inputs by 4-bit weights in bfloat16, as `Int4` does on a CPU."""
-
-    name = "cuda-int4"
-
-    @property
-    def arrangement(self) -> type[Tiles]:
-        """Tiles of 4-bit codes."""
-        return Tiles
+    name = "cuda-float8"
 
     def supports(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Return why it cannot: 4-bit affine weights in whole tiles, float inputs, CUDA."""
-        reason = refuse(spec, device, dtype, "cuda") or refuse_four_bits(spec)
+        """Return why it cannot: floats of 8 bits on both sides, sizes of multiples of 16, CUDA."""
+        reason = refuse(spec, device, dtype, "cuda") or _refuse_floats("the weight is", spec.scheme)
+        if reason is None and spec.activation is None:
+            reason = "inputs are float"
+        if reason is None and spec.activation is not None:
+            reason = _refuse_floats("inputs are", spec.activation.scheme)
+            if spec.activation.apart is not None:
+                reason = "some of the inputs stay float"
+        if reason is None and torch.float8_e4m3fn not in _dtypes(spec):
+            reason = "neither the weight nor the inputs are float8_e4m3fn"
+        _, rows, length = spec.layout.stack
+        if reason is None and (rows % _FLOATS or length % _FLOATS):
+            reason = f"{rows} x {length} values are no multiples of {_FLOATS}"
+        return reason or trial("the product of 8-bit floats", _FLOAT8_TRIAL, device)
+
+    def __call__(
+        self, spec: KernelSpec, x: Tensor, weight: PackedTensor, bias: Tensor | None
+    ) -> Tensor:
+        """Return ``x @ weight.T + bias``, ``[..., out]`` in the dtype of `x`."""
+        rows, activation = flat(x, spec.layout.stack[2], x.dtype), spec.activation
+        assert activation is not None  # `supports` saw to it
+        inputs, columns = _dtypes(spec)
+        q = activation.scheme.quantize(rows, activation.qparams(rows))
+        unit, scale = q.qparams.scale, weight.tensors["scale"].to(torch.float32).reshape(1, -1)
+        assert unit is not None  # a Float8 has one
+        left, right = q.codes.view(inputs), weight.tensors["codes"][0].view(columns).t()
+        both_e4m3 = inputs == columns
+        if x.dtype == torch.bfloat16 and both_e4m3 and _scales_rows(x.device):
+            unit = unit.expand(rows.shape[0], 1).contiguous()
+            scale = scale.expand(1, right.shape[1]).contiguous()
+            bias = bias.to(x.dtype) if bias is not None else None
+            out = torch._scaled_mm(left, right, unit, scale, bias, out_dtype=x.dtype)
+            return shaped(out, None, x)
+        one = scale.new_ones(())
+        out = torch._scaled_mm(left, right, one, one, out_dtype=torch.float32)
+        return shaped(out * scale * unit, bias, x)
+
+
+def _scales_rows(device: torch.device) -> bool:
+    """Return whether the operator itself multiplies scales of rows in."""
+    return trial("the product of scaled rows", _ROWS_TRIAL, device) is None
+
+
+def _dtypes(spec: KernelSpec) -> tuple[torch.dtype, ...]:
+    """Return the dtypes of 8-bit floats of inputs and weight."""
+    schemes = (spec.activation.scheme if spec.activation is not None else None, spec.scheme)
+    return tuple(scheme.dtype for scheme in schemes if isinstance(scheme, Float8))
+
+
+def _refuse_floats(what: str, scheme: Scheme) -> str | None:
+    """Return why a grid is not one of 8-bit floats with a scale per row or for all, or None."""
+    whole = (PerTensor, PerChannel, PerToken)
+    if type(scheme) is Float8 and type(scheme.granularity) in whole:
+        return None
+    return f"{what} {scheme.describe()}, not 8-bit floats by rows"
+
+
+class CudaDecoded:
+    """Decodes a weight of 8 bits in one pass, in the dtype of the inputs, then multiplies floats.
+
+    What the reference does in three passes, by way of float32.
+    """
+
+    name = "cuda-decoded"
+
+    def supports(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Return why it cannot: 8 bits with a scale per channel or tensor, float inputs, CUDA."""
+        reason = refuse(spec, device, dtype, "cuda")
         if reason is None and spec.activation is not None:
             reason = f"inputs are {spec.activation.describe()}"
-        _, rows, length = spec.layout.stack
-        if reason is None and (rows % _STEP or length % _COLUMNS):
-            reason = f"{rows} x {length} values are no multiples of {_STEP} x {_COLUMNS}"
-        return reason or _trial("the 4-bit product", _INT4_TRIAL, device)
+        if reason is not None or _refuse_floats("", spec.scheme) is None:
+            return reason
+        return refuse_grid(spec.scheme)
 
-    def arrange(self, spec: KernelSpec, weight: PackedTensor) -> Tiles:
-        """Return the weight in tiles."""
-        scale, zeros = scales_and_zeros(weight)
-        _, rows, length = weight.layout.stack
-        group = group_of(weight.block_size[2])
-        pairs = torch.stack([scale, (_CENTRE - zeros) * scale], -1).to(torch.bfloat16)
-        pairs = pairs.transpose(0, 1)
-        repeats = length // group // pairs.shape[0]
-        pairs = pairs.repeat_interleave(repeats, 0).expand(-1, rows, -1).contiguous()
-        stored = weight.tensors["codes"][0]  # even columns low; the operator wants them high
-        turned = (stored << 4) | (stored >> 4)
-        codes = torch.ops.aten._convert_weight_to_int4pack(turned, _TILES)
-        return Tiles(codes, pairs, (rows, length))
-
-    def product(self, spec: KernelSpec, x: Tensor, weight: Tiles, bias: Tensor | None) -> Tensor:
+    def __call__(
+        self, spec: KernelSpec, x: Tensor, weight: PackedTensor, bias: Tensor | None
+    ) -> Tensor:
         """Return ``x @ weight.T + bias``, ``[..., out]`` in the dtype of `x`."""
-        length = spec.layout.stack[2]
-        rows = flat(x, length, torch.bfloat16)
-        group = length // weight.pairs.shape[0]
-        found = torch.ops.aten._weight_int4pack_mm(rows, weight.codes, group, weight.pairs)
-        return shaped(found.to(torch.float32), bias, x)
+        rows, tensors = flat(x, spec.layout.stack[2], x.dtype), weight.tensors
+        values, zero = tensors["codes"][0], tensors.get("zero_point")
+        scale = tensors["scale"].to(torch.float32).reshape(-1, 1)
+        if isinstance(spec.scheme, Float8):
+            values = values.view(spec.scheme.dtype).to(x.dtype)  # each of which has them all
+        if zero is not None:
+            values = values.to(torch.int16) - zero.to(torch.int16).reshape(-1, 1)
+        decoded = torch.mul(values, scale, out=rows.new_empty(values.shape))
+        bias = bias.to(x.dtype) if bias is not None else None
+        return shaped(functional.linear(rows, decoded, bias), None, x)
 
 
-def _trial(name: str, program: str, device: torch.device) -> str | None:
+@untraced
+def trial(name: str, program: str, device: torch.device) -> str | None:
     """Return why an operator cannot be used on a device, or None: by trying it there."""
     place = f"{name} on {torch.cuda.get_device_name(device)}"
     return refusal(place, f"device = {str(device)!r}\n{program}")
@@ -178,30 +201,42 @@ def _trial(name: str, program: str, device: torch.device) -> str | None:
 
 _INTEGER_TRIAL = """
 import torch
-for rows in (24, 32, 136):
+for rows in (24, 25, 32, 136):
     for length, count in ((64, 96), (1000, 64)):
         left = torch.randint(-128, 128, (rows, length), dtype=torch.int8)
         right = torch.randint(-128, 128, (count, length), dtype=torch.int8)
         found = torch._int_mm(left.to(device), right.to(device).t()).cpu()
         assert torch.equal(found.double(), left.double() @ right.double().t())
 """
-_INT4_TRIAL = """
+_FLOAT8_TRIAL = """
 import torch
-aten = torch.ops.aten
-count, length, group = 64, 512, 64
-codes = torch.randint(0, 16, (count, length), dtype=torch.uint8)
-high, low = codes[:, 0::2], codes[:, 1::2]
-packed = aten._convert_weight_to_int4pack((high << 4 | low).to(device), 8)
-assert packed.numel() * packed.element_size() == count * length // 2, "another size"
-pairs = torch.randint(-8, 9, (length // group, count, 2)).to(torch.bfloat16)
-scale, offset = (part.t().double().repeat_interleave(group, 1) for part in pairs.unbind(-1))
-weight = (codes.double() - 8) * scale + offset
-for rows in (1, 8, 17, 64):
-    x = torch.zeros(rows, length, dtype=torch.bfloat16)
-    x[torch.arange(rows), torch.randint(0, length, (rows,))] = 1
-    found = aten._weight_int4pack_mm(x.to(device), packed, group, pairs.to(device)).cpu()
-    assert torch.equal(found, (x.double() @ weight.t()).to(torch.bfloat16)), "another order"
+floats = torch.float8_e4m3fn, torch.float8_e5m2
+one = torch.ones((), device=device)
+for of_left, of_right in ((0, 0), (0, 1), (1, 0)):
+    for rows in (1, 3, 16, 17, 136):
+        left = torch.randint(-8, 9, (rows, 64)).float().to(floats[of_left])
+        right = torch.randint(-8, 9, (96, 64)).float().to(floats[of_right])
+        both = left.to(device), right.to(device).t()
+        found = torch._scaled_mm(*both, one, one, out_dtype=torch.float32)
+        assert torch.equal(found.cpu(), left.float() @ right.float().t())
+"""
+_ROWS_TRIAL = """
+import torch
+for rows in (1, 3, 16, 17, 136):
+    left = torch.randint(-2, 3, (rows, 64)).float().to(torch.float8_e4m3fn)
+    right = torch.randint(-2, 3, (96, 64)).float().to(torch.float8_e4m3fn)
+    unit, scale = 2.0 ** torch.randint(-9, 9, (rows, 1)), 2.0 ** torch.randint(-9, 9, (1, 96))
+    expected = (left.float() @ right.float().t()) * unit * scale
+    both = left.to(device), right.to(device).t()
+    found = torch._scaled_mm(*both, unit.to(device), scale.to(device), out_dtype=torch.bfloat16)
+    assert torch.equal(found.cpu(), expected.to(torch.bfloat16))
+    bias = torch.zeros(96, dtype=torch.bfloat16, device=device)
+    again = torch._scaled_mm(
+        *both, unit.to(device), scale.to(device), bias, out_dtype=torch.bfloat16
+    )
+    assert torch.equal(again, found)
 """
 
 CUDA_INTEGER = CudaInteger()
-CUDA_INT4 = CudaInt4()
+CUDA_FLOAT8 = CudaFloat8()
+CUDA_DECODED = CudaDecoded()

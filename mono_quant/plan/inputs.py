@@ -192,11 +192,12 @@ class InputUse:
 
         The error on a grid of step d is taken to be ``d ** 2 / 12`` a value.
         """
-        if not self.cut.noise or activation.scheme.code_bits is None:
+        scheme = activation.scheme
+        if not self.cut.noise or not isinstance(scheme, Affine):
             return None
-        steps = (1 << activation.scheme.code_bits) - 1
+        steps = (1 << scheme.bits) - 1
         step = (max(self.high, 0.0) - min(self.low, 0.0)) / steps
-        if activation.scheme.code_min < 0:  # symmetric
+        if scheme.symmetric:
             step = 2 * max(self.high, -self.low) / steps
         return 10 * math.log10(self.cut.noise / (self.count * step**2 / 12))
 

@@ -151,6 +151,7 @@ def _call(name: str, value: object) -> str:
             "bits": value.bits if value.bits != 8 else None,
             "symmetric": value.symmetric or None,
             "granularity": value.granularity,
+            "dtype": value.dtype,
         }
         more = "".join(f", {key}={one!r}" for key, one in said.items() if one is not None)
         return f"activations({value.mode!r}{more})"

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from mono_quant.configurable import as_dtype, dtype_name, register
 from mono_quant.errors import ConfigurationError
+from mono_quant.numerics.blocks import block_range
 from mono_quant.numerics.granularity import Granularity, PerChannel
 from mono_quant.numerics.minifloat import FORMATS, MiniFloat
+from mono_quant.numerics.values import QParams
 from mono_quant.schemes.scaled import (
     Scaled,
     check_granularity,
@@ -18,6 +20,7 @@ from mono_quant.schemes.scaled import (
     words_of_scales,
 )
 
+_TINY = torch.finfo(torch.float32).tiny
 _FORMATS = {found.dtype: found for found in FORMATS.values() if found.dtype is not None}
 
 
@@ -73,6 +76,17 @@ class Float8(Scaled):
     def encode(self, values: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
         """Return the bits of the nearest float of each value, as signed bytes."""
         return self._format.encode(values).view(torch.int8)
+
+    def decoded(self, codes: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
+        """Return the float of each code, as torch casts it."""
+        return codes.view(self.dtype).to(torch.float32)
+
+    def dynamic_qparams(self, x: Tensor) -> QParams:
+        """Return `calculate_qparams` of the smallest and largest values, whatever they are."""
+        block_size = self.granularity.block_size(tuple(x.shape))
+        low, high = block_range(x, block_size)
+        magnitude = torch.maximum(high, -low).to(torch.float32)
+        return QParams(self.stored((magnitude / self.unit).clamp_(min=_TINY)), None, block_size)
 
     def describe(self) -> str:
         """Return the dtype and the granularity."""

@@ -134,8 +134,11 @@ class Scaled(Scheme):
             scale = torch.where(high < -low, -scale, scale)
         if _GLOBAL in extra:
             return QParams(scale.to(_E4M3), None, block_size, extra)
-        stored = stored_scale(scale, self.scale_dtype, 1 / (8 << self.code_bits))
-        return QParams(stored, None, block_size, extra)
+        return QParams(self.stored(scale), None, block_size, extra)
+
+    def stored(self, scale: Tensor) -> Tensor:
+        """Return float32 scales in `scale_dtype`, or as they are where that is too coarse."""
+        return stored_scale(scale, self.scale_dtype, 1 / (8 << self.code_bits))
 
     def scales(self, qparams: QParams) -> Tensor:
         """Return what levels are multiplied by, a float32 value per block.
@@ -163,8 +166,7 @@ class Scaled(Scheme):
         if _GLOBAL in qparams.extra:
             wanted = (scales / qparams.extra[_GLOBAL]).clamp(-_LARGEST_SCALE, _LARGEST_SCALE)
             return replace(qparams, scale=wanted.to(_E4M3))
-        stored = stored_scale(scales, self.scale_dtype, 1 / (8 << self.code_bits))
-        return replace(qparams, scale=stored)
+        return replace(qparams, scale=self.stored(scales))
 
     @property
     def step(self) -> float:
@@ -173,16 +175,20 @@ class Scaled(Scheme):
 
     def quantize(self, x: Tensor, qparams: QParams) -> QTensor:
         """Return the code of the nearest level to each value over its scale, in float32."""
-        values, scale = meet(x.to(torch.float32), qparams.block_size, self.scales(qparams))
-        values = values / scale.masked_fill(scale == 0, 1.0)
+        values = x if x.dtype in _PLAIN else x.to(torch.float32)
+        values, scale = meet(values, qparams.block_size, self.scales(qparams))
+        values = values / scale.masked_fill(scale == 0, 1.0)  # in float32, as scales are
         return QTensor(self.encode(values.reshape(x.shape), qparams.extra), qparams, x.dtype)
 
     def dequantize(self, q: QTensor) -> Tensor:
         """Return the level of each code times its scale, in float32."""
-        levels = self.table(q.qparams.extra, q.codes.device)
-        values = look_up(q.codes.view(torch.uint8), levels)
+        values = self.decoded(q.codes, q.qparams.extra)
         values, scale = meet(values, q.qparams.block_size, self.scales(q.qparams))
         return values.mul_(scale).reshape(q.codes.shape)
+
+    def decoded(self, codes: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
+        """Return the level of each code in float32."""
+        return look_up(codes.view(torch.uint8), self.table(extra, codes.device))
 
     def remark(self, q: QTensor) -> str | None:
         """Return that scales had to be wider than was asked for, or None."""

@@ -30,6 +30,7 @@ NAMES = (
     "limits",
     "recurrent",
     "faster",
+    "cuda",
     "endurance",
 )
 

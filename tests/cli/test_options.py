@@ -134,6 +134,13 @@ AFFINE_JSON = '{"kind": "affine", "bits": 6, "granularity": {"kind": "per_group"
             .activations("dynamic", bits=6, symmetric=True, granularity="tensor")
             .observer(activations=MinMax()),
         ),
+        (
+            [
+                *("--scheme", "float8", "--activations", "static"),
+                *("--activation-dtype", "float8_e5m2"),
+            ],
+            Quantizer().scheme(Float8()).activations("static", dtype=torch.float8_e5m2),
+        ),
         (["--fold"], Quantizer().fold()),
         (["--no-fold"], Quantizer().fold(False)),
         (

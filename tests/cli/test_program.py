@@ -28,7 +28,7 @@ COMMANDS = (
 )
 
 
-ACTIVATION = ("bits", "symmetric", "granularity", "observer")
+ACTIVATION = ("dtype", "bits", "symmetric", "granularity", "observer")
 
 
 def test_the_version_is_that_of_the_package(monoquant: Monoquant) -> None:

@@ -118,6 +118,9 @@ def on_grid(activation: Activation | None, rows: Tensor) -> Tensor:
     quantized = activation.scheme.quantize(rows, activation.qparams(rows))
     scale, zero = quantized.qparams.scale, quantized.qparams.zero_point
     assert scale is not None
+    if isinstance(activation.scheme, Float8):
+        floats = quantized.codes.view(activation.scheme.dtype)
+        return floats.to(torch.float64) * scale.to(torch.float64)
     centre = zero.to(torch.float64) if zero is not None else 0.0
     return (quantized.codes.to(torch.float64) - centre) * scale.to(torch.float64)
 

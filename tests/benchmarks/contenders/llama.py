@@ -78,9 +78,10 @@ class Llama(nn.Module):
         before = 0 if past is None else past.shape[-2]
         places = torch.arange(before, before + ids.shape[1], device=ids.device)
         seen = torch.arange(before + ids.shape[1], device=ids.device) <= places[:, None]
-        angles = places.float()[:, None] * _BASE ** (-torch.arange(0, _HEAD, 2) / _HEAD)
-        turn = torch.stack((angles.cos(), angles.sin()))
+        speeds = _BASE ** (-torch.arange(0, _HEAD, 2, device=ids.device) / _HEAD)
+        angles = places.float()[:, None] * speeds
         x = self.embedding(ids)
+        turn = torch.stack((angles.cos(), angles.sin())).to(x.dtype)
         for index, block in enumerate(self.blocks):
             x = block(x, turn, seen, None if past is None else past[index])
         logits: Tensor = self.head(self.norm(x))
