@@ -16,6 +16,7 @@ from mono_quant.base import Activation, BlockRounding, Container, PackedTensor, 
 from mono_quant.calibration import CalibrationData, compare, count_samples, device_of
 from mono_quant.checkpoint import calling, copy_structure
 from mono_quant.configurable import Config
+from mono_quant.errors import CalibrationError
 from mono_quant.gathering import Gathered
 from mono_quant.numerics.nested import each
 from mono_quant.plan.accumulated import Accumulated
@@ -69,16 +70,12 @@ class TimeEstimate:
 
     def __str__(self) -> str:
         """Return it as a line, with what it is made of."""
-        data = (
-            f" and {format_seconds(self.data_seconds)} to run {self.samples} samples of the data"
-            if self.samples
-            else ""
-        )
-        beside = f"; not counted: {joined(self.left_out)}" if self.left_out else ""
-        return (
-            f"time: {format_seconds(self.seconds)}, an estimate from samples measured here: "
-            f"{format_seconds(self.rounding_seconds)} for the weights{data}{beside}"
-        )
+        text = f"time: {format_seconds(self.seconds)}, an estimate from samples measured here"
+        if self.seconds >= 1:
+            text += f": {format_seconds(self.rounding_seconds)} for the weights"
+            if self.samples:
+                text += f" and {format_seconds(self.data_seconds)} to run {self.samples} samples"
+        return f"{text}; not counted: {joined(self.left_out)}" if self.left_out else text
 
 
 @torch.no_grad()
@@ -155,8 +152,8 @@ class _Runs:
         runs: int,
     ) -> "_Runs":
         """Run a float model on some samples of the first batch, plainly and while looking on."""
-        first, device, twin = data.first(), device_of(model), copy_structure(model)
-        size, one = count_samples(first), _cut(data, first, 1)
+        first = next(batch for batch in data.batches() if count_samples(batch))
+        size, device, twin = count_samples(first), device_of(model), copy_structure(model)
         errors = LayerErrors(
             model, twin, _InputsAsPlanned(twin), Accumulated(twin, len(by_layer(todo)))
         )
@@ -168,11 +165,18 @@ class _Runs:
         def look(some: CalibrationData) -> None:
             compare(errors.outputs(todo, some, None), errors.accumulated.outputs(some, None))
 
-        look(one)  # what only a first run does is not counted
-        alone = timed(lambda: plain(one), device)
-        several = min(size, max(1, int(PATIENCE / alone)))
-        some = _cut(data, first, several)
-        float_seconds = timed(lambda: plain(some), device) if several > 1 else alone
+        least = 1
+        try:
+            look(_cut(data, first, least))  # what only a first run does is not counted
+        except CalibrationError:  # a model need not take a part of a batch
+            least = size
+            look(_cut(data, first, least))
+        some = _cut(data, first, least)
+        float_seconds = timed(lambda: plain(some), device)
+        several = min(size, max(least, int(PATIENCE / float_seconds)))
+        if several > least:
+            some = _cut(data, first, several)
+            float_seconds = timed(lambda: plain(some), device)
         measuring = timed(lambda: look(some), device)
         gathered: dict[tuple[str, str], Gathered] = {}
         calibrating = 0.0
@@ -275,8 +279,8 @@ def _rows(weight: WeightPlan, gathered: Mapping[tuple[str, str], Gathered]) -> S
 
 def _is_known(weight: WeightPlan, gathered: Mapping[tuple[str, str], Gathered]) -> bool:
     """Return whether all is known that rounding a weight asks for."""
-    recipe, known = cast("Recipe", weight.recipe), _rows(weight, gathered)
-    return all(need in known for need in (*recipe.rounding.needs, *recipe.grid.scheme.uses))
+    needs = cast("Recipe", weight.recipe).rounding.needs
+    return all(need in _rows(weight, gathered) for need in needs)
 
 
 def _kind(weight: WeightPlan) -> Hashable:

@@ -10,6 +10,7 @@ from mono_quant import (
     AWQ,
     GPTQ,
     MSE,
+    CalibrationError,
     LearnedRounding,
     Quantizer,
     TimeEstimate,
@@ -122,7 +123,37 @@ def test_a_state_dict_and_an_empty_plan_take_their_time() -> None:
     assert Quantizer().plan(state).estimate_time().seconds > 0
     found = Quantizer().skip("*").fit(DATA).plan(mlp()).estimate_time()
     assert found.seconds == 0
+    assert str(found) == "time: under a second, an estimate from samples measured here"
+
+
+def test_a_long_time_says_what_it_is_made_of() -> None:
+    found = TimeEstimate(170.4, 12.3, 64, ("AWQ", "BiasCorrection"))
     assert str(found) == (
-        "time: under a second, an estimate from samples measured here: under a second for "
-        "the weights"
+        "time: 3 min, an estimate from samples measured here: 3 min for the weights and 12 s to "
+        "run 64 samples; not counted: AWQ and BiasCorrection"
     )
+    assert str(TimeEstimate(1.6, 0, 0)).endswith("measured here: 2 s for the weights")
+
+
+def test_columns_that_stand_out_without_data_take_their_time() -> None:
+    found = Quantizer().bits(4).outliers(2).plan(mlp()).estimate_time()
+    assert found.rounding_seconds > 0
+    assert not found.left_out
+
+
+@pytest.mark.usefixtures("second")
+def test_a_model_that_takes_whole_batches_alone_is_run_on_one() -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor, by: Tensor) -> Tensor:
+            found: Tensor = self.layer(x.reshape(2, 4, 64)) * by
+            return found
+
+    batch = {"x": torch.randn(8, 64), "by": torch.ones(2, 4, 64)}
+    found = Quantizer().bits(4).fit([batch, batch]).plan(Mixing()).estimate_time()
+    assert (found.samples, found.data_seconds) == (16, 2 * 2)
+    with pytest.raises(CalibrationError, match="failed on batch 0"):
+        Quantizer().fit({"x": torch.randn(7, 64), "by": 3}).plan(Mixing()).estimate_time()
