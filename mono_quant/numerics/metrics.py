@@ -42,7 +42,8 @@ class SquaredError:
                 f"{tuple(other.shape)} cannot be compared with {tuple(reference.shape)}"
             )
         signal = noise = torch.zeros((), dtype=torch.float64, device=reference.device)
-        flat = reference.detach().reshape(-1), other.detach().reshape(-1)
+        complex_ = reference.is_complex() or other.is_complex()
+        flat = [_reals(x.detach(), complex_) for x in (reference, other)]
         for part, against in zip(*(torch.split(tensor, _PART) for tensor in flat), strict=True):
             exact = part.to(torch.float64)
             error = exact - against.to(torch.float64)
@@ -73,6 +74,13 @@ class SquaredError:
         if self.signal == 0 or math.isinf(self.noise):
             return -math.inf
         return 10 * math.log10(self.signal / self.noise)
+
+
+def _reals(x: Tensor, complex_: bool) -> Tensor:
+    """Return the values of a tensor in a row, of complex ones real and imaginary parts."""
+    if not complex_:
+        return x.reshape(-1)
+    return torch.view_as_real(x.to(torch.complex128).resolve_conj()).reshape(-1)
 
 
 def sqnr_db(reference: Tensor, other: Tensor) -> float:
