@@ -367,7 +367,8 @@ def check(given: Namespace) -> Outcome:
     """Say which laws of its kind an extension keeps, and what breaks the others."""
     options = CheckOptions(**vars(given))
     _import_all(options)
-    found = check_laws(imported(options.target))
+    with telling("checking"):
+        found = check_laws(imported(options.target))
     broken = ", ".join(one.law for one in found.broken)
     problem = f"{found.subject} breaks {broken}" if broken else None
     return Outcome(str(found), found.to_dict(), problem)
