@@ -42,8 +42,7 @@ class SquaredError:
                 f"{tuple(other.shape)} cannot be compared with {tuple(reference.shape)}"
             )
         signal = noise = torch.zeros((), dtype=torch.float64, device=reference.device)
-        complex_ = reference.is_complex() or other.is_complex()
-        flat = [_reals(x.detach(), complex_) for x in (reference, other)]
+        flat = reference.detach().reshape(-1), other.detach().reshape(-1)
         for part, against in zip(*(torch.split(tensor, _PART) for tensor in flat), strict=True):
             exact = part.to(torch.float64)
             error = exact - against.to(torch.float64)
@@ -74,13 +73,6 @@ class SquaredError:
         if self.signal == 0 or math.isinf(self.noise):
             return -math.inf
         return 10 * math.log10(self.signal / self.noise)
-
-
-def _reals(x: Tensor, complex_: bool) -> Tensor:
-    """Return the values of a tensor in a row, of complex ones real and imaginary parts."""
-    if not complex_:
-        return x.reshape(-1)
-    return torch.view_as_real(x.to(torch.complex128).resolve_conj()).reshape(-1)
 
 
 def sqnr_db(reference: Tensor, other: Tensor) -> float:

@@ -97,10 +97,3 @@ def test_bytes_are_those_of_the_elements_whatever_the_storage_holds() -> None:
     assert tensor_bytes(whole[:2]) == 40
     assert tensor_bytes(whole[0, :0]) == 0
     assert tensor_bytes(torch.zeros(3).expand(5, 3)) == 60
-
-
-def test_complex_values_are_compared_whole() -> None:
-    one = torch.tensor([1 + 2j, 3 - 1j])
-    assert SquaredError.between(one, one + 1j) == SquaredError(15.0, 2.0, 2)
-    assert SquaredError.between(one, one.conj()) == SquaredError(15.0, 20.0, 2)
-    assert SquaredError.between(one, one.real) == SquaredError(15.0, 5.0, 2)
