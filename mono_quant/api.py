@@ -191,8 +191,9 @@ def load_model(
     Args:
         path: the file; its suffix says the format.
         model: a float model of the architecture, filled and turned into the quantized one in place
-            (it may be on the meta device, so that no float weight ever exists); or a function that
-            makes one; or nothing, for a dictionary of quantized and float tensors by name.
+            (it may be on the meta device, so that no float weight ever exists; otherwise the result
+            lies where the float model did); or a function that makes one; or nothing, for a
+            dictionary of quantized and float tensors by name.
         kinds: classes of your own that the file names, by their kind.
         layers: further layer quantizers to ask.
         serializer: a format of your own.

@@ -21,6 +21,7 @@ from mono_quant.base import (
     WeightRecord,
 )
 from mono_quant.configurable import Config, Configurable, Kinds, kinds_of
+from mono_quant.devices import devices_of, move
 from mono_quant.errors import (
     CheckpointError,
     ConfigurationError,
@@ -173,12 +174,14 @@ def rebuild(
     """Turn a float skeleton into the quantized model of a checkpoint, in place, and return it.
 
     The skeleton may be on the meta device. All names and shapes are checked before a layer is
-    changed. Tensors are taken over, not copied.
+    changed. Tensors are taken over, not copied, unless the skeleton lies on another device: then
+    they are moved there.
 
     Raises:
         CheckpointError: names or shapes do not fit.
         UnsupportedLayerError: no layer quantizer knows a layer.
     """
+    devices = devices_of(skeleton)
     repeat(skeleton, checkpoint.edits)
     makers = _makers(skeleton, checkpoint, (*layers, *BUILT_IN_LAYERS), kinds)
     _check_fit(skeleton, checkpoint)
@@ -209,6 +212,7 @@ def rebuild(
     _apply(skeleton, checkpoint, replaced)
     adapt_containers(skeleton, (*recorded, *containers))
     guard_saving(skeleton)
+    move(skeleton, devices)
     return skeleton
 
 

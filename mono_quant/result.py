@@ -23,6 +23,7 @@ from mono_quant.checkpoint import (
     to_checkpoint,
 )
 from mono_quant.configurable import Config
+from mono_quant.devices import devices_of, move
 from mono_quant.errors import CheckpointError, InputError
 from mono_quant.modules import BareModule
 from mono_quant.report import Report
@@ -274,6 +275,7 @@ def validate(
         if unequal := _unequal(saved, to_checkpoint(fresh)):
             return Validation("failed", (*checks, ("reloaded", f"{unequal} differs")))
         checks.append(("reloaded", f"{len(saved.records)} weights, equal to the bit"))
+        move(fresh, devices_of(model))
     except (CheckpointError, InputError) as error:
         return Validation("failed", (*checks, (type(error).__name__, str(error))))
     if example is None or isinstance(model, BareModule):

@@ -118,6 +118,12 @@ PLAIN: Mapping[str, Quantizer] = {
 }
 """Without data."""
 
+COARSE = ("INT4", "FP8")
+"""Whose last bits matter: of a product in bfloat16, and of inputs that round by a sixteenth."""
+
+FITTED_ALONE = ("tables", "INT4, float zero points")
+"""By many steps, in which last bits grow."""
+
 FITTED: Mapping[str, Quantizer] = {
     "static": Quantizer(),
     "static, histogram": Quantizer().observer(activations=Histogram()),
@@ -143,22 +149,35 @@ def decibels(found: Tensor, expected: Tensor) -> float:
     return math.inf if torch.equal(one, other) else sqnr64([one], [other])
 
 
+def assert_alike(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Check that floats differ in their last bits, and few values by what those decide."""
+    assert found.keys() == expected.keys()
+    for key, other in expected.items():
+        one = found[key].cpu()
+        assert one.dtype == other.dtype
+        far = (one.double() - other.double()).abs() > 2e-3 * other.double().abs() + 1e-6
+        assert float(far.double().mean()) < 0.01, key
+
+
+@pytest.mark.filterwarnings("ignore:RNN module weights:UserWarning")  # they are decoded anew
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", PLAIN)
-def test_without_data_the_bytes_are_those_of_a_cpu(model: str, name: str, tmp_path: Path) -> None:
+def test_without_data_a_model_is_quantized_as_on_a_cpu(
+    model: str, name: str, tmp_path: Path
+) -> None:
     source, x = case(model)
     expected = PLAIN[name].apply(copy.deepcopy(source), progress=False).model
     on_gpu = source.to(GPU)
     result = PLAIN[name].apply(on_gpu, progress=False)
     assert {value.device.type for value in result.model.state_dict().values()} == {"cuda"}
-    exact = name not in ("tables", "INT4, float zero points")  # fitted by sums, in another order
-    assert not exact or same_tensors(copy.deepcopy(result.model).cpu(), expected)
+    if name not in FITTED_ALONE:
+        assert_alike(result.model.state_dict(), expected.state_dict())
     with torch.no_grad():
         found = result.model(x.to(GPU))
         with kernels.use("reference"):
             plain = result.model(x.to(GPU))
-        assert decibels(found, plain) > (35 if name == "INT4" else 45)  # that is in bfloat16
-        assert decibels(plain, expected(x)) > (35 if exact else 20)
+        assert decibels(found, plain) > (35 if name in COARSE else 45)
+        assert decibels(plain, expected(x)) > 30
     assert result.validate(x.to(GPU))
     result.save(tmp_path / "model.safetensors")
     again = load_model(tmp_path / "model.safetensors", case(model)[0].to(GPU))
@@ -166,6 +185,7 @@ def test_without_data_the_bytes_are_those_of_a_cpu(model: str, name: str, tmp_pa
         assert same_bits(again(x.to(GPU)).cpu(), found.cpu())
 
 
+@pytest.mark.filterwarnings("ignore:RNN module weights:UserWarning")
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", FITTED)
 def test_with_data_the_outputs_are_as_near_as_on_a_cpu(model: str, name: str) -> None:

@@ -17,7 +17,7 @@ RANKS = {
     name: rank
     for rank, names in enumerate(
         [
-            "version errors progress text",
+            "version errors progress text devices",
             "configurable",
             "numerics",
             "base speed",

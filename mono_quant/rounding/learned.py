@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 import attrs
@@ -392,7 +393,8 @@ class _Trial:
         dtypes = {name: one.dtype for name, one in self.block.named_parameters()}
         changed = {name: one.native() for name, one in self.weights.items()} | dict(self.floats)
         cast = {name: value.to(dtypes[name]) for name, value in changed.items()}
-        outputs = functional_call(self.block, cast, call.args, dict(call.kwargs))
+        with _differentiable(self.block):
+            outputs = functional_call(self.block, cast, call.args, dict(call.kwargs))
         pairs = [
             _finite_parts(output.to(torch.float32), target.to(torch.float32))
             for output, target in zip(tensors_in(outputs), call.targets, strict=True)
@@ -400,6 +402,14 @@ class _Trial:
         ]
         noise = torch.stack([(output - target).square().sum() for output, target in pairs]).sum()
         return noise, torch.stack([target.square().sum() for _, target in pairs]).sum()
+
+
+def _differentiable(block: nn.Module) -> AbstractContextManager[None]:
+    """Return what lets a block in eval mode have gradients: cuDNN's recurrent layers have none."""
+    if not any(isinstance(module, nn.RNNBase) for module in block.modules()):
+        return nullcontext()
+    without: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=False)
+    return without
 
 
 def _finite_parts(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

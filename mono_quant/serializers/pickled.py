@@ -55,6 +55,9 @@ def is_archive(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
+_FOLDER = 0x10  # the bit of a zip record's external attributes (DOS) that says so
+
+
 def check_file(path: Path) -> None:
     """Refuse a file that would run code, or take more memory than its own size, when it is read.
 
@@ -76,6 +79,11 @@ def check_file(path: Path) -> None:
                 raise CorruptCheckpointError(
                     f"{path} is compressed, which torch.save does not do: unpacked, it might take "
                     "any amount of memory; load it and save it again"
+                )
+            if any(one.external_attr & _FOLDER and not one.is_dir() for one in records):
+                raise CorruptCheckpointError(
+                    f"{path} has records that are marked as folders, of which torch reads whatever "
+                    "lay in memory; save it again"
                 )
             if sum(one.file_size for one in records) > path.stat().st_size:
                 raise CorruptCheckpointError(f"{path} has records that are larger than the file")

@@ -35,7 +35,8 @@ SETTINGS: Mapping[str, Quantizer] = {
     "FP8 weight-only": Quantizer().scheme(Float8()),
     "INT4 g64": Quantizer().bits(4),
 }
-COMPILED = ("INT8 dynamic, symmetric", "FP8 dynamic", "INT8 weight-only", "INT4 g64")
+COMPILED = ("FP8 dynamic", "INT8 dynamic, symmetric", "INT4 g64")
+FAST_SHAPES = (SHAPES[0], SHAPES[2])  # torch compiles one forward eight times, and not again
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def main() -> None:
         tokens = ("1 token", "256 tokens", "4 x 256")
         print_table(("setting", "dtype", "MB", *tokens, "SQNR, dB"), _decoder())
         print("The same, compiled\n")
-        print_table(("setting", *tokens, "SQNR, dB"), _compiled())
+        print_table(("setting", tokens[0], tokens[2], "SQNR, dB"), _compiled())
 
 
 def _linear() -> Iterator[tuple[str, ...]]:
@@ -105,22 +106,24 @@ def _decoder() -> Iterator[tuple[str, ...]]:
 
 def _compiled() -> Iterator[tuple[str, ...]]:
     source = _source(torch.bfloat16)
+    fast = _fast(source)
     for title in COMPILED:
         model = SETTINGS[title].apply(source, progress=False).model
-        cells, tokens = [], torch.zeros(1, 1)
-        for shape in SHAPES:
-            torch.compiler.reset()
+        quantized, cells, error = _fast(model), list[str](), 0.0
+        for shape in FAST_SHAPES:
             tokens = torch.randint(VOCABULARY, shape, device="cuda")
-            calls = [_calls([_fast(one)], tokens) for one in (source, model)]
+            calls = [_calls([one], tokens) for one in (fast, quantized)]
             for call in calls * 3:
                 call()
             cells.append(f"{_ratio(*calls):.2f}")
-        found = _fast(model)(tokens).float()
-        yield (title, *cells, f"{sqnr([source(tokens).float()], [found]):.2f}")
+            error = sqnr([source(tokens).float()], [quantized(tokens).float()])
+        yield (title, *cells, f"{error:.2f}")
 
 
 def _fast(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    compiled: Callable[[Tensor], Tensor] = torch.compile(model, mode="reduce-overhead")
+    compiled: Callable[[Tensor], Tensor] = torch.compile(
+        model, mode="reduce-overhead", dynamic=False
+    )
     return compiled
 
 

@@ -1,14 +1,14 @@
 """Kernels for CUDA: their arithmetic here, with the operators as documented; the rest on a GPU."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from mono_quant import Float8, PerTensor, QuantizedLayer, Quantizer, kernels
-from mono_quant.base import Kernel
+from mono_quant.base import Kernel, KernelSpec
 from mono_quant.kernels import (
     REFERENCE,
     CudaDecoded,
@@ -19,7 +19,7 @@ from mono_quant.kernels import (
 )
 from mono_quant.kernels import cuda as module
 from mono_quant.kernels import cuda_tiles as tiles_module
-from mono_quant.kernels.ops import int_mm_refusal
+from mono_quant.kernels.ops import int_mm_refusal, untraced
 from tests.helpers import noise, same_bits
 from tests.kernels.cases import CPU, EPS, INTEGERS, exact, layer, run, spec_of
 from tests.kernels.test_int4 import GRIDS, ROUND, SHAPE, parts
@@ -245,3 +245,35 @@ def test_on_a_gpu_layers_are_what_the_reference_makes_of_them(kernel: Kernel) ->
 def test_on_a_gpu_the_trials_find_another_order() -> None:
     wrong = tiles_module._TRIAL.replace("high << 4 | low", "low << 4 | high")
     assert "another order" in str(module.trial("another order", wrong, GPU))
+
+
+@pytest.mark.parametrize("grid", ["float8", "dynamic", "asymmetric weight"])
+def test_products_are_traced_in_one_piece(grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if grid != "float8" and (why := int_mm_refusal()):
+        pytest.skip(why)
+
+    def on_a_cpu(spec: KernelSpec, device: torch.device, dtype: torch.dtype, place: str) -> None:
+        return None
+
+    @untraced
+    def works(name: str, program: str, device: torch.device) -> str | None:
+        return None if "scaled rows" not in name else "no"
+
+    made = layer({**INTEGERS, "float8": FLOATS["dynamic"]}[grid], 64, 1040, bias=False)
+    monkeypatch.setattr(module, "refuse", on_a_cpu)
+    monkeypatch.setattr(module, "trial", works)
+    kernel = FLOAT8 if grid == "float8" else INTEGER
+    monkeypatch.setattr(kernels, "INTEGER_TRACED", kernel)
+    torch.compiler.reset()
+    calls: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        calls.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    fast = torch.compile(made, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        for rows in (1, 17):
+            x = noise(rows, 1040, seed=rows)
+            torch.testing.assert_close(fast(x), run(kernel, made, x))
+    assert any("_scaled_mm" in call or "_int_mm" in call for call in calls), calls

@@ -73,6 +73,24 @@ def test_a_compressed_file_is_refused_before_it_is_unpacked(
         reader(path)
 
 
+@pytest.mark.parametrize("reader", [load_model, read_state_dict])
+def test_a_tensor_that_claims_to_be_a_folder_is_refused(
+    reader: Callable[[Path], object], tmp_path: Path
+) -> None:
+    """Torch would read nothing of it, and return the memory that it was to be read into."""
+    plain, path = tmp_path / "plain.pt", tmp_path / "folder.pt"
+    torch.save({"weight": torch.arange(9)}, plain)
+    with zipfile.ZipFile(plain) as whole, zipfile.ZipFile(path, "w") as made:
+        for one in whole.infolist():
+            content = whole.read(one)
+            if "/data/" in one.filename:
+                one.external_attr |= 0x10
+            made.writestr(one, content)
+    assert read_state_dict(plain)["weight"].tolist() == list(range(9))
+    with pytest.raises(CorruptCheckpointError, match=r"folder\.pt.*marked as folders"):
+        reader(path)
+
+
 def test_records_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
     """A hundred names of one record would be read a hundred times."""
     path = tmp_path / "shared.pt"
