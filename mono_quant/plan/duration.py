@@ -5,7 +5,7 @@ each grid and rounding, and the model on a few samples of the first batch. The r
 many weights of how many values there are, and how often the data goes through the model.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import cast
 
 import attrs
@@ -33,7 +33,7 @@ SAMPLE_VALUES = 1 << 18
 """Values of a weight that are rounded to see how long that takes."""
 WIDEST = 1536
 """Columns of the widest weight that is sampled where time grows faster than the columns do."""
-PATIENCE = 0.15
+PATIENCE = 0.1
 """Seconds that one run of the model may take, if a sample of the data takes no longer."""
 _AND_BACK = 3
 """How many runs forward one forward and back is."""
@@ -176,8 +176,8 @@ class _Runs:
         several = min(size, max(least, int(PATIENCE / float_seconds)))
         if several > least:
             some = _cut(data, first, several)
-            float_seconds = timed(lambda: plain(some), device)
-        measuring = timed(lambda: look(some), device)
+            float_seconds = _quickest(lambda: plain(some), device)
+        measuring = _quickest(lambda: look(some), device)
         gathered: dict[tuple[str, str], Gathered] = {}
         calibrating = 0.0
         if statistics is not None:
@@ -238,8 +238,9 @@ class _Cost:
         _round(weight, one, statistics)  # what only a first call does is not counted
         if not needy:
             _round(weight, several, statistics)
-        first = timed(lambda: _round(weight, one, statistics), stack.device)
-        more = timed(lambda: _round(weight, several, statistics), stack.device)
+        measure = timed if needy else _quickest
+        first = measure(lambda: _round(weight, one, statistics), stack.device)
+        more = measure(lambda: _round(weight, several, statistics), stack.device)
         beyond = several.numel() - one.numel()
         per_value = max(0.0, more - first) / beyond if beyond else 0.0
         on_grid = 0.0
@@ -270,6 +271,11 @@ def _round(weight: WeightPlan, stack: Tensor, statistics: Statistics) -> None:
     apart = q.qparams.extra.get(scheme.columns_apart) if scheme.columns_apart else None
     WeightError.of(stack, q, scheme, apart)
     PackedTensor.pack(q, scheme, weight.layout, stack.dtype, consume=True)
+
+
+def _quickest(call: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of the quicker of two calls: something else may have run meanwhile."""
+    return min(timed(call, device), timed(call, device))
 
 
 def _rows(weight: WeightPlan, gathered: Mapping[tuple[str, str], Gathered]) -> Statistics:
