@@ -98,7 +98,7 @@ try:
         Percentile,
         create_observer,
     )
-    from mono_quant.plan import GraphPlan, GraphResult, Plan
+    from mono_quant.plan import GraphPlan, GraphResult, Plan, TimeEstimate
     from mono_quant.quantizer import GraphQuantizer, Quantizer
     from mono_quant.report import Report
     from mono_quant.result import Outline, QuantizationResult, Validation
@@ -244,6 +244,7 @@ __all__ = [
     "Statistic",
     "Statistics",
     "Target",
+    "TimeEstimate",
     "TorchSerializer",
     "Transform",
     "TransformContext",

@@ -699,6 +699,11 @@ class BlockRounding(Rounding):
     __slots__ = ()
     sequential: ClassVar[bool] = True
 
+    @property
+    def batches(self) -> int | None:
+        """How many batches `fit` runs forward and back, to foresee its time; None: not known."""
+        return None
+
     @abstractmethod
     def fit(
         self,

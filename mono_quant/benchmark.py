@@ -13,7 +13,11 @@ from mono_quant.speed import Speed, take_turns
 
 @torch.no_grad()
 def measure_speed(
-    floats: nn.Module, quantized: nn.Module, data: CalibrationData, seconds: float
+    floats: nn.Module,
+    quantized: nn.Module,
+    data: CalibrationData,
+    seconds: float,
+    label: str | None = None,
 ) -> Speed:
     """Return the speed of two models on the first batch of `data`, which take turns.
 
@@ -22,6 +26,7 @@ def measure_speed(
         quantized: the model.
         data: its first batch is what both are called with.
         seconds: roughly how long to measure; each model is called five times at least.
+        label: of a progress bar; None for none.
 
     Raises:
         CalibrationError: a model cannot be called with it.
@@ -33,7 +38,7 @@ def measure_speed(
         with kernels_run() as ran:
             next(one.outputs(quantized))
         ours, theirs = (partial(data.call, model, batch) for model in (quantized, floats))
-        found = take_turns(theirs, ours, seconds, device_of(quantized))
+        found = take_turns(theirs, ours, seconds, device_of(quantized), label=label)
     paths = {module: path for path, module in quantized.named_modules()}
     return Speed(
         statistics.median(found.floats),

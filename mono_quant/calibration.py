@@ -118,6 +118,16 @@ class CalibrationData:
         """
         return attrs.evolve(self, source=list(self.batches()))
 
+    def count(self, of_batch: int) -> int:
+        """Return about how many samples will be used, without reading more than there must be.
+
+        Args:
+            of_batch: samples of a batch.
+        """
+        if not isinstance(self.source, Sized):
+            return self.samples
+        return min(self.samples, of_batch * _length(self.source))
+
     def first(self) -> object:
         """Return the first batch."""
         return next(self.batches())
@@ -186,7 +196,7 @@ class CalibrationData:
                 yield found
                 count = count_samples(batch)
                 if not place and isinstance(self.source, Sized):
-                    bar.total = min(self.samples, count * _length(self.source))
+                    bar.total = self.count(count)
                 bar.update(count)
 
     def _run(self, model: nn.Module, batch: object, place: int) -> list[Tensor]:

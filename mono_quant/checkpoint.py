@@ -4,7 +4,7 @@ import copy
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import attrs
 import torch
@@ -40,6 +40,7 @@ from mono_quant.transforms.rescaling import watched
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
+_FOREIGN_SAVE = "save_pretrained"
 _ADAPTED_BY = "_adapted_by"  # where an adapted container keeps the `Container` that did it
 
 
@@ -210,6 +211,7 @@ def rebuild(
     _fill(skeleton, checkpoint)
     _apply(skeleton, checkpoint, replaced)
     adapt_containers(skeleton, (*recorded, *containers))
+    guard_saving(skeleton)
     move(skeleton, devices)
     return skeleton
 
@@ -227,6 +229,33 @@ def adapt_containers(model: nn.Module, containers: Iterable[Container]) -> None:
         if container is not None and below:
             container.adapt(module)
             module.__dict__[_ADAPTED_BY] = container
+
+
+def guard_saving(model: nn.Module) -> None:
+    """Have ``save_pretrained`` refuse quantized modules, of whatever library it comes from.
+
+    It would write their state dict, and ``from_pretrained`` of transformers and its relatives draws
+    weights at random where it finds none by their names. The attribute of the object hides the
+    method of its class, which stays what it is.
+    """
+    for module in model.modules():
+        below = any(isinstance(child, QuantizedModule) for child in module.modules())
+        if below and callable(getattr(type(module), _FOREIGN_SAVE, None)):
+            module.__dict__[_FOREIGN_SAVE] = refuse_to_save
+
+
+def refuse_to_save(*_: object, **__: object) -> NoReturn:
+    """Stand where a quantized model's ``save_pretrained`` was.
+
+    Raises:
+        CheckpointError: always; says what saves the model.
+    """
+    raise CheckpointError(
+        "the model is quantized, and of what save_pretrained writes of it, from_pretrained draws "
+        "the weights at random: save it with result.save(path) or save_model(model, path), and its "
+        "configuration with model.config.save_pretrained(folder); a save_pretrained that knows "
+        "better is back after del model.save_pretrained"
+    )
 
 
 @contextmanager
@@ -271,6 +300,8 @@ def dequantized(model: ModelT) -> ModelT:
         for container in _adapted_by(module):
             container.revert(module)
             del module.__dict__[_ADAPTED_BY]
+        if module.__dict__.get(_FOREIGN_SAVE) is refuse_to_save:
+            del module.__dict__[_FOREIGN_SAVE]
     return model
 
 

@@ -16,6 +16,7 @@ from mono_quant.errors import InputError
 from mono_quant.evidence import grade
 from mono_quant.files import fill
 from mono_quant.numerics.metrics import SquaredError, tensor_bytes
+from mono_quant.progress import told_bar
 from mono_quant.serializers import read_checkpoint
 from mono_quant.text import format_bytes, format_db, table
 
@@ -132,18 +133,20 @@ def compare_checkpoints(reference: Checkpoint, other: Checkpoint) -> Comparison:
         raise InputError("the two have no tensor of one name in common")
     rows: list[ComparedTensor] = []
     equal = 0
-    for name in common:
-        row = ComparedTensor(
-            name,
-            _bytes(reference, name),
-            _bytes(other, name),
-            _sqnr(_values(reference, name), _values(other, name)),
-        )
-        quantized = name in reference.records or name in other.records
-        if not quantized and row.sqnr_db == math.inf:
-            equal += 1
-        else:
-            rows.append(row)
+    with told_bar("tensor", len(common)) as bar:
+        for name in common:
+            row = ComparedTensor(
+                name,
+                _bytes(reference, name),
+                _bytes(other, name),
+                _sqnr(_values(reference, name), _values(other, name)),
+            )
+            quantized = name in reference.records or name in other.records
+            if not quantized and row.sqnr_db == math.inf:
+                equal += 1
+            else:
+                rows.append(row)
+            bar.update()
     return Comparison(
         tuple(rows),
         equal,

@@ -1,11 +1,17 @@
 """Progress with the time that is left: of what takes long, and where the output is a terminal."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Protocol
 
 from tqdm import tqdm
 
 AFTER = 2.0
 """Seconds before a bar is shown: what takes no longer needs none."""
+
+
+_LABEL: ContextVar[str | None] = ContextVar("label", default=None)
 
 
 class Bar(Protocol):
@@ -35,3 +41,21 @@ def progress_bar(label: str | None, unit: str, total: int | None = None) -> "tqd
     """
     hidden = None if label else True  # None: where the output is no terminal
     return _Unwatched(total=total, desc=label, unit=unit, delay=AFTER, leave=False, disable=hidden)
+
+
+@contextmanager
+def telling(label: str | None) -> Iterator[None]:
+    """Have what goes through a file meanwhile show a bar of that label; None for none.
+
+    So a format of somebody's own needs no parameter for it.
+    """
+    token = _LABEL.set(label)
+    try:
+        yield
+    finally:
+        _LABEL.reset(token)
+
+
+def told_bar(unit: str, total: int) -> "tqdm[object]":
+    """Return a bar with the label that `telling` was given, and none outside of it."""
+    return progress_bar(_LABEL.get(), unit, total)

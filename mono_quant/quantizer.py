@@ -58,10 +58,7 @@ class Quantizer(Builder):
         if isinstance(model, nn.Module):
             return resolve(model, self._request, config_of(self._request, Selection.of(model)))
         if not isinstance(model, Mapping):
-            raise InputError(
-                f"a {type(model).__name__} is no model: give a torch.nn.Module or a state dict "
-                "(read_state_dict(path) reads one from a file)"
-            )
+            raise InputError(_no_model(model))
         if self._request.data is not None:
             raise InputError("a state dict cannot be run, so fit(data) has no use; give the model")
         if self._request.statistics is not None:
@@ -153,3 +150,13 @@ class GraphQuantizer(Builder):
         It *is* ``plan(model).run()``.
         """
         return self.plan(model).run(progress=progress)
+
+
+def _no_model(given: object) -> str:
+    """Return what is wrong with something that was given for a model."""
+    if isinstance(given, type):
+        return f"{given.__name__} is a class and no model yet: give {given.__name__}(...)"
+    return (
+        f"a {type(given).__name__} is no model: give a torch.nn.Module or a state dict "
+        "(read_state_dict(path) reads one from a file)"
+    )

@@ -187,7 +187,9 @@ class QuantizationResult(Generic[ModelT]):
         with evaluating(model):
             return torch.export.export(model, args, kwargs, strict=strict)
 
-    def benchmark(self, example: object = None, *, seconds: float = 5.0) -> Speed:
+    def benchmark(
+        self, example: object = None, *, seconds: float = 5.0, progress: bool = True
+    ) -> Speed:
         """Measure the model's speed beside the float one, by turns, on this machine.
 
         The float model is made for it, with weights on the grid, and takes its memory meanwhile.
@@ -197,6 +199,7 @@ class QuantizationResult(Generic[ModelT]):
         Args:
             example: a batch as `fit` takes them; by default the first one of the data.
             seconds: roughly how long to measure.
+            progress: show a progress bar where the output is a terminal.
 
         Raises:
             InputError: there is no example.
@@ -204,7 +207,8 @@ class QuantizationResult(Generic[ModelT]):
         data = self._example(example)
         if data is None or isinstance(self.model, BareModule):
             raise InputError("benchmark needs a model and an example: benchmark(example)")
-        found = measure_speed(self.dequantize(), self.model, data, seconds)
+        label = "measuring" if progress else None
+        found = measure_speed(self.dequantize(), self.model, data, seconds, label)
         self.report = self.report.with_speed(found)
         return found
 

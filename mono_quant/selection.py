@@ -13,6 +13,9 @@ from mono_quant.errors import ConfigurationError, InputError
 Predicate = Callable[[str, nn.Module], bool]
 Selector = str | type[nn.Module] | nn.Module | Predicate
 
+_SHOWN = 3
+"""Names that are told of a model in which a selector means nothing."""
+
 
 def check_selector(selector: object) -> Selector:
     """Return `selector` if it is one.
@@ -98,7 +101,10 @@ class Selection:
     def _nothing(self, selector: Selector) -> str:
         if isinstance(selector, str):
             near = difflib.get_close_matches(selector, self.modules, n=3)
+            names = [repr(name) for name in self.modules if name]
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+            if names and not near:
+                hint = f"; it has {', '.join(names[:_SHOWN])}{', ...' if names[_SHOWN:] else ''}"
             return f"{selector!r} matches no layer of the model{hint}"
         shown = selector.__name__ if isinstance(selector, type) else repr(selector)
         return f"{shown} matches no layer of the model"

@@ -191,7 +191,7 @@ class Settings:
         for name, (expected, call) in _EXPECTED.items():
             value: object = getattr(self, name)
             if value is not None and not isinstance(value, expected):
-                raise ConfigurationError(f"{call} takes an instance, not {value!r}")
+                raise ConfigurationError(f"{name} is an instance, as in {call}, not {value!r}")
         if self.quality is not None and self.quality not in QUALITIES:
             known = ", ".join(map(repr, QUALITIES))
             raise ConfigurationError(f"quality is {known}, not {self.quality!r}")
@@ -377,9 +377,9 @@ class Settings:
 
 _EXPECTED: Mapping[str, tuple[type, str]] = {
     "granularity": (Granularity, "granularity(PerChannel())"),
-    "scheme": (Scheme, "scheme(Affine(4))"),
+    "scheme": (Scheme, "scheme(Affine(4)) or scheme(create_scheme('nf4'))"),
     "observer": (RangeEstimator, "observer(MinMax())"),
-    "rounding": (Rounding, "rounding(RoundToNearest())"),
+    "rounding": (Rounding, "rounding(GPTQ())"),
     "activations": (Activations, 'activations("dynamic")'),
     "activation_observer": (RangeEstimator, "observer(activations=MinMax())"),
 }

@@ -9,6 +9,7 @@ import attrs
 import torch
 
 from mono_quant.configurable import Config
+from mono_quant.progress import progress_bar
 from mono_quant.text import format_bytes, format_ms
 
 NO_DIFFERENCE = 0.05
@@ -76,6 +77,7 @@ def take_turns(
     seconds: float,
     device: torch.device,
     before: tuple[Callable[[], object], Callable[[], object]] | None = None,
+    label: str | None = None,
 ) -> Turns:
     """Call both by turns, five times each at least, and return what that took.
 
@@ -87,17 +89,24 @@ def take_turns(
         seconds: roughly how long to go on.
         device: where they compute.
         before: what is called right before each of them, and not timed.
+        label: of a progress bar; None for none.
     """
     calls = (floats, quantized)
     taken: tuple[list[float], list[float]] = ([], [])
     begun = time.perf_counter()
-    for turn in range(_ROUNDS.stop):
-        if turn >= _ROUNDS.start and time.perf_counter() - begun > seconds:
-            break
-        for place in (turn % 2, 1 - turn % 2):
-            if before is not None:
-                before[place]()
-            taken[place].append(timed(calls[place], device))
+    told = 0
+    with progress_bar(label, "%", 100) as bar:
+        for turn in range(_ROUNDS.stop):
+            if turn >= _ROUNDS.start and time.perf_counter() - begun > seconds:
+                break
+            for place in (turn % 2, 1 - turn % 2):
+                if before is not None:
+                    before[place]()
+                taken[place].append(timed(calls[place], device))
+            spent = (time.perf_counter() - begun) / max(seconds, 1e-9)
+            share = int(100 * max((turn + 1) / _ROUNDS.stop, min(1.0, spent)))
+            bar.update(share - told)
+            told = share
     return Turns(*map(tuple, taken))
 
 

@@ -39,6 +39,13 @@ def format_ms(seconds: float) -> str:
     return f"{1e3 * seconds:.4g} ms"
 
 
+def format_seconds(seconds: float) -> str:
+    """Return a time that is known roughly: in seconds, or in minutes where it is long."""
+    if seconds < 1:
+        return "under a second"
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
 def table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: frozenset[str] = frozenset()
 ) -> list[str]:

@@ -3,6 +3,7 @@
 import io
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from mono_quant import Quantizer, progress
 from mono_quant.calibration import CalibrationData
 from mono_quant.progress import progress_bar
+from tests.cli.conftest import SMALL, Monoquant
+from tests.cli.conftest import folder as folder
+from tests.cli.conftest import monoquant as monoquant
 
 
 class Terminal(io.StringIO):
@@ -118,3 +122,62 @@ def test_layers_that_are_measured_are_counted_as_they_are_called(
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
     Quantizer().only_if_faster(torch.randn(2, 64)).plan(model).measured()
     assert steps == [1, 1, 1]
+
+
+def labels(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[str, float]]:
+    """Return what bars are shown of from now on: unit and what was counted, by label."""
+    seen: dict[str, tuple[str, float]] = {}
+    made = progress.progress_bar
+
+    def watched(label: str | None, unit: str, total: int | None = None):  # type: ignore[no-untyped-def]  # of tqdm
+        bar = made(label, unit, total)
+
+        def update(n: float | None = 1) -> None:
+            assert label is not None
+            seen[label] = (unit, seen.get(label, (unit, 0.0))[1] + (n or 0))
+
+        if label is not None:
+            monkeypatch.setattr(bar, "update", update)
+        return bar
+
+    for where in ("progress", "speed", "calibration"):
+        monkeypatch.setattr(f"mono_quant.{where}.progress_bar", watched)
+    return seen
+
+
+def test_files_and_measurements_are_counted_on_the_command_line(
+    folder: Path, monoquant: Monoquant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = labels(monkeypatch)
+    assert monoquant("quantize", "model.pt", "-o", "s.safetensors").code == 0
+    assert seen == {
+        "saving s.safetensors": ("tensor", 6),
+        "checking s.safetensors": ("tensor", 6),
+    }
+    seen.clear()
+    model = ("--factory", SMALL, "--example", "batches.pt")
+    assert monoquant("validate", "s.safetensors", *model).code == 0
+    assert seen == {"checking s.safetensors": ("tensor", 12)}  # reloaded twice
+    seen.clear()
+    assert monoquant("benchmark", "s.safetensors", *model, "--seconds", 0.01).code == 0
+    assert seen == {"reading s.safetensors": ("tensor", 6), "measuring": ("%", 100)}
+    seen.clear()
+    assert monoquant("compare", "model.pt", "s.safetensors").code == 0
+    assert seen == {"comparing": ("tensor", 10)}  # of the quantized file, and of both
+    seen.clear()
+    assert monoquant("check", "mono_quant:MinMax").code == 0
+    assert seen == {"checking": ("law", 21)}
+    seen.clear()
+    words = ("quantize", "model.pt", "-o", "t.safetensors", "--quiet")
+    assert monoquant(*words).code == 0
+    assert monoquant("dequantize", "s.safetensors", "-o", "f.pt", "--quiet").code == 0
+    assert not seen
+
+
+def test_a_library_says_nothing_of_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = labels(monkeypatch)
+    result = Quantizer().apply(nn.Linear(64, 64), progress=False)
+    assert result.validate(torch.ones(1, 64), path=result.save(tmp_path / "s.pt"))
+    assert not seen

@@ -389,7 +389,7 @@ def test_plan_and_apply_leave_the_model_alone_and_apply_underscore_does_not() ->
     assert type(activation) is nn.Identity  # the first layer computes it
 
 
-@pytest.mark.parametrize("given_model", [3, "model.pt", [nn.Linear(1, 1)], nn.Linear])
+@pytest.mark.parametrize("given_model", [3, "model.pt", [nn.Linear(1, 1)]])
 def test_what_is_no_model_is_refused(given_model: object) -> None:
     method: Callable[[object], object] = getattr(Quantizer(), "plan")  # noqa: B009
     with pytest.raises(InputError, match=r"is no model: give a torch.nn.Module or a state dict"):
@@ -399,3 +399,12 @@ def test_what_is_no_model_is_refused(given_model: object) -> None:
 def test_data_has_no_use_for_a_state_dict() -> None:
     with pytest.raises(InputError, match="a state dict cannot be run"):
         Quantizer().fit(noise(1, 128)).plan(three_layers().state_dict())
+
+
+def test_a_class_or_a_name_where_an_instance_is_meant_says_which() -> None:
+    with pytest.raises(
+        InputError, match=r"Linear is a class and no model yet: give Linear\(\.\.\.\)"
+    ):
+        Quantizer().plan(nn.Linear)  # type: ignore[call-overload]  # it is what is refused
+    with pytest.raises(ConfigurationError, match=r"scheme\(create_scheme\('nf4'\)\), not 'nf4'"):
+        Quantizer().scheme("nf4")  # type: ignore[arg-type]  # it is what is refused

@@ -188,6 +188,16 @@ def add_inputs(inputs: _ArgumentGroup) -> None:
     )
 
 
+def add_graph(command: ArgumentParser | _ArgumentGroup) -> None:
+    """Write the model as a graph."""
+    command.add_argument(
+        "--graph",
+        action="store_true",
+        help="run the model as a graph whose layers pass codes on, and measure that; files hold "
+        "the model that keeps its class, of which integer_flow makes the graph in Python",
+    )
+
+
 def add_layers(layers: _ArgumentGroup) -> None:
     """Which layers."""
     layers.add_argument(

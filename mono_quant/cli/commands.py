@@ -3,13 +3,16 @@
 import json
 import sys
 from argparse import Namespace
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TypeVar
 
 import attrs
 from torch import nn
 
 from mono_quant.api import load_model
 from mono_quant.benchmark import measure_speed
+from mono_quant.builder import Builder
 from mono_quant.cli.inputs import (
     data_of,
     factory_of,
@@ -41,15 +44,20 @@ from mono_quant.configurable import Config
 from mono_quant.demo.run import run_demo
 from mono_quant.errors import ConfigurationError, RequirementError
 from mono_quant.files import describe_file, float_state_dict, validate_file
+from mono_quant.flow import integer_flow
 from mono_quant.modules import BareModule
-from mono_quant.plan import Plan
-from mono_quant.quantizer import Quantizer
+from mono_quant.plan import GraphPlan, GraphResult, Plan
+from mono_quant.plan.written import GRAPH
+from mono_quant.progress import telling
+from mono_quant.quantizer import GraphQuantizer, Quantizer
 from mono_quant.report import Report
-from mono_quant.result import Validation
+from mono_quant.result import QuantizationResult, Validation
 from mono_quant.serializers import read_checkpoint, serializer_for, write_state_dict
 from mono_quant.speed import NO_DIFFERENCE
 from mono_quant.testing import check as check_laws
 from mono_quant.text import format_bytes
+
+BuilderT = TypeVar("BuilderT", bound=Builder)
 
 OK = 0
 FAILED = 1
@@ -90,16 +98,12 @@ def quantize(given: Namespace) -> Outcome:
             "--statistics are of the inputs of float layers, and --sequential asks for those that "
             "quantized layers make: leave one of the two out"
         )
-    result = _planned(quantizer, options).run(
-        in_place=options.in_place,
-        sequential=options.sequential,
-        resume=options.resume,
-        progress=not options.quiet,
-    )
+    result = _run(quantizer, options)
     if (short := _short_of(result.report, options)) is not None:
         shown = {"report": report_in_options(result.report.to_dict()), "config": result.plan.config}
         return Outcome("" if options.quiet else in_options(str(result.report)), shown, short)
-    saved = result.save(output)
+    with _progress(f"saving {output.name}", options):
+        saved = result.save(output)
     size = saved.stat().st_size
     lines = [in_options(str(result.report)), "", f"saved {saved} ({format_bytes(size)})"]
     page = _page(result.report, options.html, saved)
@@ -115,7 +119,8 @@ def quantize(given: Namespace) -> Outcome:
     if options.only_if_faster and not result.report.quantized:
         lines.append("nothing is faster quantized: the file holds the float model")
     elif options.validate:
-        validation = result.validate(path=saved)
+        with _progress(f"checking {saved.name}", options):
+            validation = result.validate(path=saved)
         lines.append(in_options(f"validation: {validation}"))
         answer["validation"] = _validation(validation)
         problem = _problem(saved, validation)
@@ -126,25 +131,35 @@ def plan(given: Namespace) -> Outcome:
     """Say what would be done to each layer and why, and what that takes; write nothing."""
     options = PlanOptions(**vars(given))
     _import_all(options)
-    found = _planned(build_quantizer(options), options).measured(progress=not options.quiet)
-    outline = found.outline
+    found = _planned(build_quantizer(options), options)
+    if isinstance(found, Plan):
+        found = found.measured(progress=not options.quiet)
+    outline, time = found.outline, found.estimate_time()
     answer: Config = {
         "plan": report_in_options(outline.report.to_dict()),
         "peak_bytes": outline.peak_bytes,
         "peak_bytes_in_place": outline.peak_bytes_in_place,
+        "time": time.to_dict(),
         "config": outline.config,
     }
-    return Outcome("" if options.quiet else in_options(found.explain()), answer)
+    text = f"{found.explain()}\n\n{time}"
+    return Outcome("" if options.quiet else in_options(text), answer)
 
 
 def calibrate(given: Namespace) -> Outcome:
     """Gather what the data tells of the inputs of layers, for later runs of quantize."""
     no_run = {"statistics": None, "only_if_faster": False, "example": None, "margin": None}
-    options = CalibrateOptions(**no_run, **vars(given))
+    options = CalibrateOptions(**no_run, graph=False, **vars(given))
     _import_all(options)
     if options.calibration is None:
         raise ConfigurationError("what is gathered is gathered from data: add --calibration FILE")
-    found = _planned(build_quantizer(options), options).calibrate(progress=not options.quiet)
+    planned = _planned(build_quantizer(options), options)
+    if isinstance(planned, GraphPlan):
+        raise ConfigurationError(
+            "a graph calibrates what passes between layers too, which statistics do not hold: "
+            f"take {GRAPH!r} out of the configuration"
+        )
+    found = planned.calibrate(progress=not options.quiet)
     if not found.weights:
         raise ConfigurationError(
             "nothing is asked of the data: inputs that are calibrated (--activations static) and "
@@ -161,13 +176,53 @@ def calibrate(given: Namespace) -> Outcome:
     return Outcome("" if options.quiet else text, answer)
 
 
-def _planned(quantizer: Quantizer, options: PlanOptions) -> Plan[nn.Module] | Plan[BareModule]:
+_Planned = Plan[nn.Module] | Plan[BareModule] | GraphPlan[nn.Module]
+
+
+def _planned(quantizer: Quantizer | GraphQuantizer, options: PlanOptions) -> _Planned:
     """Return the plan for the model that the options name, which nobody else holds.
 
     So `--in-place` can free the tensors of a bare checkpoint.
     """
     model = float_model(options)
-    return _with_data(quantizer, options, runs=isinstance(model, nn.Module)).plan(model)
+    if isinstance(quantizer, Quantizer):
+        return _with_data(quantizer, options, runs=isinstance(model, nn.Module)).plan(model)
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(
+            "--graph follows the model's code, and a bare checkpoint has none: "
+            "add --factory package.module:name"
+        )
+    return _with_data(quantizer, options, runs=True).plan(model)
+
+
+def _run(
+    quantizer: Quantizer | GraphQuantizer, options: QuantizeOptions
+) -> QuantizationResult[nn.Module] | QuantizationResult[BareModule] | GraphResult[nn.Module]:
+    """Return what becomes of the model that the options name."""
+    planned = _planned(quantizer, options)
+    if isinstance(planned, Plan):
+        return planned.run(
+            in_place=options.in_place,
+            sequential=options.sequential,
+            resume=options.resume,
+            progress=not options.quiet,
+        )
+    asked = {
+        "--in-place": options.in_place,
+        "--sequential": options.sequential,
+        "--resume": options.resume,
+    }
+    for name, value in asked.items():
+        if value:
+            raise ConfigurationError(f"{name} does not go together with --graph; leave one out")
+    return planned.run(progress=not options.quiet)
+
+
+def _progress(
+    label: str, options: QuantizeOptions | DequantizeOptions
+) -> AbstractContextManager[None]:
+    """Return a context in which going through files shows a bar, unless all is to be quiet."""
+    return telling(None if options.quiet else label)
 
 
 def _short_of(report: Report, options: QuantizeOptions) -> str | None:
@@ -181,7 +236,7 @@ def _short_of(report: Report, options: QuantizeOptions) -> str | None:
     return None
 
 
-def _with_data(quantizer: Quantizer, options: PlanOptions, *, runs: bool) -> Quantizer:
+def _with_data(quantizer: BuilderT, options: PlanOptions, *, runs: bool) -> BuilderT:
     """Return the quantizer with the data and the example that the options name."""
     named = {
         "--calibration": options.calibration,
@@ -242,7 +297,8 @@ def validate(given: Namespace) -> Outcome:
     if options.example is not None and make is None:
         raise ConfigurationError("--example is run through a model: add --factory")
     example = data_of(options.example, options, 1) if options.example is not None else None
-    found = validate_file(options.file, make() if make is not None else None, example)
+    with telling(f"checking {options.file.name}"):
+        found = validate_file(options.file, make() if make is not None else None, example)
     answer: Config = {"path": str(options.file), **_validation(found)}
     return Outcome(in_options(str(found)), answer, _problem(options.file, found))
 
@@ -258,7 +314,11 @@ def benchmark(given: Namespace) -> Outcome:
             "--example FILE"
         )
     example = data_of(options.example, options, 1)
-    found = measure_speed(make(), load_model(options.file, make()), example, options.seconds)
+    with telling(f"reading {options.file.name}"):
+        model = load_model(options.file, make())
+    if options.graph:
+        model = integer_flow(model).model
+    found = measure_speed(make(), model, example, options.seconds, "measuring")
     return Outcome(str(found), {"path": str(options.file), **found.to_dict()})
 
 
@@ -272,7 +332,8 @@ def compare(given: Namespace) -> Outcome:
     data = None
     if options.calibration is not None:
         data = data_of(options.calibration, options, options.samples)
-    found = compare_files(options.reference, options.other, make, data)
+    with telling("comparing"):
+        found = compare_files(options.reference, options.other, make, data)
     sizes = [path.stat().st_size for path in (options.reference, options.other)]
     shown = " -> ".join(map(format_bytes, sizes))
     answer = {
@@ -290,7 +351,8 @@ def dequantize(given: Namespace) -> Outcome:
     options = DequantizeOptions(**vars(given))
     _import_all(options)
     output = _checked_output(options.output, options.file)
-    checkpoint = read_checkpoint(options.file)
+    with _progress(f"reading {options.file.name}", options):
+        checkpoint = read_checkpoint(options.file)
     if not checkpoint.records:
         raise ConfigurationError(f"{options.file} is float already")
     tensors = float_state_dict(checkpoint)
@@ -305,7 +367,8 @@ def check(given: Namespace) -> Outcome:
     """Say which laws of its kind an extension keeps, and what breaks the others."""
     options = CheckOptions(**vars(given))
     _import_all(options)
-    found = check_laws(imported(options.target))
+    with telling("checking"):
+        found = check_laws(imported(options.target))
     broken = ", ".join(one.law for one in found.broken)
     problem = f"{found.subject} breaks {broken}" if broken else None
     return Outcome(str(found), found.to_dict(), problem)

@@ -4,6 +4,7 @@ import importlib
 import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import overload
 
@@ -31,11 +32,15 @@ def imported(target: str) -> object:
     """
     module_name, _, name = target.partition(":")
     if not module_name or not name:
-        raise ConfigurationError(f"{target!r} is not package.module:name")
+        raise ConfigurationError(
+            f"{target!r} is not package.module:name: say what of it, as in {module_name}:name"
+        )
     found: object = import_module(module_name)
     for part in name.split("."):
         if not hasattr(found, part):
-            raise ConfigurationError(f"{module_name} has no {name!r}")
+            near = get_close_matches(part, dir(found), 1)
+            hint = f"; is {near[0]!r} meant?" if near else ""
+            raise ConfigurationError(f"{module_name} has no {name!r}{hint}")
         found = getattr(found, part)
     return found
 
@@ -189,6 +194,8 @@ def data_of(path: Path, options: ModelOptions, samples: int | None) -> Calibrati
 def float_model(options: PlanOptions) -> nn.Module | Mapping[str, Tensor]:
     """Return the model that the options name, or the bare state dict where there is no factory.
 
+    It is in eval mode, in which it is going to be used.
+
     Raises:
         ConfigurationError: none was named, or two.
         CheckpointError: the file cannot be read or does not fit the model.
@@ -197,12 +204,12 @@ def float_model(options: PlanOptions) -> nn.Module | Mapping[str, Tensor]:
     if path is None:
         if make is None:
             raise ConfigurationError("name a model: --model FILE or --factory package.module:name")
-        return make()
+        return make().eval()
     held = _read_model(path, options.trust_pickle)
     if make is None:
-        return held
+        return held.eval() if isinstance(held, nn.Module) else held
     state = held.state_dict() if isinstance(held, nn.Module) else held
-    return fill(make(), Checkpoint({}, state))
+    return fill(make(), Checkpoint({}, state)).eval()
 
 
 def model_path(options: PlanOptions) -> Path | None:

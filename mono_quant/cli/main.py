@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 from typing import cast
 
 from mono_quant.cli.commands import Outcome
-from mono_quant.cli.parser import build_parser
+from mono_quant.cli.parser import parse
 from mono_quant.cli.words import OPTIONS, in_options
 from mono_quant.demo import DemoUnavailable
 from mono_quant.errors import MonoQuantError
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        given = build_parser().parse_args(words)
+        given = parse(words)
         return _finish(given)
     except SystemExit as stop:  # --help and --version have printed what they had to
         return int(stop.code or 0)

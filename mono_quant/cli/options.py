@@ -47,6 +47,7 @@ class PlanOptions(ModelOptions):
     fold: bool | None
     transform: list[str]
     on_damage: str | None
+    graph: bool
     only_if_faster: bool
     example: Path | None
     margin: float | None
@@ -97,6 +98,7 @@ class BenchmarkOptions(ModelOptions):
 
     file: Path
     example: Path | None
+    graph: bool
     seconds: float
 
 

@@ -9,7 +9,8 @@ from argparse import (
     RawDescriptionHelpFormatter,
     _SubParsersAction,
 )
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,6 +19,7 @@ from mono_quant.cli.arguments import (
     add_calibration,
     add_factory,
     add_forward,
+    add_graph,
     add_grid,
     add_html,
     add_inputs,
@@ -47,6 +49,8 @@ _QUANTIZE = """examples:
   monoquant quantize model.pt --factory my_package.models:make --bits 4 --group-size 32 \\
       --override 'head=8' --observer mse:steps=100 --calibration batches.pt -o small.safetensors
   monoquant quantize model.pt --bits 4 -o small.pt --html report.html
+  monoquant quantize model.pt --factory my_package.models:make --calibration images --graph \\
+      -o small.safetensors
   monoquant quantize --bits 4 --skip head --dump-config > four.json
   monoquant quantize model.pt --config four.json --override 'head=8' -o small.pt
 
@@ -75,7 +79,9 @@ _VALIDATE = """examples:
   monoquant validate small.safetensors
   monoquant validate small.safetensors --factory my_package.models:make --example batches.pt"""
 _BENCHMARK = """examples:
-  monoquant benchmark small.safetensors --factory my_package.models:make --example batches.pt"""
+  monoquant benchmark small.safetensors --factory my_package.models:make --example batches.pt
+  monoquant benchmark small.safetensors --factory my_package.models:make --example batches.pt \\
+      --graph --seconds 10 --json"""
 _COMPARE = """examples:
   monoquant compare model.safetensors small.safetensors
   monoquant compare eight.pt four.pt --factory my_package.models:make --calibration batches.pt"""
@@ -104,8 +110,31 @@ class _Parser(ArgumentParser):
         raise ConfigurationError(f"{message}; see {self.prog} --help")
 
 
-def build_parser() -> ArgumentParser:
-    """Return the parser of the whole command line; each command sets `run`."""
+def parse(words: Sequence[str]) -> Namespace:
+    """Return what a command line says; its `run` is what to do.
+
+    Raises:
+        ConfigurationError: it cannot be understood; names the command whose help tells more.
+    """
+    parser, known = parsers()
+    given, unknown = parser.parse_known_args(words)
+    if not unknown:
+        return given
+    command = next(word for word in words if word in known)
+    wrong = unknown[0].partition("=")[0]
+    what, mend, asked = f"{command} has no option {wrong}", "", command
+    if wrong.removeprefix("--") in known:
+        asked = wrong.removeprefix("--")
+        mend = f", which is a command: {_PROGRAM} {asked}"
+    elif near := get_close_matches(wrong, known[command]._option_string_actions, 1, 0.85):
+        mend = f"; is {near[0]} meant?"
+    else:
+        what = f"unrecognized arguments: {' '.join(unknown)}"
+    raise ConfigurationError(f"{what}{mend}; see {_PROGRAM} {asked} --help")
+
+
+def parsers() -> tuple[ArgumentParser, Mapping[str, ArgumentParser]]:
+    """Return the parser of the whole command line, and those of its commands by name."""
     parser = _Parser(
         prog=_PROGRAM,
         description="Post-training quantization for PyTorch: smaller models, the damage known.",
@@ -127,7 +156,7 @@ def build_parser() -> ArgumentParser:
     _add_check(known)
     _add_demo(known)
     _add_completion(known)
-    return parser
+    return parser, known.choices
 
 
 def _add_quantize(known: _SubParsersAction[_Parser]) -> None:
@@ -205,7 +234,10 @@ def _add_how(command: ArgumentParser, *, of_a_run: bool = True) -> None:
     if of_a_run:
         add_statistics(model)
     add_grid(command.add_argument_group("how weights are quantized"))
-    add_inputs(command.add_argument_group("how inputs of layers are quantized, and changes"))
+    inputs = command.add_argument_group("how inputs of layers are quantized, and changes")
+    add_inputs(inputs)
+    if of_a_run:
+        add_graph(inputs)
     layers = command.add_argument_group("which layers")
     add_layers(layers)
     add_kinds(layers)
@@ -243,6 +275,7 @@ def _add_benchmark(known: _SubParsersAction[_Parser]) -> None:
     command.add_argument(
         "--example", type=Path, metavar="FILE", help="a batch to run, as quantize --calibration"
     )
+    add_graph(command)
     command.add_argument(
         "--seconds", type=float, default=5.0, metavar="N", help="how long to measure (5)"
     )

@@ -32,7 +32,8 @@ from mono_quant.configurable import (
 from mono_quant.errors import ConfigurationError, UnknownKindError
 from mono_quant.numerics.granularity import Granularity
 from mono_quant.observers import create_observer
-from mono_quant.quantizer import Quantizer
+from mono_quant.plan.written import GRAPH
+from mono_quant.quantizer import GraphQuantizer, Quantizer
 from mono_quant.schemes import OutlierColumns, create_scheme
 from mono_quant.selection import Selector
 
@@ -59,14 +60,17 @@ _IN_OVERRIDE = (
 )
 
 
-def build_quantizer(options: PlanOptions) -> Quantizer:
+def build_quantizer(options: PlanOptions) -> Quantizer | GraphQuantizer:
     """Return the quantizer that the options describe, the file of ``--config`` first.
+
+    One of a graph where the options or that file ask for it.
 
     Raises:
         ConfigurationError: they contradict each other or cannot be read.
     """
     config = _read_config(options.config) if options.config is not None else {}
-    quantizer = Quantizer.from_config(config)
+    graph = options.graph or config.get(GRAPH) is True
+    quantizer = Quantizer.from_config({**config, GRAPH: False} if graph else config)
     if options.bits is not None:
         quantizer = quantizer.bits(options.bits)
     if options.quality is not None:
@@ -95,7 +99,7 @@ def build_quantizer(options: PlanOptions) -> Quantizer:
     quantizer = quantizer.skip(*map(_selector, options.skip))
     for text in options.override:
         quantizer = _override(quantizer, text)
-    return quantizer
+    return quantizer.graph() if graph else quantizer
 
 
 def _inputs(quantizer: Quantizer, options: PlanOptions) -> Quantizer:

@@ -158,6 +158,10 @@ def _validate(call: ast.Call) -> str | None:
     return "--example FILE" if ast.unparse(call) == "validate(example=...)" else None
 
 
+def _quantize(call: ast.Call) -> str | None:
+    return "monoquant quantize" if ast.unparse(call) == "quantize(...)" else None
+
+
 def _require(call: ast.Call) -> str | None:
     values = {one.arg: _value(one.value) for one in call.keywords}
     if call.args or not values or None in values.values():
@@ -169,18 +173,15 @@ def _flag(option: str) -> Callable[[ast.Call], str | None]:
     return lambda call: option if not call.args and not call.keywords else None
 
 
-def _graph(call: ast.Call) -> str:
-    return "graph() in Python"
-
-
 _SAID: Mapping[str, Callable[[ast.Call], str | None]] = {
     "activations": _choice("--activations", none="float"),
     "asymmetric": _flag("--asymmetric"),
     "fit": _fit,
     "float_zero_point": _flag("--float-zero-point"),
-    "graph": _graph,
+    "graph": _flag("--graph"),
     "on_damage": _choice("--on-damage"),
     "override": _override,
+    "quantize": _quantize,
     "require": _require,
     "skip": _skip,
     "validate": _validate,

@@ -11,6 +11,7 @@ from mono_quant.checkpoint import ModelT, copy_structure, dequantized
 from mono_quant.configurable import Config, dtype_name
 from mono_quant.errors import CalibrationError, ConfigurationError, InputError
 from mono_quant.flow import FLOWING, float_graph, integer_flow
+from mono_quant.plan.duration import TimeEstimate
 from mono_quant.plan.plan import Plan
 from mono_quant.plan.request import Request, WeightPlan
 from mono_quant.plan.resolve import resolve
@@ -82,6 +83,10 @@ class GraphPlan(Generic[ModelT]):
         """Return the model's class and the predicted size; `explain()` says more."""
         model = type(self._model).__name__
         return f"<{type(self).__name__} of {model}: {self.outline.report.sizes}>"
+
+    def estimate_time(self) -> TimeEstimate:
+        """Return about how long `run` will take on this machine; see `Plan.estimate_time`."""
+        return self._kept._estimated(2)  # the graph is measured beside the model
 
     def run(self, *, progress: bool = True) -> GraphResult[ModelT]:
         """Quantize the model layer by layer, write the graph, and measure it on the data.

@@ -222,7 +222,7 @@ class InputUses:
         kwargs: Mapping[str, object],
     ) -> None:
         """Look at one call of a float layer, whose weights these are."""
-        quantized = {one.name: (one, how) for one in weights if (how := self._activation(one))}
+        quantized = {one.name: (one, how) for one in weights if (how := self.activation(one))}
         if not quantized:
             return
         maker = weights[0].maker
@@ -240,10 +240,11 @@ class InputUses:
         return {
             weight.key: self.seen[weight.key].report(weight.key, activation)
             for weight in weights
-            if weight.key in self.seen and (activation := self._activation(weight)) is not None
+            if weight.key in self.seen and (activation := self.activation(weight)) is not None
         }
 
-    def _activation(self, weight: WeightPlan) -> Activation | None:
+    def activation(self, weight: WeightPlan) -> Activation | None:
+        """Return how the inputs of a weight are quantized; None for floats."""
         layer = self.model.get_submodule(weight.path)
         if not isinstance(layer, QuantizedModule):
             return None

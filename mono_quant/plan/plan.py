@@ -15,7 +15,7 @@ from mono_quant.base import (
     TransformContext,
 )
 from mono_quant.calibration import CalibrationData, Kept, compare, count_samples
-from mono_quant.checkpoint import ModelT, adapt_containers, calling, copy_structure
+from mono_quant.checkpoint import ModelT, adapt_containers, calling, copy_structure, guard_saving
 from mono_quant.configurable import Config
 from mono_quant.errors import CalibrationError, DamageError, InputError, Mend
 from mono_quant.evidence import WARNING_DB, LayerReport
@@ -26,6 +26,7 @@ from mono_quant.plan.accumulated import Accumulated
 from mono_quant.plan.checks import check_finite, check_fits
 from mono_quant.plan.damage import Damage, amended, diagnosed, estimated
 from mono_quant.plan.drawn import with_histograms
+from mono_quant.plan.duration import TimeEstimate, foresee_time
 from mono_quant.plan.faster import decided, measure_layers, outcome, set_apart
 from mono_quant.plan.fuse import fuse_activations
 from mono_quant.plan.inputs import InputUses
@@ -116,6 +117,31 @@ class Plan(Generic[ModelT]):
             return self
         return self._decided(copy_structure(self._model), progress)
 
+    def estimate_time(self) -> TimeEstimate:
+        """Return about how long `run` will take on this machine; print it.
+
+        It is foreseen from samples: some rows of a weight of each kind are rounded, and the model
+        is run on a few samples of the data. That takes about a second, and more only where a
+        sample of the data, or the rounding of a wide row, does.
+
+        Raises:
+            CalibrationError: the model failed on the data.
+            InputError: a weight cannot be quantized.
+        """
+        return self._estimated(0)
+
+    def _estimated(self, runs: int) -> TimeEstimate:
+        """Return `estimate_time`, where the data goes through the model some times more."""
+        changed = any(change.done for change in self.outline.report.changes)
+        work = copy_structure(self._model)
+        found = foresee_time(
+            work, self.weights, self._request, self._containers, runs=runs + changed
+        )
+        if self._request.faster is None or self._measured:
+            return found
+        first = "measuring layers, as only_if_faster(example) does first"
+        return attrs.evolve(found, left_out=(*found.left_out, first))
+
     def run(
         self,
         *,
@@ -204,6 +230,7 @@ class Plan(Generic[ModelT]):
         work, rows = layers.model, layers.rows
         changes = (*changes, *layers.changes)
         adapt_containers(work, self._containers)
+        guard_saving(work)
         found = _Evidence(rows, changes, tuple(estimated(rows.values())))
         if floats is not None:
             found = self._beside(floats, work, found, data, label)

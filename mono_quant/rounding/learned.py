@@ -119,6 +119,11 @@ class LearnedRounding(BlockRounding):
         return self.start.work_bytes(shape) + 12 * 4 * math.prod(shape)
 
     @property
+    def batches(self) -> int | None:
+        """One for each step; not known where minutes are the limit."""
+        return self.steps if self.minutes is None else None
+
+    @property
     def needs(self) -> tuple[AnyStatistic, ...]:
         """What the rounding to begin with needs."""
         return self.start.needs

@@ -24,6 +24,7 @@ from mono_quant.errors import (
 from mono_quant.numerics.blocks import block_counts
 from mono_quant.numerics.packing import packed_length
 from mono_quant.numerics.values import Layout
+from mono_quant.progress import Bar, told_bar
 from mono_quant.version import __version__
 
 FORMAT = "mono_quant"
@@ -75,8 +76,11 @@ def encode(checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, Tensor]]:
         if key not in checkpoint.ties:
             tensors[key] = tensor
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    with ThreadPoolExecutor() as pool:
-        checksums = dict(zip(tensors, pool.map(checksum, tensors.values()), strict=True))
+    checksums: dict[str, int] = {}
+    with ThreadPoolExecutor() as pool, told_bar("tensor", len(tensors)) as bar:
+        for key, found in zip(tensors, pool.map(checksum, tensors.values()), strict=True):
+            checksums[key] = found
+            bar.update()
     header: Config = {
         "records": records,
         "transient": sorted(checkpoint.transient),
@@ -142,8 +146,9 @@ def decode(texts: Mapping[str, str], source: TensorSource, kinds: Kinds | None) 
     """
     header = _header(texts)
     try:
-        with ThreadPoolExecutor() as pool:
-            return _checkpoint(header, _Checked(source, _mapping(header["checksums"]), pool), kinds)
+        checksums = _mapping(header["checksums"])
+        with ThreadPoolExecutor() as pool, told_bar("tensor", len(checksums)) as bar:
+            return _checkpoint(header, _Checked(source, checksums, pool, bar), kinds)
     except CheckpointError:
         raise
     except (
@@ -191,12 +196,14 @@ class _Checked:
         source: of the tensors.
         checksums: of every tensor of the file.
         pool: that computes them anew.
+        bar: counts the tensors that are read; those that check them keep up.
         found: what it computes, by key.
     """
 
     source: TensorSource
     checksums: Config
     pool: Executor
+    bar: Bar
     found: dict[str, Future[int]] = attrs.field(factory=dict)
 
     def __call__(self, key: str) -> Tensor:
@@ -205,6 +212,7 @@ class _Checked:
         if not _is_plain(tensor):
             raise CorruptCheckpointError(f"tensor {key!r} is not stored as plain memory")
         self.found[key] = self.pool.submit(checksum, tensor)
+        self.bar.update()
         return tensor
 
     def check(self) -> None:

@@ -9,6 +9,7 @@ import attrs
 from mono_quant.base import Container, Correction, LayerQuantizer, Transform
 from mono_quant.configurable import Config
 from mono_quant.errors import ConfigurationError, InputError
+from mono_quant.progress import telling, told_bar
 from mono_quant.testing import (
     containers,
     kernels,
@@ -132,8 +133,12 @@ def check(subject: object) -> Verdict:
     Raises:
         InputError: as `checks_for` does.
     """
-    checks = checks_for(subject)
-    return Verdict(_named(_instance(subject)), tuple(map(_outcome, checks)))
+    checks, found = checks_for(subject), list[Outcome]()
+    with told_bar("law", len(checks)) as bar, telling(None):  # files are a part of a law
+        for one in checks:
+            found.append(_outcome(one))
+            bar.update()
+    return Verdict(_named(_instance(subject)), tuple(found))
 
 
 def parametrize_with_checks(subjects: Iterable[object]) -> Callable[[TestT], TestT]:

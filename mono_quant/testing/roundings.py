@@ -112,12 +112,14 @@ def refusals_are_words(rounding: Rounding) -> None:
 
 
 def it_says_what_it_needs(rounding: Rounding) -> None:
-    """`needs` are statistics, `describe` is a line, and `work_bytes` is a number."""
+    """`needs` are statistics, `describe` is a line, `work_bytes` and `batches` are numbers."""
     for one in rounding.needs:
         expect(isinstance(one, Statistic), f"it needs {one!r}, which is no Statistic")
     words = rounding.describe()
     expect(bool(words) and "\n" not in words, f"describe returns {words!r}")
     expect(rounding.work_bytes((1, 8, 8)) >= 0, "work_bytes is negative")
+    batches = rounding.batches if isinstance(rounding, BlockRounding) else None
+    expect(batches is None or batches >= 0, "batches is negative")
 
 
 def a_model_rounded_with_it_is_saved_and_loaded(rounding: Rounding) -> None:

@@ -21,6 +21,7 @@ NAMES = (
     "activations_speech",
     "outliers",
     "scaling",
+    "estimates",
     "advice",
     "convolutions",
     "decoder",

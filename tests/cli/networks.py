@@ -38,6 +38,17 @@ def small() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 10))
 
 
+def convolutions() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(1152, 10)
+    ).eval()
+
+
+def training() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()).train()
+
+
 def narrow() -> nn.Module:
     return nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 10))
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from mono_quant import QuantizationResult, QuantizedModule, Quantizer, Validation, load_model
 from tests.cli.conftest import SMALL, TIED, Monoquant
-from tests.cli.networks import Tied, small
+from tests.cli.networks import Tied, small, training
 from tests.helpers import same_tensors
 
 GROUPS = 128 * 64 // 64 + 10 * 128 // 64
@@ -180,7 +180,7 @@ def test_a_plan_writes_nothing(folder: Path, monoquant: Monoquant) -> None:
     assert "float: skipped" in done.out
     assert sorted(folder.iterdir()) == before
     shown = monoquant("plan", "model.pt", "--bits", 4, "--json").json
-    assert {"plan", "peak_bytes", "peak_bytes_in_place", "config"} == set(shown)
+    assert {"plan", "peak_bytes", "peak_bytes_in_place", "time", "config"} == set(shown)
 
 
 def test_quiet_says_nothing(folder: Path, monoquant: Monoquant) -> None:
@@ -300,3 +300,17 @@ def test_half_of_a_measurement_is_refused(
     done = monoquant("plan", "model.pt", *words)
     assert done.code == 2
     assert complaint in done.complaint
+
+
+def test_what_a_factory_makes_in_train_mode_is_quantized_as_it_will_be_used(
+    folder: Path, monoquant: Monoquant
+) -> None:
+    torch.save(torch.randn(8, 3, 16, 16), "images.pt")
+    words = ("plan", "--factory", "tests.cli.networks:training", "--calibration", "images.pt")
+    assert "1 is to be folded into 0" in monoquant(*words).out
+    model = training()
+    torch.save(model.state_dict(), "m.pt")
+    torch.save(model, "whole-m.pt")
+    assert "1 is to be folded into 0" in monoquant(words[0], "m.pt", *words[1:]).out
+    words = ("plan", "whole-m.pt", "--trust-pickle", "--calibration", "images.pt")
+    assert "1 is to be folded into 0" in monoquant(*words).out

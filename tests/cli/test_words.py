@@ -51,8 +51,10 @@ def test_an_option_says_what_the_call_says(call: str, folder: Path, monoquant: M
             'activations(None), or override(..., activations="float"), does',
             "--activations float, or --override PATTERN:activations=float, does",
         ),
-        ("graph() passes codes on", "graph() in Python passes codes on"),
+        ("graph() passes codes on", "--graph passes codes on"),
         ("no example: validate(example=...)", "no example: --example FILE"),
+        ("is quantized first, with quantize(...)", "is quantized first, with monoquant quantize"),
+        ("call quantize(model) for that", "call quantize(model) for that"),
         (
             "peak memory: 2 MB for apply, 1 MB for apply_\nmore",
             "peak memory: 2 MB, 1 MB with --in-place\nmore",

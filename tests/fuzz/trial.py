@@ -11,7 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from mono_quant import MonoQuantError
-from mono_quant.cli.parser import build_parser
+from mono_quant.cli.parser import parsers
 from tests.fuzz.loaders import OUTPUT, Right, actions_on, lay_out
 from tests.fuzz.mutants import Mutant
 from tests.fuzz.pickles import CANARY
@@ -83,8 +83,8 @@ def prepare(folder: Path) -> Watch:
 
     One parser serves all commands: making it takes longer than reading most mutants.
     """
-    program = importlib.import_module("mono_quant.cli.main")
-    setattr(program, "build_parser", functools.cache(build_parser))  # noqa: B010  # typed as final
+    program = importlib.import_module("mono_quant.cli.parser")
+    setattr(program, "parsers", functools.cache(parsers))  # noqa: B010  # typed as final
     os.chdir(folder)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESSES, resource.RLIM_INFINITY))

@@ -84,21 +84,22 @@ def test_a_file_and_a_saved_configuration_come_back_as_the_same_model(tmp_path: 
     assert torch.equal(written(loaded), written(result.model))
 
 
-def test_save_pretrained_refuses_a_quantized_model_with_a_tied_head(tmp_path: Path) -> None:
-    model = Quantizer().apply(decoder()).model
-    with pytest.raises(RuntimeError, match="shared tensors"):
-        model.save_pretrained(tmp_path)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_save_pretrained_refuses_a_quantized_model(tied: bool, tmp_path: Path) -> None:
+    result = Quantizer().apply(decoder(tied=tied))
+    loaded = load_model(result.save(tmp_path / "q.safetensors"), decoder(tied=tied))
+    for model in (result.model, loaded, result.model.model):
+        with pytest.raises(CheckpointError, match=r"save it with result\.save\(path\)"):
+            model.save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    decoder(tied=tied).save_pretrained(tmp_path / "folder")  # the class is as it was
 
 
-def test_what_save_pretrained_wrote_of_a_quantized_model_is_read_without_its_weights(
-    tmp_path: Path,
-) -> None:
-    model = Quantizer().apply(decoder(tied=False)).model
-    model.save_pretrained(tmp_path)
-    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert not torch.allclose(read(IDS).logits, model(IDS).logits, atol=0.1)  # they are drawn anew
-    with pytest.raises(CheckpointError, match="not written by mono_quant"):
-        load_model(tmp_path / "model.safetensors", decoder(tied=False))
+def test_from_pretrained_takes_no_file_of_ours_for_a_model_by_another_name(tmp_path: Path) -> None:
+    Quantizer().apply(decoder()).save(tmp_path / "quantized.safetensors")
+    configuration().save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="no file named"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_save_pretrained_keeps_a_dequantized_model(tmp_path: Path) -> None:

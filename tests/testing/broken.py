@@ -370,6 +370,10 @@ class Block(BlockRounding):
     kind: ClassVar[str] = "tests.block"
     fault: str = ""
 
+    @property
+    def batches(self) -> int | None:
+        return -1 if self.fault == "counts" else None
+
     def round(self, weight: Tensor, grid: Grid, statistics: Statistics) -> QTensor:
         return grid.scheme.quantize(weight, grid.qparams(weight))
 

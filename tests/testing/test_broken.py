@@ -110,6 +110,7 @@ BROKEN: list[tuple[object, str, str]] = [
     (Scribbling(), "rounding_changes_nothing_and_is_repeatable", "the weight was written to"),
     (Beyond(), "codes_lie_on_the_grid", "codes are not integers from"),
     (Needy(), "it_says_what_it_needs", "which is no Statistic"),
+    (Block("counts"), "it_says_what_it_needs", "batches is negative"),
     (Block("forgets"), "every_weight_of_a_block_is_fitted", "were asked for"),
     (Block("writes"), "only_what_is_free_changes", "the block was written to"),
     (Block("takes"), "only_what_is_free_changes", "4.bias changed, which is not free"),
