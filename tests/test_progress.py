@@ -166,7 +166,7 @@ def test_files_and_measurements_are_counted_on_the_command_line(
     assert seen == {"comparing": ("tensor", 10)}  # of the quantized file, and of both
     seen.clear()
     assert monoquant("check", "mono_quant:MinMax").code == 0
-    assert seen == {"checking": ("law", 21)}
+    assert seen == {"checking": ("law", 22)}
     seen.clear()
     words = ("quantize", "model.pt", "-o", "t.safetensors", "--quiet")
     assert monoquant(*words).code == 0
