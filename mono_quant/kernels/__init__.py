@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from mono_quant.base import ArrangingKernel, Kernel, KernelSpec, PackedTensor
+from mono_quant.base import ArrangingKernel, Kernel, KernelSpec
 from mono_quant.kernels.blocks import BLOCKS, Blocks
 from mono_quant.kernels.choice import fastest, order_of
 from mono_quant.kernels.codes import remembered_bytes
@@ -38,12 +38,13 @@ from mono_quant.kernels.fp16_sequences import (
     Fp16Sequences,
 )
 from mono_quant.kernels.int4 import INT4, PANEL_BLOCKS, PANEL_BYTES, Int4, PanelBlocks, PanelBytes
-from mono_quant.kernels.integer import INTEGER, Integer, Row, row_of
+from mono_quant.kernels.integer import INTEGER, Integer
 from mono_quant.kernels.ops import followed, gradient_asked, untraced
 from mono_quant.kernels.outliers import DECOMPOSED, DECOMPOSED_TRACED, Decomposed
 from mono_quant.kernels.packed_convolution import PACKED_CONVOLUTION, PackedConvolution
 from mono_quant.kernels.packed_linear import PACKED_LINEAR, PackedLinear
 from mono_quant.kernels.reference import Reference
+from mono_quant.kernels.rows import Row, row_of
 from mono_quant.kernels.sequences import INTEGER_STEPS, IntegerSteps
 from mono_quant.kernels.store import STORE
 from mono_quant.kernels.switches import Switch, memory
@@ -153,10 +154,6 @@ class Site:
         if isinstance(kernel, ArrangingKernel) and (arrange is None or not arrange()):
             kernel = self._kernel((device, dtype, rows, is_followed, False))
         return kernel
-
-    def row(self, kernel: Kernel, weight: PackedTensor) -> Row | None:
-        """Return a shorter way to what `kernel` computes of single rows, or None."""
-        return row_of(self.spec, weight) if kernel is INTEGER else None
 
     def _kernel(self, asked: _Asked) -> Kernel:
         kernel = self._chosen.get(asked)
@@ -306,6 +303,7 @@ __all__ = [
     "Site",
     "memory",
     "remembered_bytes",
+    "row_of",
     "select",
     "use",
 ]

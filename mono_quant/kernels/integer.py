@@ -1,14 +1,11 @@
 """Exact integer products on the codes of a weight, as they are stored."""
 
-from typing import final
-
 import torch
 from torch import Tensor
 
 from mono_quant.base import Activation, KernelSpec, PackedTensor, Scheme
 from mono_quant.kernels.blocks import BLOCKS
 from mono_quant.kernels.codes import (
-    DTYPES,
     Constants,
     constants,
     flat,
@@ -31,11 +28,9 @@ from mono_quant.kernels.digits import (
 from mono_quant.kernels.ops import (
     LONGEST_ROW,
     SHORTEST_ROW,
-    followed,
     int_mm_columns,
     int_mm_refusal,
 )
-from mono_quant.kernels.store import STORE
 from mono_quant.numerics.granularity import PerChannel, PerTensor, PerToken
 from mono_quant.schemes import Affine
 
@@ -75,7 +70,7 @@ class Integer:
             alike = on_one_grid(rows, activation)
             if alike is not None:
                 columns = weight.tensors["codes"][0].t()
-                return shaped(_of_one_row(alike, columns, constants(weight), bias), None, x)
+                return shaped(of_one_row(alike, columns, constants(weight), bias), None, x)
         few = digits_of_few(rows, activation) if activation is not None else None
         if few is not None:
             return shaped(factor_of(weight, bias).product(few), None, x)
@@ -97,63 +92,7 @@ class Integer:
         return shaped(out, None, x)
 
 
-@final
-class Row:
-    """The product of a weight without zero points with single rows, all but the row found before.
-
-    A layer that meets one row waits longer for Python than for some of the operators: this is what
-    `Integer` does for it, in the fewest steps. Nothing of it is true any more once the codes or
-    their scales were written to, or another kernel may be chosen; then it answers with None.
-
-    Args:
-        spec: of the product, with quantized inputs.
-        weight: of 8 bits, its codes ``int8 [1, out, in]``.
-    """
-
-    __slots__ = ("_activation", "_codes", "_columns", "_known", "_length", "_scale", "_state")
-
-    def __init__(self, spec: KernelSpec, weight: PackedTensor) -> None:
-        activation = spec.activation
-        assert activation is not None  # the caller saw to it
-        self._activation: Activation = activation
-        self._length = spec.layout.stack[2]
-        self._codes, self._scale = weight.tensors["codes"], weight.tensors["scale"]
-        self._columns, self._known = self._codes[0].t(), constants(weight)
-        self._state = self._now()
-
-    def __call__(self, x: Tensor, codes: Tensor | None, bias: Tensor | None) -> Tensor | None:
-        """Return ``x @ weight.T + bias`` in the dtype of `x`, or None where it is not for this.
-
-        Args:
-            x: any input; one row of a CPU's floats that nobody follows is what this is for.
-            codes: those that the layer has now.
-            bias: ``[out]``, or None.
-        """
-        if codes is not self._codes or x.numel() != self._length or x.shape[-1] != self._length:
-            return None
-        if x.dtype not in DTYPES or not x.is_cpu or followed(x, bias) or self._state != self._now():
-            return None
-        alike = on_one_grid(flat(x, self._length), self._activation)
-        if alike is None:
-            return None
-        return shaped(_of_one_row(alike, self._columns, self._known, bias), None, x)
-
-    def _now(self) -> tuple[int, int, int, int]:
-        written = self._codes._version, self._scale._version
-        return (STORE.age, torch.get_num_threads(), *written)
-
-
-def row_of(spec: KernelSpec, weight: PackedTensor) -> Row | None:
-    """Return what computes single rows as `Integer` would, or None where there is no such way."""
-    codes, scale = weight.tensors["codes"], weight.tensors["scale"]
-    if spec.activation is None or "zero_point" in weight.tensors:
-        return None
-    if codes.is_inference() or scale.is_inference():  # these do not count how often
-        return None
-    return Row(spec, weight)
-
-
-def _of_one_row(inputs: OneGrid, columns: Tensor, known: Constants, bias: Tensor | None) -> Tensor:
+def of_one_row(inputs: OneGrid, columns: Tensor, known: Constants, bias: Tensor | None) -> Tensor:
     """Return what `Factor` makes of one row, for a weight without zero points.
 
     In half of the operators: sums of one row need no room of their own, and are not many.

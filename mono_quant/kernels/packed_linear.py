@@ -121,8 +121,8 @@ class PackedLinear(ArrangingKernel[PackedRows]):
         activation, rows = spec.activation, flat(x, spec.layout.stack[2])
         added = bias.to(torch.float32) if bias is not None else None
         alike = on_one_grid(rows, activation) if activation is not None else None
-        if alike is not None and _USUAL[0] < alike[2] < _USUAL[1]:
-            return shaped(_of_one_grid(alike, weight, added), None, x)
+        if alike is not None:
+            return shaped(of_one_grid(alike, weight, bias), None, x)
         few = digits_of_few(rows, activation) if activation is not None else None
         if few is not None:
             return shaped(_product(few, weight, added), None, x)
@@ -144,10 +144,20 @@ class PackedLinear(ArrangingKernel[PackedRows]):
         return shaped(out, None, x)
 
 
-def _of_one_grid(inputs: OneGrid, weight: PackedRows, bias: Tensor | None) -> Tensor:
-    """Return the product with inputs on one grid, which the operator is told of, and the bias."""
+def of_one_grid(inputs: OneGrid, weight: PackedRows, bias: Tensor | None) -> Tensor:
+    """Return the product with inputs on one grid, which the operator is told of, and the bias.
+
+    Args:
+        inputs: rows on their grid.
+        weight: packed.
+        bias: ``[out]``, or None.
+    """
     codes, zero, unit = inputs
-    out = onednn.linear(codes, (unit, zero, _TOP), weight.pack, weight.scale, bias, None)
+    if not _USUAL[0] < unit < _USUAL[1]:
+        found = Digits(codes, torch.full((1, 1), zero, dtype=torch.int32), torch.full((1, 1), unit))
+        return _product(found, weight, bias.to(torch.float32) if bias is not None else None)
+    added = bias.to(torch.float32) if bias is not None else None
+    out = onednn.linear(codes, (unit, zero, _TOP), weight.pack, weight.scale, added, None)
     if weight.zeros is None:
         return out
     sums = codes.sum(1, keepdim=True, dtype=torch.int32).sub_(zero * codes.shape[1])

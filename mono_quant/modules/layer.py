@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from mono_quant.base import (
     Activation,
+    Arranged,
     ArrangingKernel,
     Kernel,
     KernelSpec,
@@ -19,7 +20,7 @@ from mono_quant.base import (
     PackedTensor,
     QuantizedModule,
 )
-from mono_quant.kernels import REFERENCE, Site, select
+from mono_quant.kernels import REFERENCE, Site, row_of, select
 from mono_quant.modules.weight import QuantizedInput, QuantizedWeight, Short
 
 _SITES = "_sites"
@@ -165,12 +166,30 @@ class QuantizedLayer(QuantizedModule):
         if kernel is REFERENCE:
             return kernel(spec, x, held.pin() if operation.reads_rows else held.peek(), bias)
         if isinstance(kernel, ArrangingKernel):
-            return kernel.product(spec, x, held.arranged(kernel, spec), bias)
-        weight, inputs = held.read(), self._input(name)
-        row = site.row(kernel, weight) if rows == 1 else None
-        if row is not None and inputs is not None and spec.activation is not None:
-            held.short = Short(row, operation, inputs, spec.activation)
+            arranged = held.arranged(kernel, spec)
+            if rows == 1:
+                self._shorten(kernel, spec, arranged, held, name)
+            return kernel.product(spec, x, arranged, bias)
+        weight = held.read()
+        if rows == 1:
+            self._shorten(kernel, spec, weight, held, name)
         return kernel(spec, x, weight, bias)
+
+    def _shorten(
+        self,
+        kernel: Kernel,
+        spec: KernelSpec,
+        weight: PackedTensor | Arranged,
+        held: QuantizedWeight,
+        name: str,
+    ) -> None:
+        """Keep the shorter way to this product for later rows, if there is one."""
+        inputs, activation = self._input(name), spec.activation
+        if inputs is None or activation is None or not held.is_only_copy(weight):
+            return
+        row = row_of(kernel, spec, weight)
+        if row is not None:
+            held.short = Short(row, spec.operation, inputs, activation)
 
     def _site(self, operation: Operation, held: QuantizedWeight, name: str) -> Site:
         """Return where a weight meets its inputs; another one if what is asked has changed."""

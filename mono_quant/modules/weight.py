@@ -175,6 +175,13 @@ class QuantizedWeight(Fixed):
                     found = self._arrange(kernel, spec)
         return found
 
+    def is_only_copy(self, weight: PackedTensor | Arranged) -> bool:
+        """Return whether `weight` is what this module holds, and in no other order elsewhere."""
+        held, codes = self._held, self._buffers["codes"]
+        if isinstance(weight, PackedTensor):
+            return weight.tensors["codes"] is codes
+        return codes is None and held is not None and held.source() is None
+
     @property
     def kernel_bytes(self) -> int:
         """Bytes that kernels keep of this weight beside codes, scales and zero points."""
@@ -238,7 +245,7 @@ class QuantizedWeight(Fixed):
                     codes = held.arranged.canonical()
             self._buffers["codes"] = codes
             kept = attrs.evolve(held, source=weakref.ref(codes), written=codes._version)
-            self._held = kept if keep else None
+            self._held, self.short = (kept if keep else None), None
         return codes
 
     @untraced

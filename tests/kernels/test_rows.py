@@ -10,13 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant import QuantizedLayer, Quantizer, kernels
+from mono_quant.kernels.onednn import refuse_linear
 from mono_quant.kernels.ops import int_mm_refusal
 from mono_quant.modules.layer import kernels_run
 from mono_quant.modules.weight import QuantizedWeight
 from tests.helpers import noise, same_bits
 
-pytestmark = pytest.mark.skipif(
-    int_mm_refusal() is not None, reason=f"no integer product: {int_mm_refusal()}"
+REFUSALS = {"integer": int_mm_refusal(), "onednn": refuse_linear()}
+each_kernel = pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(why is not None, reason=str(why)))
+        for name, why in REFUSALS.items()
+    ],
 )
 
 GRIDS = {
@@ -24,6 +30,7 @@ GRIDS = {
     "symmetric": Quantizer().activations("dynamic", symmetric=True),
     "per tensor": Quantizer().activations("dynamic", granularity="tensor"),
     "static": Quantizer().fit(noise(32, 1024)),
+    "asymmetric weight": Quantizer().asymmetric(),
 }
 
 
@@ -44,13 +51,15 @@ def computed(layer: nn.Module, x: Tensor) -> Tensor:
     return result
 
 
+@each_kernel
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_later_rows_are_computed_as_the_first_one(grid: str, bias: bool) -> None:
+def test_later_rows_are_computed_as_the_first_one(grid: str, bias: bool, kernel: str) -> None:
     layer = made(GRIDS[grid], bias)
-    with torch.no_grad(), kernels.use("integer"):
+    with torch.no_grad(), kernels.use(kernel):
         layer(noise(1, 1024))
-        assert held(layer).short is not None
+        found = held(layer).short is not None
+        assert found == (kernel == "onednn" or grid != "asymmetric weight")
         for shape in ((1, 1024), (1, 1, 1024), (1024,)):
             for seed in range(5):
                 x = noise(*shape, seed=seed)
@@ -63,12 +72,13 @@ def test_later_rows_are_computed_as_the_first_one(grid: str, bias: bool) -> None
             layer(noise(1024, 1))
 
 
-def test_a_changed_weight_is_seen() -> None:
+@each_kernel
+def test_a_changed_weight_is_seen(kernel: str) -> None:
     layer, x = made(Quantizer()), noise(1, 1024)
-    with torch.no_grad(), kernels.use("integer"):
+    with torch.no_grad(), kernels.use(kernel):
         layer(x)
         weight = held(layer)
-        weight.get_buffer("codes").neg_()
+        weight.packed.tensors["codes"].neg_()
         assert same_bits(layer(x), computed(layer, x))
         weight.get_buffer("scale").mul_(2)
         assert same_bits(layer(x), computed(layer, x))
@@ -79,9 +89,10 @@ def test_a_changed_weight_is_seen() -> None:
         assert same_bits(layer(noise(1, 1024, seed=3)), computed(layer, noise(1, 1024, seed=3)))
 
 
-def test_a_calibrated_scale_that_moved_is_seen() -> None:
+@each_kernel
+def test_a_calibrated_scale_that_moved_is_seen(kernel: str) -> None:
     layer, x = made(GRIDS["static"]), noise(1, 1024)
-    with torch.no_grad(), kernels.use("integer"):
+    with torch.no_grad(), kernels.use(kernel):
         before = layer(x)
         inputs = layer.quantized_inputs["weight"]
         inputs.register_buffer("scale", inputs.get_buffer("scale") * 8)
@@ -89,13 +100,14 @@ def test_a_calibrated_scale_that_moved_is_seen() -> None:
         assert same_bits(layer(x), computed(layer, x))
 
 
-def test_whoever_asks_for_more_is_served() -> None:
+@each_kernel
+def test_whoever_asks_for_more_is_served(kernel: str) -> None:
     layer, x = made(Quantizer()), noise(1, 1024)
-    with torch.no_grad(), kernels.use("integer"):
+    with torch.no_grad(), kernels.use(kernel):
         expected = layer(x)
         with kernels_run() as ran:
             assert same_bits(layer(x), expected)
-        assert list(ran.values()) == ["integer"]
+        assert list(ran.values()) == [kernel]
         with kernels.use("reference"):
             assert not same_bits(layer(x), expected)
         assert same_bits(layer(x), expected)
@@ -107,22 +119,36 @@ def test_whoever_asks_for_more_is_served() -> None:
     assert x.grad is not None
 
 
-def test_it_keeps_no_codes_alive_and_is_not_copied() -> None:
+@each_kernel
+def test_it_keeps_no_codes_alive_and_is_not_copied(kernel: str) -> None:
     layer, x = made(Quantizer()), noise(1, 1024)
     with torch.no_grad():
-        with kernels.use("integer"):
+        codes = weakref.ref(held(layer).packed.tensors["codes"])
+        with kernels.use(kernel):
             layer(x)
         assert held(copy.deepcopy(layer)).short is None
         assert held(pickle.loads(pickle.dumps(layer))).short is None
-        codes = weakref.ref(held(layer).get_buffer("codes"))
         layer.to(torch.float64)
-        layer.to(torch.float32)
         assert held(layer).short is None
-        with kernels.use("integer"):
-            layer(x)
-        with kernels.use("onednn"):
-            layer(x)
-        assert held(layer).short is None or held(layer).held_codes is not None
+        layer.to(torch.float32)
+        for name, why in REFUSALS.items():
+            if why is None:
+                with kernels.use(name):
+                    expected = computed(layer, x)
+                    assert same_bits(layer(x), expected)
+                    assert same_bits(layer(x), expected)
         layer.dequantize()
         gc.collect()
         assert codes() is None
+
+
+@each_kernel
+def test_layers_that_share_a_weight_do_not_share_the_way(kernel: str) -> None:
+    one, other = made(Quantizer()), made(Quantizer().activations("dynamic", symmetric=True))
+    other.quantized_weights = one.quantized_weights
+    x = noise(1, 1024)
+    with torch.no_grad(), kernels.use(kernel):
+        for _ in range(3):
+            assert same_bits(one(x), computed(one, x))
+            assert same_bits(other(x), computed(other, x))
+        assert not same_bits(one(x), other(x))
