@@ -1,4 +1,8 @@
-"""mono_quant: what it does without data and with it, and what `quality` chooses by itself."""
+"""mono_quant: what it does without data and with it, and what `quality` chooses by itself.
+
+With data it also measures every layer and the output for its report; what that takes is the
+difference between the two ways to nearest.
+"""
 
 from collections.abc import Callable
 
@@ -19,9 +23,12 @@ from tests.benchmarks.weight_only.package import (
 )
 
 
-def _way(quantizer: Callable[[Grid], Quantizer]) -> Way:
+def _way(quantizer: Callable[[Grid], Quantizer], *, with_data: bool = False) -> Way:
     def way(task: Task, grid: Grid) -> Quantize:
-        return lambda: _apply(quantizer(grid).only("blocks").fit(task.batches), task.model)
+        chosen = quantizer(grid).only("blocks")
+        if with_data:
+            chosen = chosen.fit(task.batches)
+        return lambda: _apply(chosen, task.model)
 
     return way
 
@@ -41,12 +48,18 @@ def _even(grid: Grid) -> Quantizer:
     return Quantizer().bits(grid.bits).group_size(grid.group)
 
 
-def _searched(rounding: Rounding) -> Offer:
-    return Offer(_way(lambda grid: _even(grid).observer(weights=MSE()).rounding(rounding)))
+def _searched(rounding: Rounding, *, with_data: bool = True) -> Offer:
+    def quantizer(grid: Grid) -> Quantizer:
+        return _even(grid).observer(weights=MSE()).rounding(rounding)
+
+    return Offer(_way(quantizer, with_data=with_data))
 
 
 def _chosen(quality: str) -> Offer:
-    return Offer(_way(lambda grid: Quantizer().bits(grid.bits).quality(quality)), TABLES)
+    def quantizer(grid: Grid) -> Quantizer:
+        return Quantizer().bits(grid.bits).quality(quality)
+
+    return Offer(_way(quantizer, with_data=QUALITIES[quality] is not None), TABLES)
 
 
 PACKAGE = Package(
@@ -54,7 +67,8 @@ PACKAGE = Package(
     (),
     {
         "to nearest": Offer(_way(_even)),
-        "to nearest, MSE": _searched(RoundToNearest()),
+        "to nearest, with a report on the data": Offer(_way(_even, with_data=True), [Grid(4, 64)]),
+        "to nearest, MSE": _searched(RoundToNearest(), with_data=False),
         "HQQ": Offer(_way(lambda grid: _even(grid).float_zero_point().rounding(HQQ()))),
         "GPTQ, MSE": _searched(GPTQ()),
         **{

@@ -12,8 +12,8 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
+from mono_quant.serializers import write_state_dict
 from tests.benchmarks.measure import memory, reset_peak
 from tests.benchmarks.weight_only import networks
 from tests.benchmarks.weight_only.package import Grid
@@ -36,8 +36,7 @@ def main(module: str, title: str, grid: str, network: str, inputs: str, output: 
         read = quantize()
         seconds, peak = time.process_time() - begun, memory("VmHWM") - resident
         quantized = read()
-        state = {name: value.contiguous() for name, value in quantized.state.items()}
-        save_file(state, output)
+        write_state_dict(Path(output), quantized.state)
         answer = {"bits": quantized.bits_per_weight, "seconds": seconds, "peak": peak}
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
