@@ -150,7 +150,7 @@ def load_minilm() -> MiniLM:
         model = MiniLM()
     state = {
         f"{ours}.{kind}": published[f"{theirs}.{kind}"]
-        for ours, theirs in _published_names().items()
+        for ours, theirs in published_names().items()
         for kind in ("weight", "bias")
         if f"{theirs}.{kind}" in published
     }
@@ -217,7 +217,8 @@ def encode(
     return torch.cat([model(ids.to(device), mask.to(device)) for ids, mask in inputs])
 
 
-def _published_names() -> dict[str, str]:
+def published_names() -> dict[str, str]:
+    """Returns what the published weights call each module that has weights, by its name here."""
     names = dict(_PUBLISHED_EMBEDDINGS)
     for index in range(_BLOCKS):
         for ours, theirs in _PUBLISHED_BLOCK.items():

@@ -14,7 +14,7 @@ NAMES = (
     "quantize_speed",
     "observers",
     "half_quadratic",
-    "peers",
+    "accuracy_peers",
     "activations_vision",
     "activations_peers",
     "activations_text",
@@ -34,8 +34,8 @@ NAMES = (
     "endurance",
 )
 
-CONTESTS = ("decoder", "convolutions")
-"""Those in which packages take turns, some of whose ways can be left out."""
+CONTESTS = ("accuracy_peers", "decoder", "convolutions")
+"""Those of several packages, some of whose ways can be left out."""
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
         nargs="+",
         default=(),
         metavar="PATTERN",
-        help="of the packages' ways in decoder and convolutions those, as '*torch.ao: *'",
+        help=f"of the packages' ways in {', '.join(CONTESTS)} those, as '*torch.ao: *'",
     )
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(NAMES):

@@ -26,6 +26,7 @@ def python_with(packages: Sequence[str]) -> Path:
     """Return the interpreter of an environment with these packages, made if there is none.
 
     torch comes first, at the release of `constraints.txt`, so that no package chooses another.
+    All else is held to that file too, but for what the requirements themselves name.
 
     Args:
         packages: requirements; none for the environment that this process runs in.
@@ -35,10 +36,11 @@ def python_with(packages: Sequence[str]) -> Path:
     """
     if not packages:
         return Path(sys.executable)
-    torch = next(
-        line for line in _CONSTRAINTS.read_text().splitlines() if line.startswith("torch==")
-    )
+    pins = _CONSTRAINTS.read_text().splitlines()
+    torch = next(line for line in pins if line.startswith("torch=="))
     asked = (torch, *_SHARED, *packages)
+    named = {package.partition("==")[0] for package in packages}
+    held = [line for line in pins if line.partition("==")[0] not in named]
     told = " ".join((sys.version, _CONSTRAINTS.read_text(), *asked))
     digest = hashlib.sha256(told.encode()).hexdigest()[:12]
     name = packages[0].partition("==")[0]
@@ -46,14 +48,16 @@ def python_with(packages: Sequence[str]) -> Path:
     python = folder / "bin" / "python"
     if not (folder / _DONE).is_file():
         venv.create(folder, clear=True, with_pip=True)
-        _install(python, torch)
-        _install(python, *asked)
+        constraints = folder / "constraints.txt"
+        constraints.write_text("\n".join(held))
+        _install(python, constraints, torch)
+        _install(python, constraints, *asked)
         (folder / _DONE).touch()
     return python
 
 
-def _install(python: Path, *requirements: str) -> None:
-    pip = [str(python), "-m", "pip", "install", "--quiet", "-c", str(_CONSTRAINTS), *requirements]
+def _install(python: Path, constraints: Path, *requirements: str) -> None:
+    pip = [str(python), "-m", "pip", "install", "--quiet", "-c", str(constraints), *requirements]
     try:
         done = subprocess.run(pip, check=False, capture_output=True, text=True, timeout=_TIMEOUT_S)
     except subprocess.TimeoutExpired as late:

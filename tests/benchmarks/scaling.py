@@ -9,17 +9,14 @@ blocks are quantized.
 import copy
 import time
 from collections.abc import Iterator, Mapping
-from functools import cache
-
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
 
 from mono_quant import AWQ, Quantizer, Report, SmoothQuant
 from mono_quant.demo import background_articles, batches
-from tests.benchmarks.measure import print_table, sqnr
+from tests.benchmarks.language import calibration, judged, logits, perplexity, reference
+from tests.benchmarks.language import original as language_model
+from tests.benchmarks.measure import print_table
 from tests.benchmarks.minilm import figures_of, in_blocks, original
-from tests.models import AssetUnavailable, smollm2
+from tests.models import AssetUnavailable
 
 ARTICLES = 64
 LENGTH = 128
@@ -49,7 +46,7 @@ def main() -> None:
     columns = ("weights and inputs", "output SQNR, dB", "Lee Pearson", "layers scaled", "CPU s")
     print_table(columns, _minilm())
     try:
-        _exact()
+        reference(MEASURED)
     except AssetUnavailable as reason:
         print(f"SmolLM2 is skipped: {reason}")
         return
@@ -80,60 +77,22 @@ def _minilm() -> Iterator[tuple[str, ...]]:
         )
 
 
-@cache
-def _language_model() -> nn.Module:
-    return smollm2.load()
-
-
-@cache
-def _news() -> Tensor:
-    """Return all tokens of the news."""
-    return torch.tensor(smollm2.token_ids("\n".join(background_articles())))
-
-
-@cache
-def _exact() -> Tensor:
-    return _logits(_language_model())
-
-
-def _windows() -> Tensor:
-    return _news()[: MEASURED * 512].view(MEASURED, 512)
-
-
-@torch.no_grad()
-def _logits(model: nn.Module) -> Tensor:
-    """Return the logits for all windows, ``[2, 512, 49152]``."""
-    return torch.cat([model(ids[None]) for ids in _windows()])
-
-
 def _smollm2() -> Iterator[tuple[str, ...]]:
-    yield ("float32", *_judged(_exact()), "", "")
-    half = _news()[len(_news()) // 2 :][: WINDOWS * LENGTH].view(WINDOWS, LENGTH)
-    data = list(torch.split(half, 4))
+    yield ("float32", f"{perplexity(reference(MEASURED)):.2f}", *[""] * 5)
+    data = calibration(WINDOWS, LENGTH, 4)
     for title, quantizer in SETTINGS.items():
-        model = copy.deepcopy(_language_model())
+        model = copy.deepcopy(language_model())
         start = time.process_time()
         fitted = quantizer.only("blocks").fit(data, samples=WINDOWS)
         result = fitted.apply_(model, progress=False)
         seconds = time.process_time() - start
-        yield (title, *_judged(_logits(result.model)), scaled(result.report), f"{seconds:.0f}")
-
-
-def _judged(logits: Tensor) -> tuple[str, ...]:
-    """Return perplexity, KL from the float model, agreement with it, and SQNR of logits."""
-    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), _windows()[:, 1:].flatten())
-    exact, perplexity = _exact(), f"{loss.exp():.2f}"
-    if logits is exact:
-        return (perplexity, "", "", "")
-    kl = torch.zeros((), dtype=torch.float64)
-    for one, other in zip(exact.flatten(0, 1), logits.flatten(0, 1), strict=True):
-        log, target = (x.double().log_softmax(-1) for x in (other, one))
-        kl += functional.kl_div(log, target, log_target=True, reduction="sum")
-    same = (logits.argmax(-1) == exact.argmax(-1)).double().mean()
-    count = logits.shape[0] * logits.shape[1]
-    return (
-        perplexity,
-        f"{kl / count:.4f}",
-        f"{same:.4f}",
-        f"{sqnr([exact], [logits]):.2f}",
-    )
+        found = judged(logits(result.model, MEASURED))
+        yield (
+            title,
+            f"{found.perplexity:.2f}",
+            f"{found.divergence:.4f}",
+            f"{found.agreement:.4f}",
+            f"{found.output_sqnr:.2f}",
+            scaled(result.report),
+            f"{seconds:.0f}",
+        )

@@ -1,0 +1,75 @@
+"""llm-compressor: GPTQ, block after block, on MiniLM as transformers' BertModel.
+
+Texts are given one by one, so that none is padded. Its scales are kept in float32 here, and counted
+as the float16 that they are saved in with a model of that width.
+"""
+
+import importlib
+import tempfile
+from typing import Any
+
+from tests.benchmarks.weight_only.package import (
+    Grid,
+    Offer,
+    Package,
+    Quantize,
+    Quantized,
+    Read,
+    Task,
+    Way,
+)
+from tests.benchmarks.weight_only.transformers_bert import bert, padding, texts, weights_of
+
+
+def _gptq(observer: str) -> Way:
+    def way(task: Task, grid: Grid) -> Quantize:
+        llmcompressor: Any = importlib.import_module("llmcompressor")
+        gptq: Any = importlib.import_module("llmcompressor.modifiers.gptq")
+        datasets: Any = importlib.import_module("datasets")
+        model: Any = bert(task)
+        tokenizer = padding()
+        rows = [ids[0].tolist() for ids in texts(task)]
+        masks = [[1] * len(row) for row in rows]
+        samples = datasets.Dataset.from_dict({"input_ids": rows, "attention_mask": masks})
+        weights = {
+            "num_bits": grid.bits,
+            "type": "int",
+            "symmetric": False,
+            "strategy": "group",
+            "group_size": grid.group,
+            "observer": observer,
+        }
+        group = {"targets": ["Linear"], "weights": weights}
+        modifier = gptq.GPTQModifier(config_groups={"all": group})
+
+        def quantize() -> Read:
+            with tempfile.TemporaryDirectory(prefix="mono_quant_") as folder:
+                model.config.save_pretrained(folder)  # it reads the configuration there again
+                model.config._name_or_path = folder
+                llmcompressor.oneshot(
+                    model=model,
+                    processor=tokenizer,
+                    dataset=samples,
+                    recipe=modifier,
+                    max_seq_length=max(map(len, rows)),
+                    num_calibration_samples=len(rows),
+                    batch_size=1,
+                    shuffle_calibration_samples=False,
+                    pipeline="sequential",
+                    sequential_targets=["BertLayer"],
+                )
+            return lambda: Quantized(weights_of(model, task), grid.size(16 + grid.bits))
+
+        return quantize
+
+    return way
+
+
+PACKAGE = Package(
+    "llm-compressor 0.14.0.1",
+    ("llmcompressor==0.14.0.1", "transformers==5.17.0", "huggingface_hub==1.33.0"),
+    {
+        "GPTQ": Offer(_gptq("memoryless_minmax"), networks=("minilm",)),
+        "GPTQ, MSE": Offer(_gptq("memoryless_mse"), networks=("minilm",)),
+    },
+)

@@ -1,0 +1,81 @@
+"""mono_quant: what it does without data and with it, and what `quality` chooses by itself.
+
+With data it also measures every layer and the output for its report; what that takes is the
+difference between the two ways to nearest.
+"""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from mono_quant import GPTQ, HQQ, MSE, Quantizer, Rounding, RoundToNearest, __version__
+from mono_quant.settings import QUALITIES
+from tests.benchmarks.weight_only.package import (
+    TABLES,
+    Grid,
+    Offer,
+    Package,
+    Quantize,
+    Quantized,
+    Read,
+    Task,
+    Way,
+)
+
+
+def _way(quantizer: Callable[[Grid], Quantizer], *, with_data: bool = False) -> Way:
+    def way(task: Task, grid: Grid) -> Quantize:
+        chosen = quantizer(grid).only("blocks")
+        if with_data:
+            chosen = chosen.fit(task.batches)
+        return lambda: _apply(chosen, task.model)
+
+    return way
+
+
+def _apply(quantizer: Quantizer, model: nn.Module) -> Read:
+    result = quantizer.apply(model, progress=False)
+
+    def read() -> Quantized:
+        before, after = model.state_dict(), result.dequantize().state_dict()
+        changed = {name: value for name, value in after.items() if not value.equal(before[name])}
+        return Quantized(changed, result.report.bits_per_weight)
+
+    return read
+
+
+def _even(grid: Grid) -> Quantizer:
+    return Quantizer().bits(grid.bits).group_size(grid.group)
+
+
+def _searched(rounding: Rounding, *, with_data: bool = True) -> Offer:
+    def quantizer(grid: Grid) -> Quantizer:
+        return _even(grid).observer(weights=MSE()).rounding(rounding)
+
+    return Offer(_way(quantizer, with_data=with_data))
+
+
+def _chosen(quality: str) -> Offer:
+    def quantizer(grid: Grid) -> Quantizer:
+        return Quantizer().bits(grid.bits).quality(quality)
+
+    return Offer(_way(quantizer, with_data=QUALITIES[quality] is not None), TABLES)
+
+
+PACKAGE = Package(
+    f"mono_quant {__version__}",
+    (),
+    {
+        "to nearest": Offer(_way(_even)),
+        "to nearest, with a report on the data": Offer(_way(_even, with_data=True), [Grid(4, 64)]),
+        "to nearest, MSE": _searched(RoundToNearest(), with_data=False),
+        "HQQ": Offer(_way(lambda grid: _even(grid).float_zero_point().rounding(HQQ()))),
+        "GPTQ, MSE": _searched(GPTQ()),
+        **{
+            f"rounded as {quality}, MSE": _searched(rounding)
+            for quality, rounding in QUALITIES.items()
+            if rounding is not None
+        },
+        **{f"quality({quality!r})": _chosen(quality) for quality in QUALITIES},
+    },
+)
