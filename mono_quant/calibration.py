@@ -358,6 +358,10 @@ class _Reached(BaseException):
         self.output = output
 
 
+NOTED_IN_MEMORY = 32_000_000
+"""Bytes of outputs that a report holds while it is made, in place of running the model again."""
+
+
 class Kept:
     """Tensors of each batch, to come back to after the model was changed.
 
@@ -412,6 +416,36 @@ class Kept:
     def __iter__(self) -> Iterator[list[Tensor]]:
         """Yield them batch by batch."""
         return (self[place] for place in range(len(self)))
+
+
+class Noted:
+    """Tensors of batches as they pass by, for whoever needs them again and soon.
+
+    Attributes:
+        limit: bytes up to which they are held; of more, nothing is.
+    """
+
+    def __init__(self, limit: int = NOTED_IN_MEMORY) -> None:
+        """Hold nothing yet."""
+        self.limit = limit
+        self._held: list[list[Tensor]] = []
+        self._is_whole = False
+
+    def passing(self, batches: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
+        """Yield what is given; after the last one all is held, or nothing."""
+        left = self.limit
+        for tensors in batches:
+            left -= sum(tensor_bytes(tensor) for tensor in tensors)
+            if left >= 0:
+                self._held.append([tensor.detach().clone() for tensor in tensors])
+            else:
+                self._held.clear()
+            yield tensors
+        self._is_whole = left >= 0
+
+    def again(self) -> Sequence[list[Tensor]] | None:
+        """Return the tensors of every batch that passed, or None where they are not held."""
+        return self._held if self._is_whole else None
 
 
 def compare(references: Iterable[list[Tensor]], others: Iterable[list[Tensor]]) -> SquaredError:

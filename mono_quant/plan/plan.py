@@ -14,7 +14,7 @@ from mono_quant.base import (
     QuantizedModule,
     TransformContext,
 )
-from mono_quant.calibration import CalibrationData, Kept, compare, count_samples
+from mono_quant.calibration import CalibrationData, Kept, Noted, compare, count_samples
 from mono_quant.checkpoint import ModelT, adapt_containers, calling, copy_structure, guard_saving
 from mono_quant.configurable import Config
 from mono_quant.errors import CalibrationError, DamageError, InputError, Mend
@@ -343,16 +343,17 @@ class Plan(Generic[ModelT]):
             if any(change.done for change in changes):  # then the twin is not the model given
                 both = zip(reference, data.outputs(self._model), strict=True)
                 reference = (given for _, given in both)
-            error = compare(reference, accumulated.outputs(data, label and "measuring"))
+            noted = Noted()
+            passing = noted.passing(reference)
+            error = compare(passing, accumulated.outputs(data, label and "measuring"))
             damages = diagnosed(floats, work, todo, layers.errors, data)
             rows = with_outputs(found.rows, todo, layers)
             rows = with_tried_groups(rows, floats, todo, data)
             poor = not error.sqnr_db >= WARNING_DB and not damages
-            helps = (
-                relief(floats, work, self._model, layers.errors, error.sqnr_db, data)
-                if poor
-                else None
-            )
+            helps = None
+            if poor:
+                wanted = noted.again() or data.outputs(self._model)
+                helps = relief(floats, work, wanted, layers.errors, error.sqnr_db, data)
         return _Evidence(rows, changes, tuple(damages), error, helps)
 
     def _amended(self, damages: Sequence[Damage], data: CalibrationData | None) -> "Plan[ModelT]":

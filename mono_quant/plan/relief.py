@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from functools import partial
 
 import attrs
-from torch import nn
+from torch import Tensor, nn
 
 from mono_quant.base import Statistics
 from mono_quant.calibration import CalibrationData, Kept, compare, evaluating, output_error
@@ -71,7 +71,7 @@ class Relief:
 def relief(
     floats: nn.Module,
     model: nn.Module,
-    original: nn.Module,
+    wanted: Iterable[list[Tensor]],
     errors: Mapping[str, SquaredError],
     output_db: float,
     data: CalibrationData,
@@ -85,7 +85,7 @@ def relief(
     Args:
         floats: the float twin, whose layers are put in.
         model: the quantized one.
-        original: the float model whose output is the measure.
+        wanted: what the float model returns for the data, batch by batch.
         errors: of what each layer returns, by name.
         output_db: SQNR of the model's output.
         data: example data.
@@ -94,8 +94,10 @@ def relief(
     worst = sorted(errors, key=lambda path: errors[path].sqnr_db)[:tried]
     if not worst:
         return None
-    reference = Kept()
-    reference.add_all(data.outputs(original))
+    reference = wanted
+    if not isinstance(reference, Sequence):
+        reference = Kept()
+        reference.add_all(wanted)
 
     def without(paths: Iterable[str]) -> float:
         with ExitStack() as hooks:

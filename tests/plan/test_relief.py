@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant import Quantizer, Report
+from mono_quant.calibration import Noted
 from tests.helpers import noise
 
 DYNAMIC = Quantizer().activations("dynamic")
@@ -61,6 +62,27 @@ def test_layers_that_cost_the_output_most_are_named_though_none_is_destroyed(
     mended = follow(fitted, line).apply(model, progress=False).report
     assert mended.output_sqnr_db == pytest.approx(said, abs=0.06)
     assert said > report.output_sqnr_db + 3
+
+
+def test_outputs_of_the_float_model_are_held_while_they_are_small(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batches = [noise(32, 64), noise(32, 64, seed=1)]
+    runs, warnings = [0, 0], []
+    for turn, limit in enumerate((1 << 20, 0)):
+        monkeypatch.setattr(Noted.__init__, "__defaults__", (limit,))
+        torch.manual_seed(0)
+        model = Difference().eval()
+
+        def count(*_: object, turn: int = turn) -> None:
+            runs[turn] += 1
+
+        model.register_forward_hook(count)
+        report = DYNAMIC.fit(batches).apply(model, progress=False).report
+        assert advice(report, "with ")
+        warnings.append(report.warnings)
+    assert warnings[0] == warnings[1]
+    assert runs[1] - runs[0] == len(batches)
 
 
 def test_nothing_is_named_where_no_few_layers_make_the_output_poor() -> None:
