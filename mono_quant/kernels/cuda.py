@@ -55,16 +55,9 @@ class CudaInteger:
         if qparams.zero_point is not None:
             codes = codes.bitwise_xor(_SIGN).view(torch.int8)
             zero = qparams.zero_point.to(torch.int32) - _SIGN
-        products = _int_mm(codes, factor.codes)
-        if factor.zero is not None:
-            of_rows = codes.sum(1, keepdim=True, dtype=torch.int32)
-            products = torch.addcmul(products, of_rows, factor.zero, value=-1)
-        if zero is not None:
-            products = torch.addcmul(products, zero, factor.sums, value=-1)
-        out = products * factor.scale  # before the unit of a huge input, which could overflow
-        out = out * unit if factor.bias is None else torch.addcmul(factor.bias, out, unit)
+        out = factor.of_sums(_int_mm(codes, factor.codes), codes, zero, unit)
         if activation.mode == "static":  # the scale of another one is NaN where an input is
-            out = out.masked_fill(rows.isnan().any(1, keepdim=True), float("nan"))
+            out = out.masked_fill(rows.amax(1, keepdim=True).isnan(), float("nan"))
         return shaped(out, None, x)
 
 

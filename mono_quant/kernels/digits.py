@@ -111,6 +111,22 @@ class Factor:
         of_rows = x.digits.sum(1, keepdim=True, dtype=torch.int32)
         return sums.addcmul_(of_rows, self.zero, value=-1)
 
+    def of_sums(self, sums: Tensor, codes: Tensor, zero: Tensor | None, unit: Tensor) -> Tensor:
+        """Return the product from sums of codes, which it leaves alone: for traces and devices.
+
+        Args:
+            sums: ``codes @ self.codes.T``, ``int32 [M, out]``.
+            codes: of the inputs, ``[M, in]``.
+            zero: the code that means zero, ``int32 [M or 1, 1]``; None for 0.
+            unit: what a code of 1 stands for, ``float32 [M or 1, 1]``.
+        """
+        if self.zero is not None:
+            sums = _less_product(sums, codes.sum(1, keepdim=True, dtype=torch.int32), self.zero)
+        if zero is not None:
+            sums = _less_product(sums, zero, self.sums)
+        out = sums * self.scale  # before the unit of a huge input, which alone could overflow
+        return out * unit if self.bias is None else torch.addcmul(self.bias, out, unit)
+
     def finish(self, x: Digits, sums: Tensor, place: slice | None, out: Tensor) -> None:
         """Write some rows of the product.
 
@@ -130,6 +146,13 @@ class Factor:
             out.mul_(unit)
         else:
             torch.addcmul(self.bias, out, unit, out=out)
+
+
+def _less_product(sums: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Return ``sums - one * other`` in integers."""
+    if torch.compiler.is_compiling():  # where `addcmul` is a sum of floats
+        return sums - one * other
+    return torch.addcmul(sums, one, other, value=-1)
 
 
 def parts(count: int, step: int) -> Iterator[slice | None]:

@@ -36,22 +36,13 @@ class TracedInteger:
         activation, codes = spec.activation, tensors["codes"][0]
         assert activation is not None  # `supports` saw to it
         digits = digits_of_codes(rows, activation.scheme, activation.qparams(rows), None)
-        products, sums = _products(digits.digits, codes)
-        scale, zero = tensors["scale"], tensors.get("zero_point")
-        factor = Factor.of(codes, sums, scale, zero, bias)
-        out = rows.new_empty(products.shape)
-        factor.finish(digits, factor.less_zeros(digits, products)[None], None, out)
-        lost = rows.isnan().any(1, keepdim=True)
-        return shaped(out.masked_fill(lost, float("nan")), None, x)
-
-
-def _products(digits: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``digits @ codes.T``, ``int32 [M, out]``, and sums of rows of codes, ``[1, out]``."""
-    ones = digits.new_ones(1, digits.shape[1])
-    if digits.shape[0] == 1:  # one row at a time takes less than half of what two do at once
-        return int_mm(digits, codes), int_mm(ones, codes)
-    both = int_mm(torch.cat((digits, ones)), codes)
-    return both[:-1], both[-1:]
+        ones = digits.digits.new_ones(1, digits.digits.shape[1])
+        products, sums = int_mm(digits.digits, codes), int_mm(ones, codes)
+        factor = Factor.of(codes, sums, tensors["scale"], tensors.get("zero_point"), bias)
+        out = factor.of_sums(products, digits.digits, digits.zero, digits.unit)
+        if activation.mode == "static":  # the scale of another one is NaN where an input is
+            out = out.masked_fill(rows.amax(1, keepdim=True).isnan(), float("nan"))
+        return shaped(out, None, x)
 
 
 class TracedRow:

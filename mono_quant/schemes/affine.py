@@ -247,9 +247,11 @@ class Affine(Scheme):
         for zero in zero_point:
             values += zero
         values = values.round_().clamp_(self.quant_min, self.quant_max).reshape(x.shape)
-        # to unsigned bytes by way of words, which takes half the time
-        codes = values.to(torch.int8 if self.symmetric else torch.int16)
-        return QTensor(codes if self.symmetric else codes.to(torch.uint8), qparams, x.dtype)
+        if self.symmetric:
+            return QTensor(values.to(torch.int8), qparams, x.dtype)
+        if not torch.compiler.is_compiling():
+            values = values.to(torch.int16)  # on the way to bytes, which halves the time
+        return QTensor(values.to(torch.uint8), qparams, x.dtype)
 
     def dequantize(self, q: QTensor) -> Tensor:
         """Return ``(code - zero_point) * scale`` in float32."""

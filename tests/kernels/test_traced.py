@@ -11,7 +11,7 @@ from mono_quant import FloatCast, QuantizedLayer, Quantizer, kernels
 from mono_quant.kernels.ops import int_mm_refusal
 from mono_quant.kernels.traced import INTEGER_TRACED, ROW_TRACED
 from tests.helpers import noise, same_bits
-from tests.kernels.cases import CPU, EPS, FLOATS, INTEGERS, exact, layer, run, spec_of
+from tests.kernels.cases import CPU, EPS, FLOATS, INTEGERS, STATIC, exact, layer, run, spec_of
 
 pytestmark = pytest.mark.skipif(int_mm_refusal() is not None, reason=str(int_mm_refusal()))
 
@@ -147,3 +147,25 @@ def test_inductor_computes_the_same(grid: str) -> None:
             expected, size = exact(made, x)
             found = call(x)
             assert ((found - expected - bias).abs() <= 64 * EPS * (size + bias.abs())).all()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within torch
+@pytest.mark.parametrize("grid", ["dynamic", "static", "asymmetric weight"])
+def test_inductor_keeps_integers_beyond_what_floats_hold(grid: str) -> None:
+    """Sums of 25 bits, of which zero points take nearly all away."""
+    source = nn.Linear(1040, 65, bias=False)
+    source.weight.data = noise(65, 1040).abs() * 0.05 + 1
+    x = -(noise(3, 1040).abs() * 1e-3)
+    x[:, 0] = -1
+    quantizer = INTEGERS[grid]
+    fitted = quantizer.fit(x) if quantizer in STATIC else quantizer
+    made = fitted.only("*").apply(source, progress=False).model
+    assert isinstance(made, QuantizedLayer)
+    torch.compiler.reset()
+    with torch.no_grad():
+        found = torch.compile(made, fullgraph=True)(x)
+    expected, _ = exact(made, x)
+    codes = made.packed_weights()["weight"].tensors["codes"]
+    assert int(codes.long().sum(-1).max()) * 250 > 1 << 24
+    assert ((found - expected).abs() <= 3.1 * EPS * expected.abs()).all()
