@@ -1,5 +1,6 @@
 """Half-quadratic quantization: against the paper's formulas in float64, and its promise."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -284,5 +285,21 @@ def test_what_minimizes_nothing_is_refused(fields: dict[str, float], message: st
 def test_it_is_written_down_and_needs_no_data() -> None:
     made = HQQ(iterations=5, p=1.0)
     assert Rounding.from_config(made.to_config()) == made
-    assert repr(made) == "HQQ(iterations=5, p=1.0, beta=10.0, kappa=1.01)"
+    assert repr(made) == "HQQ(iterations=5, p=1.0, beta=10.0, kappa=1.01, zero_on_grid=False)"
     assert made.needs == ()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_zero_may_be_a_grid_point_at_the_start(bits: int, dtype: torch.dtype) -> None:
+    scheme = attrs.evolve(FLOATS, bits=bits, scale_dtype=dtype)
+    weight = noise(1, 24, 64) + 0.3
+    start = Grid(scheme, MinMax()).qparams(weight)
+    assert start.zero_point is not None
+    assert start.scale is not None
+    zeros = start.zero_point.float().round().to(dtype)
+    assert not same_bits(zeros, start.zero_point)
+    nearest = scheme.quantize(weight, replace(start, zero_point=zeros))
+    found = rounded(weight, scheme, HQQ(zero_on_grid=True))
+    assert (missed(weight, found, scheme) <= 1.0001 * missed(weight, nearest, scheme)).all()
+    assert not same_bits(zero_points(found), zero_points(rounded(weight, scheme, HQQ())))

@@ -70,6 +70,19 @@ PACKAGE = Package(
         "to nearest, with a report on the data": Offer(_way(_even, with_data=True), [Grid(4, 64)]),
         "to nearest, MSE": _searched(RoundToNearest(), with_data=False),
         "HQQ": Offer(_way(lambda grid: _even(grid).float_zero_point().rounding(HQQ()))),
+        "HQQ, zero on the grid, MSE": Offer(
+            _way(
+                lambda grid: (
+                    _even(grid)
+                    .float_zero_point()
+                    .observer(weights=MSE())
+                    .rounding(HQQ(zero_on_grid=True))
+                )
+            )
+        ),
+        "HQQ, zero on the grid": Offer(
+            _way(lambda grid: _even(grid).float_zero_point().rounding(HQQ(zero_on_grid=True)))
+        ),
         "GPTQ, MSE": _searched(GPTQ()),
         **{
             f"rounded as {quality}, MSE": _searched(rounding)
