@@ -18,11 +18,11 @@ from mono_quant.errors import (
     CorruptCheckpointError,
     InputError,
     Mend,
-    MonoQuantError,
 )
 from mono_quant.gathering import Gathered, Wanted
 from mono_quant.numerics.granularity import Shape
 from mono_quant.serializers import (
+    UNFIT,
     checksum,
     read_safetensors,
     read_texts,
@@ -184,15 +184,7 @@ class CalibrationStatistics:
             return cls(dict(_read(weights, tensors, kinds)), tuple(map(_described, transforms)))
         except CheckpointError as error:
             raise type(error)(f"{path} cannot be read: {error.what}", error.mend) from error
-        except (
-            MonoQuantError,
-            LookupError,
-            ArithmeticError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            RuntimeError,
-        ) as error:
+        except UNFIT as error:
             raise CorruptCheckpointError(f"{path} cannot be read: {error!r}") from error
 
 

@@ -24,7 +24,7 @@ from mono_quant.serializers.torch import (
     state_dict_in,
     write_pickled,
 )
-from mono_quant.serializers.wire import FORMAT, checksum, decode, encode, seal, unseal
+from mono_quant.serializers.wire import FORMAT, UNFIT, checksum, decode, encode, seal, unseal
 
 SAFETENSORS = SafetensorsSerializer()
 TORCH = TorchSerializer()
@@ -135,6 +135,7 @@ def write_state_dict(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 __all__ = [
     "BUILT_IN_SERIALIZERS",
+    "UNFIT",
     "SafetensorsSerializer",
     "TorchSerializer",
     "checksum",

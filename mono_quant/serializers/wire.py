@@ -30,6 +30,17 @@ from mono_quant.version import __version__
 FORMAT = "mono_quant"
 FORMAT_VERSION = 1
 
+UNFIT = (
+    MonoQuantError,
+    LookupError,
+    ArithmeticError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    RuntimeError,
+)
+"""What is raised by a header that is well formed and says what cannot be."""
+
 _INPUT = "input_"  # before the names of what was calibrated for a weight's inputs
 
 
@@ -151,15 +162,7 @@ def decode(texts: Mapping[str, str], source: TensorSource, kinds: Kinds | None) 
             return _checkpoint(header, _Checked(source, checksums, pool, bar), kinds)
     except CheckpointError:
         raise
-    except (
-        MonoQuantError,
-        LookupError,
-        ArithmeticError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        RuntimeError,
-    ) as error:
+    except UNFIT as error:
         raise CorruptCheckpointError(f"the header does not fit the file: {error!r}") from error
 
 
