@@ -18,6 +18,7 @@ from mono_quant.modules import (
     QuantizedLayer,
     QuantizedLinear,
 )
+from mono_quant.schemes import Affine
 
 _FLOWING = (QuantizedLinear, QuantizedConv1d, QuantizedConv2d, QuantizedConv3d)
 
@@ -88,9 +89,10 @@ def integer_flow(model: nn.Module, *, reference: bool = False) -> Flow:
             elif isinstance(module, QuantizedLayer):
                 layers[path], inputs[path] = module, grid
     if not layers:
+        seen = f" ({refused[0]})" if refused else ""
         raise InputError(
             "no Linear or convolution of the model has calibrated inputs, so there are no codes to "
-            'pass on; quantize it with activations("static") and fit(data) first'
+            f'pass on{seen}; quantize it with activations("static") and fit(data) first'
         )
     _check_dtype(layers)
     traced = trace_products(model, layers)
@@ -109,6 +111,8 @@ def _grid_of(module: QuantizedModule) -> Grid | str:
         return "its inputs are not quantized"
     if activation.scale is None:
         return "its inputs were not calibrated"
+    if not isinstance(activation.scheme, Affine):
+        return f"its inputs are {activation.scheme.describe()}, not codes of even steps"
     return Grid.of(activation) or "its inputs are on a symmetric grid"
 
 

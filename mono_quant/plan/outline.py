@@ -60,15 +60,24 @@ def _of_roundings(model: nn.Module, todo: Sequence[WeightPlan]) -> int:
     return max(blocks.values(), default=0)
 
 
+_FLOATS_SLOWED = (
+    "on a CPU 8-bit floats are decoded and multiplied as floats, slower than before; a CUDA device "
+    "multiplies them as they are in Linear layers whose weights are such floats too"
+)
+
+
 def _notes(weights: Sequence[WeightPlan]) -> Iterable[str]:
     if not any(weight.recipe is not None for weight in weights):
         yield "no weight is quantized by this"
     yield from _roundings(weights)
     slowed: dict[str, list[str]] = {}
     for weight in weights:
-        quantized = weight.recipe is not None and weight.recipe.activations.mode is not None
-        if quantized and weight.maker.slowed is not None:
-            paths = slowed.setdefault(weight.maker.slowed, [])
+        if weight.recipe is None or weight.recipe.activations.mode is None:
+            continue
+        floats = weight.recipe.activations.dtype is not None
+        text = _FLOATS_SLOWED if floats else weight.maker.slowed
+        if text is not None:
+            paths = slowed.setdefault(text, [])
             paths += [weight.path] if weight.path not in paths else []
     for text, (first, *more) in slowed.items():
         names = f"{first or 'the layer'} and {len(more)} more" if more else first or "the layer"

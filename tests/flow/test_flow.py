@@ -321,6 +321,13 @@ def test_a_model_without_calibrated_inputs_is_refused(mode: str | None) -> None:
         integer_flow(kept)
 
 
+def test_inputs_that_are_no_even_steps_are_named() -> None:
+    quantizer = Quantizer().activations("static", dtype=torch.float8_e4m3fn).fit(torch.randn(4, 8))
+    kept = quantizer.only("*").apply(nn.Linear(8, 8), progress=False).model
+    with pytest.raises(InputError, match="its inputs are float8_e4m3fn per-tensor, not codes"):
+        integer_flow(kept)
+
+
 def test_a_model_of_half_precision_is_refused() -> None:
     kept, _ = static(nn.Sequential(nn.Linear(6, 6)), 4, 6)
     with pytest.raises(InputError, match=r"'0' is torch.bfloat16; call float\(\)"):

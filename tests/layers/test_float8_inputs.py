@@ -82,6 +82,7 @@ def test_the_words_for_it_read_back() -> None:
     assert repr(Quantizer.from_config(asked.to_config())) == repr(asked)
     assert "dtype=torch.float8_e5m2" in repr(asked)
     result = asked.scheme(Float8()).only("*").apply(nn.Linear(64, 32), progress=False)
+    assert any("8-bit floats are decoded" in note for note in result.report.notes)
     assert result.report.layers[0].activation == "dynamic float8_e5m2 per-tensor inputs"
 
 
