@@ -20,7 +20,8 @@ class Row(ABC):
 
     A layer that meets one row waits longer for Python than for some of the operators: this is what
     its kernel does for it, to the bit, in the fewest steps. Nothing of it is true any more once the
-    codes or their scales were written to, or another kernel may be chosen; then the answer is None.
+    codes or their scales were written to or replaced, or another kernel may be chosen; then the
+    answer is None.
 
     Args:
         spec: of the product.
@@ -38,15 +39,20 @@ class Row(ABC):
         self._codes, self._scale = codes, scale
         self._state = self._now()
 
-    def __call__(self, x: Tensor, codes: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    def __call__(
+        self, x: Tensor, codes: Tensor | None, scale: Tensor, bias: Tensor | None
+    ) -> Tensor | None:
         """Return ``x @ weight.T + bias`` in the dtype of `x`, or None where it is not for this.
 
         Args:
             x: any input; one row of a CPU's floats that nobody follows is what this is for.
             codes: canonical ones that the layer has now; None while they are in another order.
+            scale: of the codes, as the layer has it now.
             bias: ``[out]``, or None.
         """
-        if codes is not self._codes or x.numel() != self._length or x.shape[-1] != self._length:
+        if codes is not self._codes or scale is not self._scale:
+            return None
+        if x.numel() != self._length or x.shape[-1] != self._length:
             return None
         if x.dtype not in DTYPES or not x.is_cpu or followed(x, bias) or self._state != self._now():
             return None
