@@ -106,9 +106,9 @@ class QuantizedWeight(Fixed):
         return self._buffers["codes"]
 
     @property
-    def held_scale(self) -> Tensor:
-        """The scale of the codes, in whatever order these are."""
-        return cast("Tensor", self._buffers["scale"])
+    def held_grid(self) -> tuple[Tensor | None, Tensor | None]:
+        """Scale and zero point of the codes, in whatever order these are; None without."""
+        return self._buffers.get("scale"), self._buffers.get("zero_point")
 
     @property
     def columns_apart(self) -> Tensor | None:

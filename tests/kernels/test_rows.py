@@ -101,6 +101,19 @@ def test_a_replaced_scale_is_seen(kernel: str) -> None:
 
 
 @each_kernel
+def test_a_changed_zero_point_of_the_weight_is_seen(kernel: str) -> None:
+    layer, x = made(GRIDS["asymmetric weight"]), noise(1, 1024)
+    weight = held(layer)
+    with torch.no_grad(), kernels.use(kernel):
+        before = layer(x)
+        weight.get_buffer("zero_point").add_(3)
+        assert not same_bits(layer(x), before)
+        assert same_bits(layer(x), computed(layer, x))
+        weight.register_buffer("zero_point", weight.get_buffer("zero_point") - 3)
+        assert same_bits(layer(x), before)
+
+
+@each_kernel
 def test_a_scale_lent_for_a_call_is_seen_for_that_call_alone(kernel: str) -> None:
     layer, x = made(Quantizer(), bias=False), noise(1, 1024)
     lent = {"quantized_weights.weight.scale": held(layer).get_buffer("scale") * 2}
