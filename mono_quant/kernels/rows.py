@@ -20,33 +20,46 @@ class Row(ABC):
 
     A layer that meets one row waits longer for Python than for some of the operators: this is what
     its kernel does for it, to the bit, in the fewest steps. Nothing of it is true any more once the
-    codes or their scales were written to, or another kernel may be chosen; then the answer is None.
+    codes or their grid were written to or replaced, or another kernel may be chosen; then the
+    answer is None.
 
     Args:
         spec: of the product.
         codes: canonical ones, where the layer has those.
-        scale: of the codes, as the layer has it.
+        weight: the layer's own scale and zero point.
     """
 
-    __slots__ = ("_activation", "_codes", "_length", "_scale", "_state")
+    __slots__ = ("_activation", "_codes", "_length", "_scale", "_state", "_zero_point")
 
-    def __init__(self, spec: KernelSpec, codes: Tensor | None, scale: Tensor) -> None:
+    def __init__(self, spec: KernelSpec, codes: Tensor | None, weight: PackedTensor) -> None:
         activation = spec.activation
         assert activation is not None  # `row_of` saw to it
         self._activation: Activation = activation
         self._length = spec.layout.stack[2]
-        self._codes, self._scale = codes, scale
+        self._codes, self._scale = codes, weight.tensors["scale"]
+        self._zero_point = weight.tensors.get("zero_point")
         self._state = self._now()
 
-    def __call__(self, x: Tensor, codes: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    def __call__(
+        self,
+        x: Tensor,
+        codes: Tensor | None,
+        grid: tuple[Tensor | None, Tensor | None],
+        bias: Tensor | None,
+    ) -> Tensor | None:
         """Return ``x @ weight.T + bias`` in the dtype of `x`, or None where it is not for this.
 
         Args:
             x: any input; one row of a CPU's floats that nobody follows is what this is for.
             codes: canonical ones that the layer has now; None while they are in another order.
+            grid: scale and zero point of the codes, as the layer has them now.
             bias: ``[out]``, or None.
         """
-        if codes is not self._codes or x.numel() != self._length or x.shape[-1] != self._length:
+        if codes is not self._codes:
+            return None
+        if grid[0] is not self._scale or grid[1] is not self._zero_point:
+            return None
+        if x.numel() != self._length or x.shape[-1] != self._length:
             return None
         if x.dtype not in DTYPES or not x.is_cpu or followed(x, bias) or self._state != self._now():
             return None
@@ -60,8 +73,10 @@ class Row(ABC):
         """Return the product with a row on its grid, ``float32 [1, out]``."""
 
     def _now(self) -> tuple[int, ...]:
-        written = self._codes._version if self._codes is not None else 0
-        return (STORE.age, torch.get_num_threads(), self._scale._version, written)
+        codes, zero_point = self._codes, self._zero_point
+        written = codes._version if codes is not None else 0
+        moved = zero_point._version if zero_point is not None else 0
+        return (STORE.age, torch.get_num_threads(), self._scale._version, written, moved)
 
 
 @final
@@ -72,7 +87,7 @@ class _Integers(Row):
 
     def __init__(self, spec: KernelSpec, weight: PackedTensor) -> None:
         codes = weight.tensors["codes"]
-        super().__init__(spec, codes, weight.tensors["scale"])
+        super().__init__(spec, codes, weight)
         self._columns, self._known = codes[0].t(), constants(weight)
 
     def _product(self, inputs: OneGrid, bias: Tensor | None) -> Tensor:
@@ -86,7 +101,7 @@ class _Packed(Row):
     __slots__ = ("_weight",)
 
     def __init__(self, spec: KernelSpec, weight: PackedRows) -> None:
-        super().__init__(spec, None, weight.weight.tensors["scale"])
+        super().__init__(spec, None, weight.weight)
         self._weight = weight
 
     def _product(self, inputs: OneGrid, bias: Tensor | None) -> Tensor:

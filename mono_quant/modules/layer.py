@@ -151,7 +151,7 @@ class QuantizedLayer(QuantizedModule):
         inputs = self._input(name)
         if inputs is None or inputs is not short.inputs or not inputs.is_held(short.activation):
             return None
-        return short.row(x, held.held_codes, bias)
+        return short.row(x, held.held_codes, held.held_grid, bias)
 
     def _result(self, operation: Operation, x: Tensor, bias: Tensor | None, name: str) -> Tensor:
         held = self._holder(name)

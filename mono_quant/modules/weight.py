@@ -106,6 +106,11 @@ class QuantizedWeight(Fixed):
         return self._buffers["codes"]
 
     @property
+    def held_grid(self) -> tuple[Tensor | None, Tensor | None]:
+        """Scale and zero point of the codes, in whatever order these are; None without."""
+        return self._buffers.get("scale"), self._buffers.get("zero_point")
+
+    @property
     def columns_apart(self) -> Tensor | None:
         """Columns of a matrix whose inputs stay float where they are quantized as they come."""
         name = self.scheme.columns_apart
@@ -180,7 +185,9 @@ class QuantizedWeight(Fixed):
         held, codes = self._held, self._buffers["codes"]
         if isinstance(weight, PackedTensor):
             return weight.tensors["codes"] is codes
-        return codes is None and held is not None and held.source() is None
+        if held is None or held.arranged is not weight:  # another thread has changed it since
+            return False
+        return codes is None and held.source() is None
 
     @property
     def kernel_bytes(self) -> int:

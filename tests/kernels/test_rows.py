@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from mono_quant import QuantizedLayer, Quantizer, kernels
 from mono_quant.kernels.onednn import refuse_linear
@@ -87,6 +88,40 @@ def test_a_changed_weight_is_seen(kernel: str) -> None:
         assert same_bits(layer(x), torch.zeros(1, 96))
         layer.quantized_inputs = other.quantized_inputs
         assert same_bits(layer(noise(1, 1024, seed=3)), computed(layer, noise(1, 1024, seed=3)))
+
+
+@each_kernel
+def test_a_replaced_scale_is_seen(kernel: str) -> None:
+    layer, x = made(Quantizer(), bias=False), noise(1, 1024)
+    weight = held(layer)
+    with torch.no_grad(), kernels.use(kernel):
+        before = layer(x)
+        weight.register_buffer("scale", weight.get_buffer("scale") * 2)
+        assert same_bits(layer(x), 2 * before)
+
+
+@each_kernel
+def test_a_changed_zero_point_of_the_weight_is_seen(kernel: str) -> None:
+    layer, x = made(GRIDS["asymmetric weight"]), noise(1, 1024)
+    weight = held(layer)
+    with torch.no_grad(), kernels.use(kernel):
+        before = layer(x)
+        weight.get_buffer("zero_point").add_(3)
+        assert not same_bits(layer(x), before)
+        assert same_bits(layer(x), computed(layer, x))
+        weight.register_buffer("zero_point", weight.get_buffer("zero_point") - 3)
+        assert same_bits(layer(x), before)
+
+
+@each_kernel
+def test_a_scale_lent_for_a_call_is_seen_for_that_call_alone(kernel: str) -> None:
+    layer, x = made(Quantizer(), bias=False), noise(1, 1024)
+    lent = {"quantized_weights.weight.scale": held(layer).get_buffer("scale") * 2}
+    with torch.no_grad(), kernels.use(kernel):
+        before = computed(layer, x)
+        assert same_bits(functional_call(layer, lent, (x,)), 2 * before)
+        assert same_bits(layer(x), before)
+        assert same_bits(functional_call(layer, lent, (x,)), 2 * before)
 
 
 @each_kernel
