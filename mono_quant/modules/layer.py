@@ -185,11 +185,11 @@ class QuantizedLayer(QuantizedModule):
     ) -> None:
         """Keep the shorter way to this product for later rows, if there is one."""
         inputs, activation = self._input(name), spec.activation
-        if inputs is None or activation is None or not held.is_only_copy(weight):
+        if inputs is None or activation is None:
             return
         row = row_of(kernel, spec, weight)
         if row is not None:
-            held.short = Short(row, spec.operation, inputs, activation)
+            held.shorten(Short(row, spec.operation, inputs, activation), weight)
 
     def _site(self, operation: Operation, held: QuantizedWeight, name: str) -> Site:
         """Return where a weight meets its inputs; another one if what is asked has changed."""

@@ -180,7 +180,13 @@ class QuantizedWeight(Fixed):
                     found = self._arrange(kernel, spec)
         return found
 
-    def is_only_copy(self, weight: PackedTensor | Arranged) -> bool:
+    def shorten(self, short: Short, weight: PackedTensor | Arranged) -> None:
+        """Keep a shorter way through `weight`, unless this module holds another by now."""
+        with _LOCK:
+            if self._is_only_copy(weight):
+                self.short = short
+
+    def _is_only_copy(self, weight: PackedTensor | Arranged) -> bool:
         """Return whether `weight` is what this module holds, and in no other order elsewhere."""
         held, codes = self._held, self._buffers["codes"]
         if isinstance(weight, PackedTensor):
