@@ -1,5 +1,7 @@
 """Progress with the time that is left: of what takes long, and where the output is a terminal."""
 
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,13 +24,23 @@ class Bar(Protocol):
 
 
 class _Unwatched(tqdm):
-    """A bar without tqdm's watching thread.
+    """A bar without tqdm's watching thread, and with a lock of this process alone.
 
     That thread stays in the process, even of a bar that is not shown, and a fork at a moment at
-    which it holds a lock leaves a child that waits for ever.
+    which it holds a lock leaves a child that waits for ever. tqdm's own lock is shared by all that
+    were forked off one process: where one of them is killed with it, the others wait for ever.
     """
 
     monitor_interval = 0
+
+
+def _new_lock() -> None:
+    _Unwatched.set_lock(threading.RLock())
+
+
+_new_lock()
+if hasattr(os, "register_at_fork"):  # another thread may have held it
+    os.register_at_fork(after_in_child=_new_lock)
 
 
 def progress_bar(label: str | None, unit: str, total: int | None = None) -> "tqdm[object]":

@@ -1,6 +1,10 @@
 """Bars are shown where someone looks, of what takes long, with the time that is left."""
 
+import contextlib
 import io
+import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -181,3 +185,36 @@ def test_a_library_says_nothing_of_its_files(
     result = Quantizer().apply(nn.Linear(64, 64), progress=False)
     assert result.validate(torch.ones(1, 64), path=result.save(tmp_path / "s.pt"))
     assert not seen
+
+
+FORKED = """
+import os, signal, sys
+from mono_quant.progress import progress_bar
+
+with progress_bar(None, "step") as bar:
+    pass
+held, told = os.pipe()
+killed = os.fork()
+if not killed:
+    bar.get_lock().acquire()
+    os.write(told, b".")
+    signal.pause()
+os.read(held, 1)
+os.kill(killed, signal.SIGKILL)
+os.waitpid(killed, 0)
+sibling = os.fork()
+if not sibling:
+    with progress_bar(None, "step"):
+        os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(sibling, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")
+def test_a_process_that_is_killed_with_a_bar_stops_no_other() -> None:
+    with subprocess.Popen([sys.executable, "-c", FORKED], start_new_session=True) as process:
+        try:
+            assert process.wait(timeout=60) == 0
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # all of them are gone, as they should
+                os.killpg(process.pid, signal.SIGKILL)
