@@ -423,29 +423,24 @@ class Noted:
 
     Attributes:
         limit: bytes up to which they are held; of more, nothing is.
+        kept: what was held of all that passed; None if it was too much.
     """
 
     def __init__(self, limit: int = NOTED_IN_MEMORY) -> None:
         """Hold nothing yet."""
         self.limit = limit
-        self._held: list[list[Tensor]] = []
-        self._is_whole = False
+        self.kept: Kept | None = Kept(limit)
 
     def passing(self, batches: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
-        """Yield what is given; after the last one all is held, or nothing."""
+        """Yield what is given."""
         left = self.limit
         for tensors in batches:
-            left -= sum(tensor_bytes(tensor) for tensor in tensors)
-            if left >= 0:
-                self._held.append([tensor.detach().clone() for tensor in tensors])
-            else:
-                self._held.clear()
+            left -= sum(map(tensor_bytes, tensors))
+            if left < 0:
+                self.kept = None
+            if self.kept is not None:
+                self.kept.add(tensors)
             yield tensors
-        self._is_whole = left >= 0
-
-    def again(self) -> Sequence[list[Tensor]] | None:
-        """Return the tensors of every batch that passed, or None where they are not held."""
-        return self._held if self._is_whole else None
 
 
 def compare(references: Iterable[list[Tensor]], others: Iterable[list[Tensor]]) -> SquaredError:

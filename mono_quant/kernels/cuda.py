@@ -37,9 +37,7 @@ class CudaInteger:
         if reason is None and spec.activation is None:
             reason = "inputs are float"
         reason = reason or refuse_inputs(spec.activation)
-        _, rows, length = spec.layout.stack
-        if reason is None and (rows % _STEP or length % _STEP):
-            reason = f"{rows} x {length} values are no multiples of {_STEP}"
+        reason = reason or _refuse_sizes(spec, _STEP)
         return reason or trial("the integer product", _INTEGER_TRIAL, device)
 
     def __call__(
@@ -59,6 +57,14 @@ class CudaInteger:
         if activation.mode == "static":  # the scale of another one is NaN where an input is
             out = out.masked_fill(rows.amax(1, keepdim=True).isnan(), float("nan"))
         return shaped(out, None, x)
+
+
+def _refuse_sizes(spec: KernelSpec, step: int) -> str | None:
+    """Return that rows and columns of a weight are no multiples of a number, or None."""
+    _, rows, length = spec.layout.stack
+    if rows % step or length % step:
+        return f"{rows} x {length} values are no multiples of {step}"
+    return None
 
 
 def _factor(weight: PackedTensor, bias: Tensor | None) -> Factor:
@@ -105,9 +111,7 @@ class CudaFloat8:
                 reason = "some of the inputs stay float"
         if reason is None and torch.float8_e4m3fn not in _dtypes(spec):
             reason = "neither the weight nor the inputs are float8_e4m3fn"
-        _, rows, length = spec.layout.stack
-        if reason is None and (rows % _FLOATS or length % _FLOATS):
-            reason = f"{rows} x {length} values are no multiples of {_FLOATS}"
+        reason = reason or _refuse_sizes(spec, _FLOATS)
         return reason or trial("the product of 8-bit floats", _FLOAT8_TRIAL, device)
 
     def __call__(

@@ -350,10 +350,11 @@ class Plan(Generic[ModelT]):
             rows = with_outputs(found.rows, todo, layers)
             rows = with_tried_groups(rows, floats, todo, data)
             poor = not error.sqnr_db >= WARNING_DB and not damages
-            helps = None
-            if poor:
-                wanted = noted.again() or data.outputs(self._model)
-                helps = relief(floats, work, wanted, layers.errors, error.sqnr_db, data)
+            helps = (
+                relief(floats, work, self._model, layers.errors, error.sqnr_db, data, noted.kept)
+                if poor
+                else None
+            )
         return _Evidence(rows, changes, tuple(damages), error, helps)
 
     def _amended(self, damages: Sequence[Damage], data: CalibrationData | None) -> "Plan[ModelT]":

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from functools import partial
 
 import attrs
-from torch import Tensor, nn
+from torch import nn
 
 from mono_quant.base import Statistics
 from mono_quant.calibration import CalibrationData, Kept, compare, evaluating, output_error
@@ -71,10 +71,11 @@ class Relief:
 def relief(
     floats: nn.Module,
     model: nn.Module,
-    wanted: Iterable[list[Tensor]],
+    original: nn.Module,
     errors: Mapping[str, SquaredError],
     output_db: float,
     data: CalibrationData,
+    wanted: Kept | None = None,
 ) -> Relief | None:
     """Return the layers that cost the output most, or None where no few of them do.
 
@@ -85,19 +86,20 @@ def relief(
     Args:
         floats: the float twin, whose layers are put in.
         model: the quantized one.
-        wanted: what the float model returns for the data, batch by batch.
+        original: the float model whose output is the measure.
         errors: of what each layer returns, by name.
         output_db: SQNR of the model's output.
         data: example data.
+        wanted: what the float model returns for them; None if that was not held.
     """
     tried = min(_TRIED, (len(errors) - 1) // 2)
     worst = sorted(errors, key=lambda path: errors[path].sqnr_db)[:tried]
     if not worst:
         return None
+    if wanted is None:
+        wanted = Kept()
+        wanted.add_all(data.outputs(original))
     reference = wanted
-    if not isinstance(reference, Sequence):
-        reference = Kept()
-        reference.add_all(wanted)
 
     def without(paths: Iterable[str]) -> float:
         with ExitStack() as hooks:
