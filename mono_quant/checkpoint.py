@@ -225,10 +225,13 @@ def adapt_containers(model: nn.Module, containers: Iterable[Container]) -> None:
     known = tuple(containers)
     for module in model.modules():
         container = next((one for one in known if one.matches(module)), None)
-        below = any(isinstance(child, QuantizedModule) for child in module.modules())
-        if container is not None and below:
+        if container is not None and _holds_quantized(module):
             container.adapt(module)
             module.__dict__[_ADAPTED_BY] = container
+
+
+def _holds_quantized(module: nn.Module) -> bool:
+    return any(isinstance(child, QuantizedModule) for child in module.modules())
 
 
 def guard_saving(model: nn.Module) -> None:
@@ -239,8 +242,8 @@ def guard_saving(model: nn.Module) -> None:
     method of its class, which stays what it is.
     """
     for module in model.modules():
-        below = any(isinstance(child, QuantizedModule) for child in module.modules())
-        if below and callable(getattr(type(module), _FOREIGN_SAVE, None)):
+        saves = callable(getattr(type(module), _FOREIGN_SAVE, None))
+        if saves and _holds_quantized(module):
             module.__dict__[_FOREIGN_SAVE] = refuse_to_save
 
 
@@ -362,7 +365,7 @@ def check_quantized(model: nn.Module) -> None:
     Raises:
         InputError: there is none.
     """
-    if not any(isinstance(module, QuantizedModule) for module in model.modules()):
+    if not _holds_quantized(model):
         if isinstance(model, fx.GraphModule):
             raise InputError(
                 "a graph has no quantized layers of its own; use the model that it was written "
