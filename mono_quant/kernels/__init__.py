@@ -31,6 +31,7 @@ from mono_quant.kernels.cuda_tiles import (
     CudaInt4,
     CudaTilesDecoded,
 )
+from mono_quant.kernels.fbgemm_linear import FBGEMM_LINEAR, FbgemmLinear
 from mono_quant.kernels.fp16 import FP16, Fp16
 from mono_quant.kernels.fp16_sequences import (
     FP16_SEQUENCES,
@@ -59,6 +60,7 @@ KERNELS: tuple[Kernel, ...] = (
     INTEGER,
     INTEGER_STEPS,
     PACKED_LINEAR,
+    FBGEMM_LINEAR,
     PACKED_CONVOLUTION,
     INTEGER_CONVOLUTION,
     INT4,
@@ -288,6 +290,7 @@ __all__ = [
     "CudaInteger",
     "CudaTilesDecoded",
     "Decomposed",
+    "FbgemmLinear",
     "Fp16",
     "Fp16Sequences",
     "Int4",

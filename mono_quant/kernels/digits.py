@@ -18,9 +18,11 @@ from mono_quant.schemes.affine import float32
 AT_ONCE = 256
 """Rows of inputs that a thread takes at once."""
 
+SIGN = 128
+"""What turns a signed byte into an unsigned one."""
+
 _SUMS = 1 << 18  # that a thread works on at once: they stay in its core's cache
-_SIGN = 128  # what turns a signed byte into an unsigned one
-_MIDDLE = torch.full((1, 1), _SIGN, dtype=torch.int32, device="cpu")
+_MIDDLE = torch.full((1, 1), SIGN, dtype=torch.int32, device="cpu")
 _PLACES = 3
 _FEW = 16
 """Rows whose grids Python finds sooner than operators do."""
@@ -178,11 +180,29 @@ def digits_of_codes(x: Tensor, scheme: Scheme, qparams: QParams, place: slice | 
     codes = scheme.quantize(rows, QParams(scale, zero, block)).codes
     if zero is not None:
         return Digits(codes, zero.to(torch.int32), scale)
-    return Digits(codes.view(torch.uint8).bitwise_xor_(_SIGN), _MIDDLE, scale)
+    return Digits(codes.view(torch.uint8).bitwise_xor_(SIGN), _MIDDLE, scale)
 
 
 OneGrid = tuple[Tensor, int, float]
 """Codes on a grid that all of them share, ``uint8 [M, in]``, the one that means zero, its scale."""
+
+
+def one_grid(rows: Tensor, activation: Activation) -> tuple[float, int] | None:
+    """Return scale and zero point (0 without one) that ``rows [M, in]`` share, or None.
+
+    Returns:
+        None where rows have grids of their own, are none, or are not finite.
+    """
+    scheme, count = activation.scheme, rows.shape[0]
+    if type(scheme) is not Affine or not count:
+        return None
+    if activation.scale is not None:
+        zero_point = int(activation.zero_point.item()) if activation.zero_point is not None else 0
+        return (activation.scale.item(), zero_point) if has_finite_sum(rows) else None
+    if count == 1 or type(scheme.granularity) is PerTensor:
+        low, high = torch.aminmax(rows)
+        return scheme.cover_one(low.item(), high.item())
+    return None
 
 
 def on_one_grid(rows: Tensor, activation: Activation) -> OneGrid | None:
@@ -192,24 +212,16 @@ def on_one_grid(rows: Tensor, activation: Activation) -> OneGrid | None:
     for arithmetic, and this takes a third of them.
 
     Returns:
-        None where rows have grids of their own, are none or many, or are not finite.
+        None where `one_grid` does, and for many rows.
     """
-    scheme, count = activation.scheme, rows.shape[0]
-    if type(scheme) is not Affine or not 0 < count <= AT_ONCE:
-        return None
-    if activation.scale is not None:
-        zero_point = int(activation.zero_point.item()) if activation.zero_point is not None else 0
-        grid = (activation.scale.item(), zero_point) if has_finite_sum(rows) else None
-    elif count == 1 or type(scheme.granularity) is PerTensor:
-        low, high = torch.aminmax(rows)
-        grid = scheme.cover_one(low.item(), high.item())
-    else:
-        grid = None
+    grid = one_grid(rows, activation) if rows.shape[0] <= AT_ONCE else None
     if grid is None:
         return None
+    scheme = activation.scheme
+    assert isinstance(scheme, Affine)  # others have no such grid
     scale, zero = grid
     codes = _bytes(times(rows, float32(1 / scale)), _number(zero), scheme)
-    return codes, _SIGN if scheme.symmetric else zero, scale
+    return codes, SIGN if scheme.symmetric else zero, scale
 
 
 def _bytes(values: Tensor, zero: Tensor, scheme: Affine) -> Tensor:
@@ -218,23 +230,24 @@ def _bytes(values: Tensor, zero: Tensor, scheme: Affine) -> Tensor:
     Args:
         values: ``float32 [M, in]``.
         zero: the codes that mean zero, ``float32``, one or ``[M, 1]``.
-        scheme: their grid; of a symmetric one bytes are the codes with `_SIGN` added.
+        scheme: their grid; of a symmetric one bytes are the codes with `SIGN` added.
     """
     if scheme.symmetric:
-        values.round_().clamp_(scheme.quant_min, scheme.quant_max).add_(_number(_SIGN))
+        values.round_().clamp_(scheme.quant_min, scheme.quant_max).add_(_number(SIGN))
     else:
         values.add_(zero).round_().clamp_(scheme.quant_min, scheme.quant_max)
     return values.short().byte()  # bytes at once take longer for many values
 
 
-def digits_of_few(rows: Tensor, activation: Activation) -> Digits | None:
-    """Return the codes of a few ``rows [M, in]``, each on a grid of its own, or None.
+def grids_of_few(rows: Tensor, activation: Activation) -> Tensor | None:
+    """Return the grids of a few ``rows [M, in]``, each of which has its own, or None.
 
-    They are those of `digits_of_codes`, in half of its time: numbers are found by Python, as for
-    `on_one_grid`.
+    They are those that `Activation.qparams` finds, in half of its time: numbers are found by
+    Python, as for `one_grid`.
 
     Returns:
-        None where rows are one or many, are not finite or nothing but zeros, or share a grid.
+        scales, their reciprocals and zero points, ``float32 [3, M, 1]``; None where rows are one or
+        many, are not finite or nothing but zeros, or share a grid.
     """
     scheme = activation.scheme
     if activation.scale is not None or not 1 < rows.shape[0] <= _FEW:
@@ -249,8 +262,21 @@ def digits_of_few(rows: Tensor, activation: Activation) -> Digits | None:
             return None
         scales.append(grid[0])
         zeros.append(grid[1])
-    found = rows.new_tensor([scales, [1 / scale for scale in scales], zeros])
-    unit, inverse, zero = found.unsqueeze(2).unbind()
+    return rows.new_tensor([scales, [1 / scale for scale in scales], zeros]).unsqueeze(2)
+
+
+def digits_of_few(rows: Tensor, activation: Activation) -> Digits | None:
+    """Return the codes of a few ``rows [M, in]`` as `digits_of_codes` does, or None.
+
+    Returns:
+        None where `grids_of_few` does.
+    """
+    found = grids_of_few(rows, activation)
+    if found is None:
+        return None
+    scheme = activation.scheme
+    assert isinstance(scheme, Affine)  # others have no such grids
+    unit, inverse, zero = found.unbind()
     codes = _bytes(rows * inverse, zero, scheme)
     return Digits(codes, _MIDDLE if scheme.symmetric else zero.int(), unit)
 
@@ -306,8 +332,8 @@ def digits_of_floats(rows: Tensor) -> Digits:
     digits = rows.new_empty(_PLACES, *rows.shape, dtype=torch.int8)
     for digit in digits.unbind():
         digit.copy_(values)  # the lowest byte, as a signed one
-        values.add_(_SIGN).bitwise_right_shift_(8)
-    unsigned = digits.view(torch.uint8).bitwise_xor_(_SIGN).view(-1, rows.shape[1])
+        values.add_(SIGN).bitwise_right_shift_(8)
+    unsigned = digits.view(torch.uint8).bitwise_xor_(SIGN).view(-1, rows.shape[1])
     return Digits(unsigned, _MIDDLE, _power_of_two(exponent), _PLACES)
 
 

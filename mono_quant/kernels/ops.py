@@ -170,15 +170,20 @@ def int4_panel() -> int | str:
     return str(why)
 
 
-_FP16_ENGINES = ("x86", "fbgemm")
+_ENGINES = ("x86", "fbgemm")
+
+
+def engine_refusal() -> str | None:
+    """Return why torch as it is set does not pack weights by FBGEMM, or None."""
+    engine = torch.backends.quantized.engine
+    if engine in _ENGINES:
+        return None
+    return f"torch.backends.quantized.engine is {engine}, not {' or '.join(_ENGINES)}"
 
 
 def fp16_refusal() -> str | None:
     """Return why `fp16_mm` cannot be used by this torch on this machine as it is set, or None."""
-    engine = torch.backends.quantized.engine
-    if engine not in _FP16_ENGINES:
-        return f"torch.backends.quantized.engine is {engine}, not {' or '.join(_FP16_ENGINES)}"
-    return refusal("the product with packed float16 weights", _FP16_TRIAL)
+    return engine_refusal() or refusal("the product with packed float16 weights", _FP16_TRIAL)
 
 
 def fp16_sequence_refusal() -> str | None:

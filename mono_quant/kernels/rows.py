@@ -8,7 +8,8 @@ from torch import Tensor
 
 from mono_quant.base import Activation, Arranged, Kernel, KernelSpec, PackedTensor
 from mono_quant.kernels.codes import DTYPES, constants, flat, shaped
-from mono_quant.kernels.digits import OneGrid, on_one_grid
+from mono_quant.kernels.digits import on_one_grid
+from mono_quant.kernels.fbgemm_linear import FBGEMM_LINEAR, FbgemmRows, of_alike
 from mono_quant.kernels.integer import INTEGER, of_one_row
 from mono_quant.kernels.ops import followed
 from mono_quant.kernels.packed_linear import PACKED_LINEAR, PackedRows, of_one_grid
@@ -63,14 +64,12 @@ class Row(ABC):
             return None
         if x.dtype not in DTYPES or not x.is_cpu or followed(x, bias) or self._state != self._now():
             return None
-        alike = on_one_grid(flat(x, self._length), self._activation)
-        if alike is None:
-            return None
-        return shaped(self._product(alike, bias), None, x)
+        product = self._product(flat(x, self._length), self._activation, bias)
+        return shaped(product, None, x) if product is not None else None
 
     @abstractmethod
-    def _product(self, inputs: OneGrid, bias: Tensor | None) -> Tensor:
-        """Return the product with a row on its grid, ``float32 [1, out]``."""
+    def _product(self, row: Tensor, activation: Activation, bias: Tensor | None) -> Tensor | None:
+        """Return the product with a row that is quantized, ``float32 [1, out]``, or None."""
 
     def _now(self) -> tuple[int, ...]:
         codes, zero_point = self._codes, self._zero_point
@@ -90,8 +89,9 @@ class _Integers(Row):
         super().__init__(spec, codes, weight)
         self._columns, self._known = codes[0].t(), constants(weight)
 
-    def _product(self, inputs: OneGrid, bias: Tensor | None) -> Tensor:
-        return of_one_row(inputs, self._columns, self._known, bias)
+    def _product(self, row: Tensor, activation: Activation, bias: Tensor | None) -> Tensor | None:
+        inputs = on_one_grid(row, activation)
+        return of_one_row(inputs, self._columns, self._known, bias) if inputs is not None else None
 
 
 @final
@@ -104,8 +104,23 @@ class _Packed(Row):
         super().__init__(spec, None, weight.weight)
         self._weight = weight
 
-    def _product(self, inputs: OneGrid, bias: Tensor | None) -> Tensor:
-        return of_one_grid(inputs, self._weight, bias)
+    def _product(self, row: Tensor, activation: Activation, bias: Tensor | None) -> Tensor | None:
+        inputs = on_one_grid(row, activation)
+        return of_one_grid(inputs, self._weight, bias) if inputs is not None else None
+
+
+@final
+class _Rounded(Row):
+    """What `FbgemmLinear` does."""
+
+    __slots__ = ("_weight",)
+
+    def __init__(self, spec: KernelSpec, weight: FbgemmRows) -> None:
+        super().__init__(spec, None, weight.weight)
+        self._weight = weight
+
+    def _product(self, row: Tensor, activation: Activation, bias: Tensor | None) -> Tensor | None:
+        return of_alike(row, activation, self._weight, bias)
 
 
 def row_of(kernel: Kernel, spec: KernelSpec, weight: PackedTensor | Arranged) -> Row | None:
@@ -120,6 +135,8 @@ def row_of(kernel: Kernel, spec: KernelSpec, weight: PackedTensor | Arranged) ->
         return None
     if kernel is PACKED_LINEAR and isinstance(weight, PackedRows):
         return _Packed(spec, weight)
+    if kernel is FBGEMM_LINEAR and isinstance(weight, FbgemmRows) and weight.pieces:
+        return _Rounded(spec, weight)
     if kernel is not INTEGER or not isinstance(weight, PackedTensor):
         return None
     if "zero_point" in weight.tensors or _counts_nothing(weight):

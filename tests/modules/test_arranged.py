@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mono_quant import QuantizedLayer, Quantizer, kernel_bytes, kernels, load_model
 from mono_quant.base import Kernel
-from mono_quant.kernels import onednn
+from mono_quant.kernels import fbgemm, onednn
 from mono_quant.kernels.ops import fp16_refusal, int4_panel, int_mm_refusal
 from mono_quant.kernels.panels import Panels
 from mono_quant.kernels.store import STORE
@@ -57,6 +57,8 @@ KINDS = {
     "taps": Kind("integer", DYNAMIC, CONV, IMAGES),
     "packed rows": Kind("onednn", DYNAMIC, LINEAR, ROWS),
     "packed rows, asymmetric": Kind("onednn", DYNAMIC.asymmetric(), LINEAR, ROWS),
+    "rounded rows": Kind("fbgemm", DYNAMIC, LINEAR, ROWS),
+    "rounded rows, asymmetric": Kind("fbgemm", DYNAMIC.asymmetric(), LINEAR, ROWS),
     "oneDNN": Kind("onednn", DYNAMIC, CONV, IMAGES),
     "oneDNN, asymmetric": Kind("onednn", DYNAMIC.asymmetric(), CONV, IMAGES),
 }
@@ -75,7 +77,12 @@ def missing(kind: Kind) -> str | None:
     if kernel == "int4":
         return str(int4_panel()) if isinstance(int4_panel(), str) else None
     packed = onednn.refuse_linear if kind.source is LINEAR else onednn.refuse_conv
-    refuse = {"fp16": fp16_refusal, "integer": int_mm_refusal, "onednn": packed}
+    refuse = {
+        "fp16": fp16_refusal,
+        "integer": int_mm_refusal,
+        "onednn": packed,
+        "fbgemm": fbgemm.refuse,
+    }
     return refuse[kernel]()
 
 
@@ -448,11 +455,13 @@ def test_the_order_is_chosen_once_for_all_batches(
 @pytest.fixture
 def by_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, float]]:
     """Let one kernel be the fastest for a single row and another for more; return their times."""
-    times = {"integer": 2.0, "onednn": 3.0, "blocks": 9.0}
+    times = {"integer": 2.0, "onednn": 3.0}
 
     def seconds(kernel: Kernel, spec: object, x: Tensor, weight: object) -> float:
         name = kernel.name
-        return times[name] if len(x) == 1 else 4 - times[name] if name != "blocks" else 9.0
+        if name not in times:
+            return 9.0
+        return times[name] if len(x) == 1 else 4 - times[name]
 
     monkeypatch.setattr("mono_quant.kernels.timing._by_turns", each(seconds))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

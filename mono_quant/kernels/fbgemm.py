@@ -1,0 +1,108 @@
+"""FBGEMM's product of 8-bit weights and floats that it quantizes on the way, typed.
+
+Quantized tensors, by way of which a weight is packed, are deprecated since torch 2.13: where torch
+has none any more, `refuse` says so, and other kernels have their turn.
+"""
+
+import warnings
+from functools import cache
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from mono_quant.kernels.ops import engine_refusal
+from mono_quant.kernels.trial import refusal
+
+_ROWS, _COLUMNS = 48, 512
+
+
+def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> torch.ScriptObject:
+    """Return a weight as `linear` takes it, which takes `packed_bytes`; opaque.
+
+    Args:
+        codes: ``int8 [out, in]``.
+        scale: ``float32 [out]``.
+        zero_point: the codes that mean zero, integers ``[out]``; None where all are 0.
+    """
+    _warn_once()
+    zeros = torch.zeros_like(scale) if zero_point is None else zero_point
+    weight = _quantized(codes, scale, zeros)
+    packed: torch.ScriptObject = torch.ops.quantized.linear_prepack(weight, None)
+    return packed
+
+
+def packed_bytes(rows: int, length: int) -> int:
+    """Return the bytes that `pack` takes: panels of 48 rows and 512 columns, each whole.
+
+    Without AVX-512 panels have fewer rows, and it may be less.
+    """
+    panels, columns = -(-rows // _ROWS), -(-length // _COLUMNS)
+    return panels * _ROWS * columns * _COLUMNS
+
+
+def unpack(packed: torch.ScriptObject) -> Tensor:
+    """Return the codes that were packed, ``int8 [out, in]``, to the bit."""
+    return cast("Tensor", torch.ops.quantized.linear_unpack(packed)[0].int_repr())
+
+
+def linear(x: Tensor, scale: float, zero: int, packed: torch.ScriptObject) -> Tensor:
+    """Return ``x @ weight.T`` as ``float32 [M, out]``, `x` on a grid of 8 bits; its sums are exact.
+
+    Codes are those of ``torch.quantize_per_tensor``: the zero point is added, and the value
+    rounded, in one step.
+
+    Args:
+        x: ``float32 [M, in]``, contiguous, finite.
+        scale: of the grid.
+        zero: the code that means zero, 0 to 255.
+        packed: by `pack`.
+    """
+    product: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+        x, scale, zero, packed
+    )
+    return product
+
+
+def refuse() -> str | None:
+    """Return why `linear` cannot be used by this torch on this machine as it is set, or None."""
+    return engine_refusal() or refusal("the product of bytes that FBGEMM packs", _TRIAL)
+
+
+def _quantized(codes: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
+    """Return a weight as one of torch's quantized tensors."""
+    return torch._make_per_channel_quantized_tensor(codes, scale.double(), zeros.long(), 0)
+
+
+@cache
+def _warn_once() -> None:
+    """Let torch tell, once in a process and to nobody, that quantized tensors are deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _quantized(torch.zeros(1, 1, dtype=torch.int8), torch.ones(1), torch.zeros(1))
+
+
+_TRIAL = """
+import torch
+quantized = torch.ops.quantized
+product = quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+for rows, length in ((96, 512), (1, 513), (33, 64), (65, 1100)):
+    weight = torch.randint(-128, 128, (rows, length), dtype=torch.int8)
+    weight[0] = -128
+    zeros = torch.randint(-128, 128, (rows,))
+    for zeros in (zeros, torch.zeros_like(zeros)):
+        scales = torch.full((rows,), 0.5, dtype=torch.float64)
+        made = torch._make_per_channel_quantized_tensor(weight, scales, zeros, 0)
+        packed = quantized.linear_prepack(made, None)
+        found = quantized.linear_unpack(packed)[0].int_repr()
+        assert torch.equal(found, weight), "other weights"
+        values = (weight.double() - zeros[:, None]) / 2
+        for count in (1, 2, 3, 17, 130):
+            codes = torch.randint(0, 256, (count, length))
+            codes[0] = 255  # two products of the largest bytes do not fit in 16 bits
+            x = (codes - 3).float() / 4
+            exact = x.double() @ values.t()
+            found = product(x, 0.25, 3, packed)
+            assert found.dtype == torch.float32
+            assert ((found - exact).abs() <= 2.0**-23 * exact.abs()).all(), "a product is wrong"
+"""
