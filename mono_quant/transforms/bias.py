@@ -32,8 +32,8 @@ class BiasCorrection(Correction):
     Rounding a weight shifts the mean of what it computes by ``(W' - W) E[x]``, most of all in a
     depthwise convolution, whose rows are short. Layer after layer, in the order in which they run:
     each is measured with all before it quantized and corrected, so that a correction also takes
-    back what is left of the errors before it. That takes one run of the data for each layer, up to
-    that layer.
+    back what is left of the errors before it. Each block is run once for each layer in it; where it
+    cannot be run by itself, the model up to that layer is.
 
     Layers that do not run exactly once for each batch, that share their bias or that are neither a
     Linear nor a convolution are left alone. A layer without bias is given one.
