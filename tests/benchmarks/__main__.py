@@ -16,6 +16,7 @@ NAMES = (
     "half_quadratic",
     "accuracy_peers",
     "activations_vision",
+    "vision_methods",
     "activations_peers",
     "activations_text",
     "activations_speech",
