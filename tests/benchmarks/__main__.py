@@ -19,6 +19,7 @@ NAMES = (
     "vision_methods",
     "activations_peers",
     "activations_text",
+    "character_methods",
     "activations_speech",
     "outliers",
     "scaling",
