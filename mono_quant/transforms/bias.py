@@ -24,6 +24,12 @@ from mono_quant.transforms.edits import BIAS
 from mono_quant.transforms.expected import expected_inputs
 from mono_quant.transforms.rescaling import kind_of, matrices
 
+_WORSE = 2.0
+"""How often the error of the outputs may have grown.
+
+It may grow, for what a rounding has learned from the data is nearer there than it is elsewhere.
+"""
+
 
 @register
 @attrs.frozen
@@ -37,9 +43,9 @@ class BiasCorrection(Correction):
     cannot be run by itself, the model up to that layer is.
 
     Layers that do not run exactly once for each batch, that share their bias or that are neither a
-    Linear nor a convolution are left alone. A layer without bias is given one. If the model's
-    outputs are no nearer to the float model's in the end, on the data, everything is taken back:
-    so it may be where a rounding has made errors of several layers make up for each other.
+    Linear nor a convolution are left alone. A layer without bias is given one. If all corrections
+    together more than double the squared error of the model's outputs on the data, they are taken
+    back: as they may where a rounding to few bits had layers make up for each other's errors.
 
     Without data, ``E[x]`` is known where a batch normalization alone feeds the layer, directly or
     through a clamp such as ReLU or ReLU6: its outputs are taken to be normal, with its bias for the
@@ -83,7 +89,7 @@ class BiasCorrection(Correction):
             for tensors in outputs(model, layer):
                 found.add(layer, tensors[0])
             changes.append(_correct(path, layer, means[path].value - found.value))
-        if _error(context.floats, model, outputs) > before:
+        if _error(context.floats, model, outputs) > _WORSE * before:
             return tuple(_taken_back(model, one, given) for one in changes)
         return tuple(changes)
 
