@@ -6,7 +6,8 @@ microscope. SQNR and agreement are of the logits there, against the float model'
 SQNR on the calibration images. Bits are those of the whole model over its parameters: scales,
 tables and float biases counted, and what stays float too. CPU seconds are those of `run` on one
 thread, with the measuring of every layer for the report; the peak is beyond what was resident
-before. At 8 bits weights are asymmetric and by channel.
+before. At 8 bits weights are asymmetric and by channel. "Few" are layers of under 30,000 weights, a
+twentieth of all weights, and "some" those of under 100,000, a fifth.
 """
 
 import json
@@ -37,8 +38,11 @@ WHOLE = 20
 
 MOSAICS = 20
 BATCH = 5
-FEW = 30_000
-"""Layers of fewer weights are those of the first blocks and all that filter channels alone."""
+FEW, SOME = 30_000, 100_000
+"""Layers of fewer weights: a twentieth and a fifth of all weights.
+
+The first block and all layers that filter channels alone, and the first half of the blocks.
+"""
 
 INPUTS: Mapping[str, str | None] = {"8-bit static": "static", "float": None}
 
@@ -48,13 +52,13 @@ FURTHER = LearnedRounding(rounding_rate=0.01, scale_rate=3e-3, float_rate=1e-2)
 """Ten times the rates by which `quality("best")` learns grid points, biases and norms."""
 
 
-def few_at_8_bits(quantizer: Quantizer) -> Quantizer:
-    """Return a quantizer of 8 bits for layers of few weights: a twentieth of all, each of them."""
-    return quantizer.override(_has_few, bits=8, symmetric=False)
+def small_at_8_bits(quantizer: Quantizer, below: int) -> Quantizer:
+    """Return a quantizer of 8 bits for layers of fewer weights, each of which counts."""
 
+    def is_small(_: str, module: nn.Module) -> bool:
+        return isinstance(module, nn.Conv2d | nn.Linear) and module.weight.numel() < below
 
-def _has_few(_: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d | nn.Linear) and module.weight.numel() < FEW
+    return quantizer.override(is_small, bits=8, symmetric=False)
 
 
 def _rounded(rounding: Rounding) -> Method:
@@ -69,8 +73,14 @@ def _searched(rounding: Rounding) -> Method:
     return lambda quantizer: quantizer.observer(weights=MSE()).rounding(rounding)
 
 
-def _best(quantizer: Quantizer) -> Quantizer:
-    return few_at_8_bits(quantizer.quality("best"))
+def _best(below: int, rounding: Rounding | None = None) -> Method:
+    """Return `quality("best")`, or its grids with another rounding, and 8 bits for small layers."""
+
+    def method(quantizer: Quantizer) -> Quantizer:
+        chosen = small_at_8_bits(quantizer.quality("best"), below)
+        return chosen if rounding is None else chosen.rounding(rounding)
+
+    return method
 
 
 _NEAREST = _rounded(RoundToNearest())
@@ -86,9 +96,10 @@ AT_8: Mapping[str, Method] = {
 BELOW: Mapping[str, Method] = {
     "`MSE`": _searched(RoundToNearest()),
     "`MSE`, `GPTQ`": _searched(GPTQ()),
-    "tables, few at 8 bits, `GPTQ`": lambda quantizer: _best(quantizer).rounding(GPTQ()),
-    '`quality("best")`, few at 8 bits': _best,
-    "the same, learned further": lambda quantizer: _best(quantizer).rounding(FURTHER),
+    "tables, few at 8 bits, `GPTQ`": _best(FEW, GPTQ()),
+    '`quality("best")`, few at 8 bits': _best(FEW),
+    "the same, learned further": _best(FEW, FURTHER),
+    "tables, some at 8 bits, `GPTQ`": _best(SOME, GPTQ()),
 }
 METHODS: Mapping[int, Mapping[str, Method]] = {8: AT_8, 4: BELOW, 3: BELOW, 2: BELOW}
 
