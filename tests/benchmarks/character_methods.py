@@ -16,7 +16,6 @@ import torch
 from mono_quant import (
     GPTQ,
     MSE,
-    ImportanceWeighted,
     LearnedRounding,
     Quantizer,
     Rounding,
@@ -37,7 +36,6 @@ GROUPS: Mapping[str, tuple[int, int, int] | None] = {
 }
 ROUNDINGS: Mapping[str, Rounding] = {
     "to nearest": RoundToNearest(),
-    "`ImportanceWeighted`": ImportanceWeighted(),
     "`GPTQ`": GPTQ(),
     "`LearnedRounding`": LearnedRounding(),
 }

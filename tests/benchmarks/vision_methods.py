@@ -41,7 +41,7 @@ BATCH = 5
 FEW, SOME = 30_000, 100_000
 """Layers of fewer weights: a twentieth and a fifth of all weights.
 
-The first block and all layers that filter channels alone, and the first half of the blocks.
+The layers that filter channels alone and the others of the first 6 blocks of 16, or of 11.
 """
 
 INPUTS: Mapping[str, str | None] = {"8-bit static": "static", "float": None}
@@ -49,7 +49,7 @@ INPUTS: Mapping[str, str | None] = {"8-bit static": "static", "float": None}
 Method = Callable[[Quantizer], Quantizer]
 
 FURTHER = LearnedRounding(rounding_rate=0.01, scale_rate=3e-3, float_rate=1e-2)
-"""Ten times the rates by which `quality("best")` learns grid points, biases and norms."""
+"""Ten times the rates of `quality("best")`, of scales three times."""
 
 
 def small_at_8_bits(quantizer: Quantizer, below: int) -> Quantizer:
