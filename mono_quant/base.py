@@ -20,6 +20,7 @@ seen as a stack of matrices ``[G, out, in]`` in float32 (see `Layout`).
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Generic, Protocol, TypeVar, cast, final
@@ -716,7 +717,8 @@ class BlockRounding(Rounding):
 
         Args:
             block: the float block, in eval mode; it must stay as it is, and can be run with other
-                parameters by `torch.func.functional_call`.
+                parameters by `torch.func.functional_call`. Its layers put their inputs on their
+                grids where those will be quantized.
             weights: those that this rounding is asked for, by their dotted names in the block.
             calls: one for each batch; read from disk where they are many.
             free: names of what stays float in the block and may change: biases, norms and the like
@@ -966,6 +968,22 @@ class LayerQuantizer(Configurable, ABC):
         """Return which dimension of what `inputs` gives for a weight counts channels, from the end.
 
         None by default: nothing is then said of channels that dwarf the others.
+        """
+        return None
+
+    def quantizing_inputs(
+        self, layer: nn.Module, activations: Mapping[str, Activation]
+    ) -> AbstractContextManager[None] | None:
+        """Return what has a float layer put its inputs on their grids; None: nobody knows how.
+
+        While the context lasts, calls of the layer compute what the quantized layer would with
+        these weights, and their gradients pass the grids as if those were not there. Roundings that
+        learn are then shown what quantized inputs do to a block. None by default: the block sees
+        the layer's float inputs.
+
+        Args:
+            layer: a float layer that `matches`, as `weights` left it.
+            activations: how its inputs are quantized, by the name of the weight that they meet.
         """
         return None
 

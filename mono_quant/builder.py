@@ -134,10 +134,11 @@ class Builder:
     def quality(self, quality: str) -> Self:
         """Choose grid, ranges and rounding where nothing else is said of them. **Replaces**.
 
-        Below 8 bits weights get a table of levels of their own (`FittedCodebook`) in groups of 32;
-        say `group_size`, `scheme` or another part of a grid for that one instead, as for int4,
-        whose products are faster. Ranges are those of least squared error. With data of `fit`,
-        layers are calibrated block after block. `explain()` shows what that comes to.
+        Below 8 bits weights get a table of levels of their own (`FittedCodebook`) in groups of 32,
+        or of the next smaller size from 8 on that divides their rows; say `group_size`, `scheme` or
+        another part of a grid for that one instead, as for int4, whose products are faster. Ranges
+        are those of least squared error. With data of `fit`, layers are calibrated block after
+        block. `explain()` shows what that comes to.
 
         Args:
             quality: "fast" rounds to nearest and needs no data; "balanced" takes GPTQ and learns

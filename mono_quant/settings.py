@@ -45,8 +45,8 @@ QUALITIES: Mapping[str, Rounding | None] = {
 Without a rounding of its own, "fast" needs no data.
 """
 
-_FINE = PerGroup(32)
-"""Groups whose scales take as many bits in 8 as groups of twice the size in 16."""
+_FINE, _FINEST = 32, 8
+"""Most and least values of a group whose scales take 8 bits: as many as twice of it with 16."""
 
 
 @register
@@ -346,7 +346,7 @@ class Settings:
         8 bits: symmetric, but for float zero points, a scale for each channel. Below: asymmetric, a
         scale for each group of 64, or for each channel where 64 does not divide the row and no
         granularity was asked for. With a quality, and where nothing but bits was said: a table of
-        its own for each weight, in groups of 32.
+        its own for each weight, in groups of 32 or of the next smaller size that divides the row.
         """
         if self.scheme is not None:
             return self.scheme
@@ -355,8 +355,9 @@ class Settings:
         low = self.width < 8
         granularity = self.granularity
         free = all(getattr(self, name) is None for name in _PARTS if name != "bits")
-        if self.quality is not None and free and low and _FINE.refuse(shape) is None:
-            return FittedCodebook(self.width, _FINE, torch.float8_e4m3fn)
+        fine = _fine_group(shape[-1]) if self.quality is not None and free and low else None
+        if fine is not None:
+            return FittedCodebook(self.width, fine, torch.float8_e4m3fn)
         if granularity is None:
             group = PerGroup(DEFAULT_GROUP)
             granularity = group if low and group.refuse(shape) is None else PerChannel()
@@ -388,6 +389,13 @@ _PARTS = ("bits", "symmetric", "granularity", "scale_dtype", "float_zero_point",
 
 _MODES = ("dynamic", "static", None)
 _WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
+
+
+def _fine_group(row: int) -> PerGroup | None:
+    """Return the largest groups with a scale of 8 bits that divide a row; None without any."""
+    sizes = (size for size in range(_FINE, _FINEST - 1, -1) if row % size == 0)
+    size = next(sizes, None)
+    return PerGroup(size) if size is not None else None
 
 
 def granularity_of_weights(said: Granularity | str) -> Granularity:

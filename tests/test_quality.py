@@ -56,8 +56,17 @@ def test_what_is_said_wins() -> None:
     assert recipe(quality="best", symmetric=True).grid.scheme == Affine(4, granularity=PerGroup(64))
 
 
-def test_rows_that_groups_do_not_divide_have_a_scale_for_each_channel() -> None:
-    found = Settings(bits=4, quality="fast").recipe((1, 8, 27))
+@pytest.mark.parametrize(("row", "size"), [(9, 9), (27, 27), (96, 32), (112, 28), (240, 30)])
+def test_rows_that_32_does_not_divide_are_cut_into_the_next_smaller_groups(
+    row: int, size: int
+) -> None:
+    found = Settings(bits=4, quality="fast").recipe((1, 8, row))
+    assert found.grid.scheme == FittedCodebook(4, PerGroup(size), torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("row", [4, 37, 74])
+def test_rows_that_no_such_group_divides_have_a_scale_for_each_channel(row: int) -> None:
+    found = Settings(bits=4, quality="fast").recipe((1, 8, row))
     assert found.grid.scheme == Affine(4, symmetric=False)
 
 

@@ -1,6 +1,7 @@
 """Multi-head attention: projections of query, key and value."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import ClassVar, cast
 
 import attrs
@@ -78,6 +79,12 @@ class AttentionQuantizer(ConvertingQuantizer):
         """Return None: projections are matrix products, which take any."""
         return None
 
+    def quantizing_inputs(
+        self, layer: nn.Module, activations: Mapping[str, Activation]
+    ) -> AbstractContextManager[None] | None:
+        """Return what exchanges query, key and value."""
+        return _exchanging_three(layer, activations)
+
     def replace(
         self,
         layer: nn.Module,
@@ -87,3 +94,35 @@ class AttentionQuantizer(ConvertingQuantizer):
         """Return `layer` itself, converted."""
         MultiheadAttentionContainer().revert(layer)  # if its output projection came before it
         return ConvertingQuantizer.replace(self, layer, weights, activations)
+
+
+@contextmanager
+def _exchanging_three(layer: nn.Module, activations: Mapping[str, Activation]) -> Iterator[None]:
+    """Have an attention take query, key and value on their grids; one given twice stays one."""
+    of = {
+        name: activations.get(separate, activations.get("in_proj_weight"))
+        for name, separate in zip(_INPUTS, _SEPARATE, strict=True)
+    }
+
+    def exchange(
+        _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
+        made: dict[tuple[int, int], Tensor] = {}
+
+        def on_grid(name: str, x: object) -> object:
+            activation = of.get(name)
+            if activation is None or not isinstance(x, Tensor):
+                return x
+            key = id(x), id(activation)
+            if key not in made:
+                made[key] = activation.fake_quantize(x).to(x.dtype)
+            return made[key]
+
+        three = [on_grid(name, x) for name, x in zip(_INPUTS, args, strict=False)]
+        return (*three, *args[len(three) :]), {key: on_grid(key, x) for key, x in kwargs.items()}
+
+    handle = layer.register_forward_pre_hook(exchange, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

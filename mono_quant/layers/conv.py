@@ -32,6 +32,11 @@ class _ConvolvingQuantizer(ProductQuantizer):
     def rows(self, layer: nn.Module, name: str, x: Tensor) -> Tensor:
         """Return what each output position sees, ``[groups, n, in / groups * kernel]``."""
 
+    def sharing_range(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return ``[N, in * positions]``: a row for each sample."""
+        conv = cast("nn.modules.conv._ConvNd", layer)  # `matches` has seen to it
+        return _batched(conv, x).flatten(1)
+
     def channel_dim(self, layer: nn.Module, name: str) -> int:
         """Return the one before the positions."""
         conv = cast("nn.modules.conv._ConvNd", layer)  # `matches` has seen to it

@@ -2,8 +2,8 @@
 
 import dis
 import inspect
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import CodeType
 from typing import cast
 
@@ -14,6 +14,7 @@ _SEEN = "_seen_by_mono_quant"
 _STOPS = "_stops_for_mono_quant"
 _ONCE = "_once_for_mono_quant"
 _WEIGHT = "_weight_by_mono_quant"
+_CHANGE = "_change_by_mono_quant"
 _COMPUTING = ("forward", "_conv_forward")
 
 
@@ -65,6 +66,27 @@ def reaching(
     with suppress(_Enough):
         twin.forward(*args, **kwargs)
     return seen
+
+
+@contextmanager
+def exchanging(
+    layer: nn.Module, known: type[nn.Module], change: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Have the product of the known class take something else than reaches it, in a layer's calls.
+
+    Args:
+        layer: whose class is another one meanwhile, with the same forward.
+        known: whose product it is.
+        change: returns what the product is to take for what reaches it.
+    """
+    cls, own = type(layer), vars(layer)
+    own[_CHANGE] = change
+    layer.__class__ = _exchanging_class(cls, known)
+    try:
+        yield
+    finally:
+        layer.__class__ = cls
+        del own[_CHANGE]
 
 
 def _has_one_product(cls: type[nn.Module], known: type[nn.Module]) -> bool:
@@ -174,7 +196,38 @@ class _ConvForward(nn.modules.conv._ConvNd):
 _KEPT = property(lambda layer: vars(layer)[_WEIGHT])
 """The weight as one object, however often it is asked for."""
 
-_MADE: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+
+class _ExchangingForward(nn.Module):
+    """Gives the known class's forward something else than it was given."""
+
+    def forward(self, input: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """Return what the known class returns for that."""
+        change = cast("Callable[[Tensor], Tensor]", vars(self)[_CHANGE])
+        return cast("Tensor", super().forward(change(input), *args, **kwargs))
+
+
+class _ExchangingConvForward(nn.modules.conv._ConvNd):
+    """Gives a convolution with the layer's weight something else; one with another stays."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        change = cast("Callable[[Tensor], Tensor]", vars(self)[_CHANGE])
+        given = change(input) if weight is self.weight else input
+        return super()._conv_forward(given, weight, bias)
+
+
+_Classes = dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]]
+_MADE: _Classes = {}
+_EXCHANGING: _Classes = {}
+
+
+def _exchanging_class(cls: type[nn.Module], known: type[nn.Module]) -> type[nn.Module]:
+    """Return a subclass whose ``super().forward`` finds one that exchanges its input."""
+    if (cls, known) not in _EXCHANGING:
+        convolves = "_conv_forward" in vars(known)
+        changes: type[nn.Module] = _ExchangingConvForward if convolves else _ExchangingForward
+        inner = type(f"Exchanging{known.__name__}", (changes, known), {})
+        _EXCHANGING[cls, known] = type(f"Exchanging{cls.__name__}", (cls, inner), {})
+    return _EXCHANGING[cls, known]
 
 
 def _watched(cls: type[nn.Module], known: type[nn.Module]) -> type[nn.Module]:

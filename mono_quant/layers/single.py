@@ -2,15 +2,17 @@
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from mono_quant.base import Scheme
+from mono_quant.base import Activation, Scheme
 from mono_quant.layers.converting import ConvertingQuantizer
-from mono_quant.layers.reaching import is_stock, reaching, reads_weight
+from mono_quant.layers.reaching import exchanging, is_stock, reaching, reads_weight
 from mono_quant.numerics.values import Layout
 
 
@@ -73,6 +75,50 @@ class ProductQuantizer(SingleWeightQuantizer):
             return f"the forward of {type(layer).__name__} reads the weight and multiplies itself"
         return None
 
+    def quantizing_inputs(
+        self, layer: nn.Module, activations: Mapping[str, Activation]
+    ) -> AbstractContextManager[None] | None:
+        """Return what exchanges the first tensor, or what a forward of its own makes of that."""
+        activation = activations.get("weight")
+        if activation is None:
+            return nullcontext()
+        change = partial(self._on_grid, layer, activation)
+        if not self._keeps_own_forward(layer):
+            return _exchanging_first(layer, change)
+        if is_parametrized(layer):  # such a weight is another tensor each time it is read
+            return None
+        return exchanging(layer, self._classes(layer)[0], change)
+
+    def sharing_range(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return an input in rows that have a range each where that is found as they come."""
+        return x
+
+    def _on_grid(self, layer: nn.Module, activation: Activation, x: Tensor) -> Tensor:
+        rows = x if activation.mode == "static" else self.sharing_range(layer, x)
+        return activation.fake_quantize(rows).reshape(x.shape).to(x.dtype)
+
     def _keeps_own_forward(self, layer: nn.Module) -> bool:
         known, into = self._classes(layer)
         return into.keeps_forward and not is_stock(layer, known)
+
+
+@contextmanager
+def _exchanging_first(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Have a layer take something else for the first tensor that its calls are given."""
+
+    def exchange(
+        _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
+        for place, value in enumerate(args):
+            if isinstance(value, Tensor):
+                return (*args[:place], change(value), *args[place + 1 :]), kwargs
+        for name, value in kwargs.items():
+            if isinstance(value, Tensor):
+                return args, {**kwargs, name: change(value)}
+        return args, kwargs
+
+    handle = layer.register_forward_pre_hook(exchange, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -16,6 +16,7 @@ from mono_quant.gathering import Gathered
 from mono_quant.plan.checks import check_finite, check_gathered
 from mono_quant.plan.relay import Calls, Relay
 from mono_quant.plan.request import WeightPlan
+from mono_quant.plan.simulate import QuantizedInputs
 from mono_quant.plan.stages import Stage
 
 _PARAMETRIZED = "parametrizations"
@@ -115,7 +116,10 @@ class BlockRun:
             if targets is None:
                 targets = Kept()
                 targets.add_all(self._twin.outputs(stage))
-            found = self._fit(stage.path, rounding, asked, gathered, _BlockCalls(calls, targets))
+            told = _BlockCalls(calls, targets)
+            with QuantizedInputs(self._model, stage.weights, gathered) as inputs:
+                found = self._fit(stage.path, rounding, asked, gathered, told)
+            changes += (one for one in inputs.changes if one not in changes)
             weights |= found.weights
             parameters |= found.parameters
             changes += found.changes

@@ -20,7 +20,8 @@ from mono_quant.numerics.extremes import all_finite
 from mono_quant.numerics.metrics import tensor_bytes
 from mono_quant.observers.minmax import MinMax, MinMaxState
 from mono_quant.plan.request import WeightPlan, by_layer
-from mono_quant.plan.run import activation_of, rounded
+from mono_quant.plan.run import rounded
+from mono_quant.plan.simulate import activation_of
 from mono_quant.progress import Bar, progress_bar
 from mono_quant.rounding import RoundToNearest
 from mono_quant.settings import Recipe

@@ -46,6 +46,7 @@ from mono_quant.plan.outline import outline_of
 from mono_quant.plan.relief import Relief, relief, with_tried_groups
 from mono_quant.plan.request import Request, WeightPlan, by_layer
 from mono_quant.plan.run import LayerRun, quantize_weights
+from mono_quant.plan.staged import StagedOutputs
 from mono_quant.plan.warnings import warnings_of
 from mono_quant.plan.written import skipping
 from mono_quant.report import Report
@@ -331,7 +332,7 @@ class Plan(Generic[ModelT]):
     ) -> "_Evidence":
         """Correct the quantized model by its float twin, and return what shows beside it."""
         todo = [weight for weight in self.weights if weight.recipe is not None]
-        outputs = data.inner_outputs if data is not None else None
+        outputs = StagedOutputs(work, todo, data) if data is not None else None
         with calling(floats, self._containers, dict.fromkeys(weight.path for weight in todo)):
             context = CorrectionContext(floats, self._model, outputs)
             changes = (*found.changes, *correct(work, self._request.corrections, context))

@@ -27,6 +27,7 @@ from mono_quant.plan.journal import Journal
 from mono_quant.plan.measure import gather_for, wanted_of
 from mono_quant.plan.relay import Relay
 from mono_quant.plan.request import WeightPlan, by_layer
+from mono_quant.plan.simulate import activation_of
 from mono_quant.plan.stages import Stage, stages_of
 from mono_quant.plan.weight_error import WeightError
 from mono_quant.progress import progress_bar
@@ -300,20 +301,6 @@ def _met_by_all(weight: WeightPlan) -> str | None:
             'activations="dynamic" leaves them out'
         )
     return None
-
-
-def activation_of(weight: WeightPlan, gathered: Gathered) -> Activation | None:
-    """Return how the inputs of a weight are quantized; None for floats, or if no data came by."""
-    recipe = cast("Recipe", weight.recipe)  # only weights with a recipe come here
-    scheme = recipe.activations.scheme
-    if recipe.activations.mode is None:
-        return None
-    if recipe.activations.mode == "dynamic":
-        return Activation(scheme)
-    if recipe.observer not in gathered.inputs:
-        return None
-    state = gathered.inputs.state(recipe.observer)
-    return Activation.calibrated(scheme, recipe.observer, state)
 
 
 def _input_reason(weight: WeightPlan, gathered: Gathered) -> str | None:

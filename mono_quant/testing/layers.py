@@ -10,6 +10,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from mono_quant import kernels
 from mono_quant.api import load_model
 from mono_quant.base import LayerQuantizer, QuantizedModule, Scheme
 from mono_quant.errors import ConfigurationError
@@ -255,6 +256,40 @@ def quantized_inputs_survive_a_file(case: LayerCase) -> None:
     expect(bool(found), str(found))
 
 
+def inputs_are_put_on_grids_as_when_quantized(case: LayerCase) -> None:
+    """Within `quantizing_inputs`, the float layer computes what the quantized one does; then not.
+
+    With the weights that were decoded, for static inputs and for dynamic ones.
+    """
+    layer, known = case.layer(), False
+    inside = () if case.quantizer.takes_children else dict(layer.named_children())
+    for mode in ("static", "dynamic"):
+        names = case.quantizer.layouts(layer)
+        if any(case.quantizer.refuse_activation(layer, name, mode) for name in names):
+            continue
+        quantizer = Quantizer().only("*").layer(case.quantizer).activations(mode, bits=4)
+        quantizer = quantizer.skip(*(f"layer.{name}" for name in inside))
+        made = case.result(quantizer.fit([case.inputs]), layer).model.layer
+        twin = case.layer()
+        with torch.no_grad():
+            for name, packed in _packed(made).items():
+                twin.get_parameter(name).copy_(packed)
+        before, kind = case.call(twin), type(twin)
+        assert isinstance(made, QuantizedModule)  # `result` saw to it
+        context = case.quantizer.quantizing_inputs(twin, made.activations())
+        if context is None:
+            continue
+        known = True
+        with kernels.use("reference"), context:
+            found, expected = case.call(twin), case.call(made)
+        expect_near(found, expected, _NEAR, f"the layer with {mode} inputs")
+        expect(type(twin) is kind, f"the layer is left a {type(twin).__name__}")
+        same = all(map(same_bits, case.call(twin), before))
+        expect(same, "the layer computes something else after the context")
+    if not known:
+        raise DoesNotApply("it takes no quantized inputs, or cannot put them on grids beforehand")
+
+
 def _packed(layer: nn.Module) -> dict[str, Tensor]:
     """Return the decoded weights of a layer, and of those inside, by their dotted names."""
     return {
@@ -297,5 +332,6 @@ LAWS = Laws(
         a_file_gives_it_back,
         inputs_are_those_of_its_weights,
         quantized_inputs_survive_a_file,
+        inputs_are_put_on_grids_as_when_quantized,
     ),
 )

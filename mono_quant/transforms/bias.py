@@ -19,9 +19,16 @@ from mono_quant.base import (
     QuantizedModule,
 )
 from mono_quant.configurable import register
+from mono_quant.numerics.metrics import SquaredError
 from mono_quant.transforms.edits import BIAS
 from mono_quant.transforms.expected import expected_inputs
 from mono_quant.transforms.rescaling import kind_of, matrices
+
+_WORSE = 2.0
+"""How often the error of the outputs may have grown.
+
+It may grow, for what a rounding has learned from the data is nearer there than it is elsewhere.
+"""
 
 
 @register
@@ -32,11 +39,13 @@ class BiasCorrection(Correction):
     Rounding a weight shifts the mean of what it computes by ``(W' - W) E[x]``, most of all in a
     depthwise convolution, whose rows are short. Layer after layer, in the order in which they run:
     each is measured with all before it quantized and corrected, so that a correction also takes
-    back what is left of the errors before it. That takes one run of the data for each layer, up to
-    that layer.
+    back what is left of the errors before it. Each block is run once for each layer in it; where it
+    cannot be run by itself, the model up to that layer is.
 
     Layers that do not run exactly once for each batch, that share their bias or that are neither a
-    Linear nor a convolution are left alone. A layer without bias is given one.
+    Linear nor a convolution are left alone. A layer without bias is given one. If all corrections
+    together more than double the squared error of the model's outputs on the data, they are taken
+    back: as they may where a rounding to few bits had layers make up for each other's errors.
 
     Without data, ``E[x]`` is known where a batch normalization alone feeds the layer, directly or
     through a clamp such as ReLU or ReLU6: its outputs are taken to be normal, with its bias for the
@@ -63,7 +72,9 @@ class BiasCorrection(Correction):
         if context.outputs is None:
             return _without_data(model, context, unfit)
         outputs = context.outputs
+        before = _error(context.floats, model, outputs)
         batches, calls, means = _means(context.floats, paths, outputs)
+        given = {path: model.get_submodule(path)._parameters.get("bias") for path in calls}
         changes: list[Change] = []
         for path in calls:
             layer = model.get_submodule(path)
@@ -78,7 +89,36 @@ class BiasCorrection(Correction):
             for tensors in outputs(model, layer):
                 found.add(layer, tensors[0])
             changes.append(_correct(path, layer, means[path].value - found.value))
+        if _error(context.floats, model, outputs) > _WORSE * before:
+            return tuple(_taken_back(model, one, given) for one in changes)
         return tuple(changes)
+
+
+def _error(floats: nn.Module, model: nn.Module, outputs: InnerOutputs) -> float:
+    """Return the squared error of a model's outputs over all batches."""
+    both = zip(outputs(floats, floats), outputs(model, model), strict=True)
+    errors = (
+        SquaredError.between(exact, found)
+        for batch in both
+        for exact, found in zip(*batch, strict=True)
+        if exact.is_floating_point()
+    )
+    return SquaredError.total(errors).noise
+
+
+def _taken_back(
+    model: nn.Module, change: Change, given: Mapping[str, nn.Parameter | None]
+) -> Change:
+    """Give a layer the bias that it had, if that was changed."""
+    if not change.done:
+        return change
+    layer, bias = model.get_submodule(change.path), given[change.path]
+    if bias is None:
+        del layer._parameters["bias"]
+        layer.register_parameter("bias", None)
+    else:
+        layer.register_parameter("bias", bias)
+    return _left_alone(change.path, "with all corrections, the model's outputs are further off")
 
 
 def _unfit(layer: nn.Module, shared: Mapping[int, int]) -> str | None:

@@ -184,7 +184,7 @@ def main() -> None:
     columns = ("observer of inputs", *(f"{one}, symmetric weights" for one in figures))
     print_table((*columns, *(f"{one}, asymmetric" for one in figures)), _observers())
     print_table(("setting, inputs by MinMax", *figures), _settings())
-    print("Asymmetric weights and BiasCorrection, which runs the data once for each layer:\n")
+    print("Asymmetric weights and BiasCorrection:\n")
     print_table(("observer of inputs", *figures), _corrected())
     print("Peak memory beyond what is resident once the model and all images are loaded:\n")
     print_table(("what", "images", "a batch", "VmHWM, MB", "RssAnon, MB"), _memory())

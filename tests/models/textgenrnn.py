@@ -91,12 +91,16 @@ def evaluate(model: nn.Module) -> dict[str, float]:
 
 
 @cache
-def article_contexts() -> tuple[Tensor, Tensor]:
-    """Returns pieces of 40 characters [N, 40] and the character after each [N]."""
+def article_contexts(skipped: int = 0) -> tuple[Tensor, Tensor]:
+    """Returns pieces of 40 characters [N, 40] and the character after each [N].
+
+    Args:
+        skipped: how many articles come before the sixty that the pieces are of.
+    """
     vocabulary = _vocabulary()
     path = wheel_file("gensim", "4.4.0", "gensim/test/test_data/lee_background.cor")
     contexts, following = [], []
-    for article in path.read_text(encoding="utf-8").split("\n")[:_ARTICLES]:
+    for article in path.read_text(encoding="utf-8").split("\n")[skipped : skipped + _ARTICLES]:
         ids = torch.tensor([vocabulary.get(letter, 0) for letter in article[:_CHARACTERS]])
         if len(ids) >= _SHORTEST:
             contexts.append(ids[:-1].unfold(0, _CONTEXT, 1))

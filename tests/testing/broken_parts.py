@@ -3,6 +3,7 @@
 import json
 import pickle
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -52,14 +53,23 @@ class Doubling(nn.Module):
 
 
 class QuantizedDoubling(QuantizedModule):
-    def __init__(self, packed: PackedTensor, bias: nn.Parameter, fault: str) -> None:
+    def __init__(
+        self,
+        packed: PackedTensor,
+        bias: nn.Parameter,
+        fault: str,
+        met: Mapping[str, Activation],
+    ) -> None:
         super().__init__()
-        self.holder, self.bias, self.fault = QuantizedWeight(packed), bias, fault
+        self.holder, self.bias, self.fault, self.met = QuantizedWeight(packed), bias, fault, met
         if fault == "unpicklable":
             self.then: Callable[[Tensor], Tensor] = lambda y: y
 
     def packed_weights(self) -> Mapping[str, PackedTensor]:
         return {"weight": self.holder.packed}
+
+    def activations(self) -> Mapping[str, Activation]:
+        return self.met
 
     def dequantize(self) -> nn.Module:
         layer = Doubling() if self.fault != "another class" else nn.Linear(64, 16)
@@ -69,7 +79,8 @@ class QuantizedDoubling(QuantizedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.fault == "no bias" else self.bias
-        return functional.linear(2 * x, self.holder.packed.dequantize(), bias)
+        given = self.met["weight"].fake_quantize(2 * x) if self.met else 2 * x
+        return functional.linear(given, self.holder.packed.dequantize(), bias)
 
 
 @attrs.frozen
@@ -105,6 +116,20 @@ class DoublingQuantizer(LayerQuantizer):
     def rows(self, layer: nn.Module, name: str, x: Tensor) -> Tensor:
         return x.t() if self.fault == "columns" else x
 
+    def refuse_activation(self, layer: nn.Module, name: str, mode: str) -> str | None:
+        if self.fault in ("not on grids", "stays on grids") and mode == "static":
+            return None
+        return LayerQuantizer.refuse_activation(self, layer, name, mode)
+
+    @contextmanager
+    def quantizing_inputs(
+        self, layer: nn.Module, activations: Mapping[str, Activation]
+    ) -> Iterator[None]:
+        one = activations["weight"]
+        if self.fault == "stays on grids":  # halves and doubles are exact
+            layer.register_forward_pre_hook(lambda _, args: one.fake_quantize(2 * args[0]) / 2)
+        yield
+
     def replace(
         self,
         layer: nn.Module,
@@ -115,7 +140,7 @@ class DoublingQuantizer(LayerQuantizer):
         bias = layer.bias
         if self.fault == "writes":
             bias.data.mul_(2)
-        return QuantizedDoubling(weights["weight"], bias, self.fault)
+        return QuantizedDoubling(weights["weight"], bias, self.fault, activations)
 
 
 def doubling(fault: str) -> LayerCase:

@@ -125,6 +125,8 @@ BROKEN: list[tuple[object, str, str]] = [
     (doubling("another class"), "it_is_dequantized_to_the_float_layer", "it becomes a Linear"),
     (doubling("misnames"), "inputs_are_those_of_its_weights", "inputs names kernel"),
     (doubling("columns"), "inputs_are_those_of_its_weights", "those of its matrix have 64"),
+    (doubling("not on grids"), "inputs_are_put_on_grids_as_when_quantized", "of the largest"),
+    (doubling("stays on grids"), "inputs_are_put_on_grids_as_when_quantized", "something else"),
     (scorer("matches all"), "it_matches_its_module_and_no_other", "it matches nn.Identity"),
     (scorer("no words"), "refusals_are_words", "False is no reason"),
     (scorer("reads"), "quantized_children_are_called", "is quantized, and never called"),

@@ -1,5 +1,6 @@
 """Biases that make up for what rounding did to the mean."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant import BiasCorrection, InputError, Quantizer, load_model
+from mono_quant.base import CorrectionContext
+from mono_quant.calibration import CalibrationData
 from tests.helpers import WEIGHTS_ONLY, noise
 
 COARSE = WEIGHTS_ONLY.bits(3).granularity("channel").only("*")
@@ -143,3 +146,23 @@ def test_the_quantizer_writes_it_down() -> None:
     assert repr(made) == ("Quantizer().fold(False).on_damage('keep').transform(BiasCorrection())")
     again = Quantizer.from_config(made.to_config())
     assert repr(again) == repr(made)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_corrections_that_undo_what_layers_make_up_for_are_taken_back(bias: bool) -> None:
+    torch.manual_seed(0)
+    floats = nn.Sequential(nn.Linear(64, 64, bias), nn.ReLU(), nn.Linear(64, 64, bias)).eval()
+    other = copy.deepcopy(floats)
+    with torch.no_grad():  # the same function, and other means between
+        for place, factor in ((0, 2.0), (2, 0.5)):
+            other.get_parameter(f"{place}.weight").mul_(factor)
+        if bias:
+            other.get_parameter("0.bias").mul_(2)
+    model = WEIGHTS_ONLY.bits(8).only("*").apply(other).model
+    given = [model[place].bias for place in (0, 2)]
+    data = CalibrationData.bind([noise(32, 64) + 0.5])
+    context = CorrectionContext(floats, floats, data.inner_outputs)
+    changes = BiasCorrection().apply(model, context)
+    assert [change.done for change in changes] == [False, False]
+    assert all("further off" in change.text and not change.edits for change in changes)
+    assert all(model[place].bias is one for place, one in zip((0, 2), given, strict=True))
