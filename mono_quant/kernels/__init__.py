@@ -192,11 +192,11 @@ def select(
             follows these: where a gradient is asked for, and under `torch.compile`,
             `torch.export` and `torch.func`.
         arrange: tells whether the caller can hold the codes in another order; None if it cannot.
-            The order is the one that serves 1, 8 and 64 inputs best, of a convolution many
-            positions, and every batch is then computed by a kernel that reads it: so codes lie in
-            one order, and change it once. Where `memory` is double, kernels of the canonical order
-            have their turn too, if that is faster for one of those batches. For whole recurrent
-            layers a single sequence decides, of 32 steps.
+            The order is the one that serves 1, 8, 64 and 256 inputs best, of a convolution
+            many positions, and every batch is then computed by a kernel that reads it: so codes lie
+            in one order, and change it once. Where `memory` is double, kernels of the canonical
+            order have their turn too, if that is faster for one of those batches. For whole
+            recurrent layers a single sequence decides, of 32 steps.
     """
     if torch.compiler.is_compiling():
         return _traceable(spec, device, dtype, rows, others)

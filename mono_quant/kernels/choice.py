@@ -15,7 +15,7 @@ from mono_quant.speed import NO_DIFFERENCE
 Order = type[Arranged] | None
 """An order of codes; None for the canonical one."""
 
-_USUAL = (1, 8, 64)
+_USUAL = (1, 8, 64, 256)
 """Rows of inputs for which the order of a matrix's codes is chosen: tokens, and few sequences."""
 
 _BATCHES: Mapping[type[Operation], tuple[int, ...]] = {

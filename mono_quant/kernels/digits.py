@@ -188,7 +188,11 @@ OneGrid = tuple[Tensor, int, float]
 
 
 def one_grid(rows: Tensor, activation: Activation) -> tuple[float, int] | None:
-    """Return scale and zero point (0 without one) that ``rows [M, in]`` share, or None.
+    """Return scale and zero point (0 without one) that rows share, or None.
+
+    Args:
+        rows: ``float32 [M, in]``, or one row of any more dimensions.
+        activation: how they are quantized.
 
     Returns:
         None where rows have grids of their own, are none, or are not finite.

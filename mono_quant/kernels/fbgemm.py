@@ -47,13 +47,13 @@ def unpack(packed: torch.ScriptObject) -> Tensor:
 
 
 def linear(x: Tensor, scale: float, zero: int, packed: torch.ScriptObject) -> Tensor:
-    """Return ``x @ weight.T`` as ``float32 [M, out]``, `x` on a grid of 8 bits; its sums are exact.
+    """Return ``x @ weight.T`` as ``float32 [..., out]``, `x` on a grid of 8 bits; sums are exact.
 
     Codes are those of ``torch.quantize_per_tensor``: the zero point is added, and the value
     rounded, in one step.
 
     Args:
-        x: ``float32 [M, in]``, contiguous, finite.
+        x: ``float32 [..., in]`` of two dimensions or more, contiguous, finite.
         scale: of the grid.
         zero: the code that means zero, 0 to 255.
         packed: by `pack`.

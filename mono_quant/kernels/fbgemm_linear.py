@@ -17,7 +17,7 @@ from mono_quant.kernels.integer import refuse_inputs, refuse_weight
 from mono_quant.kernels.ops import unfollowed
 from mono_quant.schemes import Affine
 
-_PIECE = 1 << 25  # codes that are packed at once, copied on the way: 32 MB
+_PIECE = 1 << 26  # codes that are packed at once, copied on the way: 64 MB
 _PANEL = 48  # rows of a piece are a multiple of it, so that only the last one is filled up
 _BITS = 8
 _PADDING = 0.15  # of the weight's bytes, the most that filling up may take
@@ -67,10 +67,10 @@ class FbgemmRows(Arranged):
         return replace(self.weight, tensors=tensors)
 
     def times(self, rows: Tensor, scale: float, zero: int) -> Tensor:
-        """Return ``rows @ weight.T``, ``float32 [M, out]``, the rows on a grid of 8 bits."""
+        """Return ``rows @ weight.T``, ``float32 [..., out]``, the rows on a grid of 8 bits."""
         if len(self.pieces) == 1:
             return fbgemm.linear(rows, scale, zero, self.pieces[0])
-        return torch.cat([fbgemm.linear(rows, scale, zero, piece) for piece in self.pieces], 1)
+        return torch.cat([fbgemm.linear(rows, scale, zero, piece) for piece in self.pieces], -1)
 
 
 @final
@@ -148,10 +148,10 @@ class FbgemmLinear(ArrangingKernel[FbgemmRows]):
 def of_alike(
     rows: Tensor, activation: Activation, weight: FbgemmRows, bias: Tensor | None
 ) -> Tensor | None:
-    """Return the product with rows that share a grid and the bias, ``float32 [M, out]``.
+    """Return the product with rows that share a grid and the bias, ``float32 [..., out]``.
 
     Args:
-        rows: ``float32 [M, in]``.
+        rows: ``float32 [M, in]``, or one row of any more dimensions; contiguous.
         activation: how they are quantized.
         weight: packed.
         bias: ``[out]``, or None.

@@ -64,12 +64,11 @@ class Row(ABC):
             return None
         if x.dtype not in DTYPES or not x.is_cpu or followed(x, bias) or self._state != self._now():
             return None
-        product = self._product(flat(x, self._length), self._activation, bias)
-        return shaped(product, None, x) if product is not None else None
+        return self._product(x, self._activation, bias)
 
     @abstractmethod
-    def _product(self, row: Tensor, activation: Activation, bias: Tensor | None) -> Tensor | None:
-        """Return the product with a row that is quantized, ``float32 [1, out]``, or None."""
+    def _product(self, x: Tensor, activation: Activation, bias: Tensor | None) -> Tensor | None:
+        """Return the product with one row ``[..., in]`` that is quantized, or None."""
 
     def _now(self) -> tuple[int, ...]:
         codes, zero_point = self._codes, self._zero_point
@@ -89,9 +88,11 @@ class _Integers(Row):
         super().__init__(spec, codes, weight)
         self._columns, self._known = codes[0].t(), constants(weight)
 
-    def _product(self, row: Tensor, activation: Activation, bias: Tensor | None) -> Tensor | None:
-        inputs = on_one_grid(row, activation)
-        return of_one_row(inputs, self._columns, self._known, bias) if inputs is not None else None
+    def _product(self, x: Tensor, activation: Activation, bias: Tensor | None) -> Tensor | None:
+        inputs = on_one_grid(flat(x, self._length), activation)
+        if inputs is None:
+            return None
+        return shaped(of_one_row(inputs, self._columns, self._known, bias), None, x)
 
 
 @final
@@ -104,9 +105,11 @@ class _Packed(Row):
         super().__init__(spec, None, weight.weight)
         self._weight = weight
 
-    def _product(self, row: Tensor, activation: Activation, bias: Tensor | None) -> Tensor | None:
-        inputs = on_one_grid(row, activation)
-        return of_one_grid(inputs, self._weight, bias) if inputs is not None else None
+    def _product(self, x: Tensor, activation: Activation, bias: Tensor | None) -> Tensor | None:
+        inputs = on_one_grid(flat(x, self._length), activation)
+        if inputs is None:
+            return None
+        return shaped(of_one_grid(inputs, self._weight, bias), None, x)
 
 
 @final
@@ -119,8 +122,11 @@ class _Rounded(Row):
         super().__init__(spec, None, weight.weight)
         self._weight = weight
 
-    def _product(self, row: Tensor, activation: Activation, bias: Tensor | None) -> Tensor | None:
-        return of_alike(row, activation, self._weight, bias)
+    def _product(self, x: Tensor, activation: Activation, bias: Tensor | None) -> Tensor | None:
+        if x.dtype == torch.float32 and x.dim() > 1 and x.is_contiguous():  # it is one row as it is
+            return of_alike(x, activation, self._weight, bias)
+        product = of_alike(flat(x, self._length), activation, self._weight, bias)
+        return shaped(product, None, x) if product is not None else None
 
 
 def row_of(kernel: Kernel, spec: KernelSpec, weight: PackedTensor | Arranged) -> Row | None:

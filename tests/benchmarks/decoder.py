@@ -28,7 +28,10 @@ def main(patterns: Sequence[str] = ("*",)) -> None:
         patterns: of what runs, "network, package: way".
     """
     print("Speed over the eager float32 model of the same process: medians over rounds in which")
-    print("all packages take turns; by processor time, every process on one thread of one core.")
+    print(
+        "all packages take turns, each call after an untimed one of its own, as tokens follow each"
+    )
+    print("other; by processor time, every process on one thread of one core.")
     print("dB: SQNR of the logits against that model's. Every package has its own environment.")
     print("'cached': one token after 256 whose keys and values are given; ONNX Runtime and")
     print("OpenVINO are given whole sequences only. MB: as saved.\n")

@@ -1,9 +1,10 @@
 """Where a Linear layer's time goes, and how far each setting is from what the machine can do."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import cycle
+from typing import Any, NamedTuple
 
 import attrs
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 from mono_quant import QuantizedLayer
 from mono_quant.base import Activation
-from mono_quant.kernels import onednn
-from mono_quant.kernels.digits import digits_of_inputs
+from mono_quant.kernels import fbgemm, onednn
+from mono_quant.kernels.digits import SIGN, digits_of_inputs, grids_of_few, one_grid
 from mono_quant.kernels.ops import int_mm
 from mono_quant.modules import kernels_run
 from tests.benchmarks.kernels import BATCHES, REPEATS, SETTINGS, SIZE
@@ -62,7 +63,12 @@ def main() -> None:
             ("setting", "rows", "kernel", "over float32", "limit", "share of it"), _shares(limits)
         )
         print("What the integer ones take, as shares of a call: inputs put on their grid, the bare")
-        print("product, and the rest: scales, zero points, bias, and the way through the layer.\n")
+        print(
+            "product, and the rest: scales, zero points, bias, and the way through the layer. The"
+        )
+        print(
+            "product of fbgemm puts inputs on their grids itself, so theirs is to find the grids.\n"
+        )
         print_table(("setting", "rows", "inputs", "product", "rest"), _parts())
 
 
@@ -131,21 +137,20 @@ def _parts() -> Iterator[tuple[str, ...]]:
         layers = [copy.deepcopy(layer) for _ in range(_copies(SIZE * SIZE))]
         activation = layer.activations()["weight"]
         stored = [one.packed_weights()["weight"].tensors["codes"][0].clone() for one in layers]
-        packed = [onednn.pack_linear(codes) for codes in stored if not onednn.refuse_linear()]
+        products = _products(stored)
         for batch in BATCHES:
             x = torch.randn(batch, SIZE)
             with kernels_run() as ran:
                 for one in layers:
                     one(x)
+            (kernel,) = set(ran.values())
+            product, weights, rounds = products[kernel]
             digits = digits_of_inputs(x, activation)
             assert digits is not None  # of finite values
-            is_packed = set(ran.values()) == {"onednn"}
-            product = _packed if is_packed else int_mm
-            turn = cycle(packed if is_packed else stored)
             calls: list[Callable[[], object]] = [
                 partial(_run, cycle(layers), x),
-                partial(_inputs, x, activation),
-                partial(_product, product, digits.digits, turn),
+                partial(_grids if rounds else _inputs, x, activation),
+                partial(_product, product, x if rounds else digits.digits, cycle(weights)),
             ]
             for call in calls:
                 call()
@@ -158,18 +163,56 @@ def _parts() -> Iterator[tuple[str, ...]]:
 _NO_SCALE = torch.ones(SIZE)
 
 
+class _Bare(NamedTuple):
+    """The bare operator of a kernel.
+
+    Attributes:
+        product: of inputs and a weight.
+        weights: as it takes them.
+        rounds: whether it takes inputs as they are.
+    """
+
+    product: Callable[[Tensor, Any], Tensor]
+    weights: Sequence[object]
+    rounds: bool
+
+
+def _products(stored: Sequence[Tensor]) -> Mapping[str, _Bare]:
+    """Return the bare operators of kernels for 8-bit weights, by the kernel's name."""
+    bare = {"integer": _Bare(int_mm, stored, rounds=False)}
+    if not onednn.refuse_linear():
+        packed = [onednn.pack_linear(codes) for codes in stored]
+        bare["onednn"] = _Bare(_packed, packed, rounds=False)
+    if not fbgemm.refuse():
+        panels = [fbgemm.pack(codes, _NO_SCALE, None) for codes in stored]
+        bare["fbgemm"] = _Bare(_panels, panels, rounds=True)
+    return bare
+
+
 def _packed(codes: Tensor, weight: Tensor) -> Tensor:
     return onednn.linear(codes, (1.0, 0, 255), weight, _NO_SCALE, None, None)
 
 
+def _panels(x: Tensor, weight: torch.ScriptObject) -> Tensor:
+    return fbgemm.linear(x, 1.0, SIGN, weight)
+
+
 def _product(
-    product: Callable[[Tensor, Tensor], Tensor], codes: Tensor, weights: Iterator[Tensor]
+    product: Callable[[Tensor, Any], Tensor], x: Tensor, weights: Iterator[object]
 ) -> Tensor:
-    return product(codes, next(weights))
+    return product(x, next(weights))
 
 
 def _inputs(x: Tensor, activation: Activation) -> object:
     return digits_of_inputs(x, activation)
+
+
+def _grids(x: Tensor, activation: Activation) -> object:
+    one = one_grid(x, activation)
+    if one is not None:
+        return one
+    few = grids_of_few(x, activation)
+    return activation.qparams(x) if few is None else few
 
 
 def _run(layers: Iterator[nn.Module], x: Tensor) -> object:
