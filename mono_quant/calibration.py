@@ -194,6 +194,7 @@ class CalibrationData:
                 with torch.no_grad():  # not across the yield: there it would hold for the caller
                     found = self._run(model, batch, place)
                 yield found
+                del found  # before the next ones are made
                 count = count_samples(batch)
                 if not place and isinstance(self.source, Sized):
                     bar.total = self.count(count)
@@ -358,8 +359,8 @@ class _Reached(BaseException):
         self.output = output
 
 
-NOTED_IN_MEMORY = 32_000_000
-"""Bytes of outputs that a report holds while it is made, in place of running the model again."""
+NOTED = 32_000_000
+"""Bytes of the first outputs that a report holds while it is made, to come back to."""
 
 
 class Kept:
@@ -386,9 +387,7 @@ class Kept:
             self._file = tempfile.TemporaryFile(prefix="mono_quant_")  # noqa: SIM115  # kept open
             weakref.finalize(self, self._file.close)
         start = self._file.seek(0, os.SEEK_END)
-        held = io.BytesIO()
-        torch.save([tensor.detach().clone() for tensor in tensors], held)  # of a view, no more
-        self._file.write(held.getbuffer())
+        torch.save([_alone(tensor.detach()) for tensor in tensors], self._file)
         self._kept.append((start, self._file.tell()))
 
     def add_all(self, batches: Iterable[list[Tensor]]) -> None:
@@ -406,11 +405,8 @@ class Kept:
         if isinstance(kept, list):
             return kept
         assert self._file is not None  # whoever kept it there made the file
-        start, end = kept
-        self._file.seek(start)
-        found: list[Tensor] = torch.load(
-            io.BytesIO(self._file.read(end - start)), weights_only=True
-        )
+        part = io.BufferedReader(_Part(self._file, *kept))
+        found: list[Tensor] = torch.load(part, weights_only=True)
         return found
 
     def __iter__(self) -> Iterator[list[Tensor]]:
@@ -418,40 +414,102 @@ class Kept:
         return (self[place] for place in range(len(self)))
 
 
+_READ = 1 << 20  # bytes that are copied at once
+
+
+class _Part(io.RawIOBase):
+    """A part of a file, read as a file of its own."""
+
+    def __init__(self, file: IO[bytes], start: int, end: int) -> None:
+        """Begin at the beginning of the part."""
+        self._file, self._start, self._size, self._place = file, start, end - start, 0
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a place in the part, and return it."""
+        known = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}
+        self._place = known[whence] + offset
+        return self._place
+
+    def tell(self) -> int:
+        """Return the place in the part."""
+        return self._place
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # of bytes, as it says
+        """Fill some of a buffer from this place on, and return how much; nothing at the end."""
+        self._file.seek(self._start + self._place)
+        read = self._file.read(max(0, min(len(buffer), self._size - self._place, _READ)))
+        buffer[: len(read)] = read
+        self._place += len(read)
+        return len(read)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Return a tensor that shares no memory with others, of which a file would hold all."""
+    strided = tensor.layout == torch.strided
+    alone = strided and tensor_bytes(tensor) == tensor.untyped_storage().nbytes()
+    return tensor if alone else tensor.clone()
+
+
 class Noted:
-    """Tensors of batches as they pass by, for whoever needs them again and soon.
+    """Tensors of the first batches as they pass by, for whoever needs them again.
 
     Attributes:
-        limit: bytes up to which they are held; of more, nothing is.
-        kept: what was held of all that passed; None if it was too much.
+        kept: what was held; the first batch in any case, on disk if it is large.
+        complete: whether that is all that passed.
     """
 
-    def __init__(self, limit: int = NOTED_IN_MEMORY) -> None:
-        """Hold nothing yet."""
-        self.limit = limit
-        self.kept: Kept | None = Kept(limit)
+    def __init__(self, limit: int = NOTED) -> None:
+        """Hold nothing yet, and up to `limit` bytes of more than one batch."""
+        self.kept = Kept(limit)
+        self.complete = True
+        self._left = limit
 
     def passing(self, batches: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
         """Yield what is given."""
-        left = self.limit
         for tensors in batches:
-            left -= sum(map(tensor_bytes, tensors))
-            if left < 0:
-                self.kept = None
-            if self.kept is not None:
+            self._left -= sum(map(tensor_bytes, tensors))
+            self.complete = self.complete and (self._left >= 0 or not len(self.kept))
+            if self.complete:
                 self.kept.add(tensors)
             yield tensors
+            del tensors  # before the next ones are made
 
 
 def compare(references: Iterable[list[Tensor]], others: Iterable[list[Tensor]]) -> SquaredError:
-    """Return the error of outputs against references, over all tensors of all batches."""
-    total = SquaredError()
-    for reference, other in zip(references, others, strict=True):
-        if [x.shape for x in reference] != [x.shape for x in other]:
-            raise CalibrationError("the quantized model's outputs differ in number or shape")
-        pairs = [_without_equal_infinities(x, y) for x, y in zip(reference, other, strict=True)]
-        total = SquaredError.total([total, *(SquaredError.between(x, y) for x, y in pairs)])
+    """Return the error of outputs against references, over all tensors of all batches.
+
+    Those of a batch are let go before the next ones are made, which may be large.
+
+    Raises:
+        CalibrationError: they differ in number or shape.
+    """
+    total, compared = SquaredError(), iter(others)
+    for reference in references:
+        total += _error_of_batch(reference, next(compared, None))
+        del reference
+    if next(compared, None) is not None:
+        raise CalibrationError(_UNEQUAL)
     return total
+
+
+_UNEQUAL = "the data gave another number of batches the second time; give the same ones each time"
+
+
+def _error_of_batch(reference: list[Tensor], other: list[Tensor] | None) -> SquaredError:
+    if other is None:
+        raise CalibrationError(_UNEQUAL)
+    if [x.shape for x in reference] != [x.shape for x in other]:
+        raise CalibrationError("the quantized model's outputs differ in number or shape")
+    pairs = [_without_equal_infinities(x, y) for x, y in zip(reference, other, strict=True)]
+    return SquaredError.total(SquaredError.between(x, y) for x, y in pairs)
 
 
 def output_error(reference: object, other: object) -> SquaredError:

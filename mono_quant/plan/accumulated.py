@@ -63,6 +63,7 @@ class Accumulated:
             self._unlike.update(path for path, calls in self._kept.items() if calls)
             self._kept.clear()
             yield found
+            del found  # before the next ones are made
         for path in self._unlike:
             self.errors.pop(path, None)
 

@@ -352,9 +352,7 @@ class Plan(Generic[ModelT]):
             rows = with_tried_groups(rows, floats, todo, data)
             poor = not error.sqnr_db >= WARNING_DB and not damages
             helps = (
-                relief(floats, work, self._model, layers.errors, error.sqnr_db, data, noted.kept)
-                if poor
-                else None
+                relief(floats, work, layers.errors, error.sqnr_db, data, noted) if poor else None
             )
         return _Evidence(rows, changes, tuple(damages), error, helps)
 

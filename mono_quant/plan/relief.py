@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import islice
 
 import attrs
 from torch import nn
 
 from mono_quant.base import Statistics
-from mono_quant.calibration import CalibrationData, Kept, compare, evaluating, output_error
+from mono_quant.calibration import CalibrationData, Noted, compare, evaluating, output_error
 from mono_quant.checkpoint import copy_structure
 from mono_quant.evidence import WARNING_DB, LayerReport
 from mono_quant.numerics.granularity import PerGroup
@@ -54,10 +55,12 @@ class Relief:
     Attributes:
         layers: their names, with the SQNR of what each returns for its float inputs, in dB.
         output_db: SQNR of the model's output with these layers in float.
+        batches: the first ones, which it is of; None for all.
     """
 
     layers: tuple[tuple[str, float], ...]
     output_db: float
+    batches: int | None = None
 
     def __str__(self) -> str:
         """Return what was found, and the calls that do it."""
@@ -65,41 +68,39 @@ class Relief:
             f"{name} (returns {format_db(decibels)})" for name, decibels in self.layers
         )
         calls = ", ".join(f"skip({name!r})" for name, _ in self.layers)
-        return f"with {names} in float, the output would be at {format_db(self.output_db)}: {calls}"
+        level = format_db(self.output_db)
+        batches = "batch" if self.batches == 1 else f"{self.batches} batches"
+        some = f" on the first {batches}" if self.batches is not None else ""
+        return f"with {names} in float, the output would be at {level}{some}: {calls}"
 
 
 def relief(
     floats: nn.Module,
     model: nn.Module,
-    original: nn.Module,
     errors: Mapping[str, SquaredError],
     output_db: float,
     data: CalibrationData,
-    wanted: Kept | None = None,
+    noted: Noted,
 ) -> Relief | None:
     """Return the layers that cost the output most, or None where no few of them do.
 
     Up to three layers that return least, and fewer than half of all, run in float in the quantized
-    model, all of them and then fewer. As few are named as come near what all of them gain, or bring
-    the output above 20 dB.
+    model, all of them and then fewer, on the batches of which outputs are at hand. As few are named
+    as come near what all of them gain, or bring the output above 20 dB.
 
     Args:
         floats: the float twin, whose layers are put in.
         model: the quantized one.
-        original: the float model whose output is the measure.
         errors: of what each layer returns, by name.
         output_db: SQNR of the model's output.
         data: example data.
-        wanted: what the float model returns for them; None if that was not held.
+        noted: what the float model returns for the first of them.
     """
     tried = min(_TRIED, (len(errors) - 1) // 2)
     worst = sorted(errors, key=lambda path: errors[path].sqnr_db)[:tried]
     if not worst:
         return None
-    if wanted is None:
-        wanted = Kept()
-        wanted.add_all(data.outputs(original))
-    reference = wanted
+    count = len(noted.kept)
 
     def without(paths: Iterable[str]) -> float:
         with ExitStack() as hooks:
@@ -107,17 +108,19 @@ def relief(
                 instead = partial(_instead, floats.get_submodule(path))
                 layer = model.get_submodule(path)
                 hooks.callback(layer.register_forward_hook(instead, with_kwargs=True).remove)
-            return compare(reference, data.outputs(model)).sqnr_db
+            return compare(noted.kept, islice(data.outputs(model), count)).sqnr_db
 
+    before = output_db if noted.complete else without(())
     found = without(worst)
-    if not found >= output_db + _WORTH_DB:
+    if not found >= before + _WORTH_DB:
         return None
     enough = min(found - 1, WARNING_DB)
-    for count in range(1, len(worst)):
-        if (fewer := without(worst[:count])) >= enough:
-            worst, found = worst[:count], fewer
+    for few in range(1, len(worst)):
+        if (fewer := without(worst[:few])) >= enough:
+            worst, found = worst[:few], fewer
             break
-    return Relief(tuple((path, errors[path].sqnr_db) for path in worst), found)
+    named = tuple((path, errors[path].sqnr_db) for path in worst)
+    return Relief(named, found, None if noted.complete else count)
 
 
 def _instead(
