@@ -14,7 +14,7 @@ from tests.benchmarks.weight_only.package import GRIDS, TABLES, Grid, Quantized,
 from tests.models.smollm2 import SmolLM2
 
 ARTICLES = 64
-_WINDOWS, _LENGTH, _BATCH = 64, 128, 8
+_WINDOWS, _LENGTH, _BATCH = 64, 128, 2
 _MEASURED, _COMPARED = 4, 2  # windows
 
 Batches = Sequence[tuple[Tensor, ...]]

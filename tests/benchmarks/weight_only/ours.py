@@ -55,6 +55,10 @@ def _searched(rounding: Rounding, *, with_data: bool = True) -> Offer:
     return Offer(_way(quantizer, with_data=with_data))
 
 
+def _tables(grid: Grid) -> Quantizer:
+    return Quantizer().bits(grid.bits).quality("balanced").rounding(GPTQ())
+
+
 def _chosen(quality: str) -> Offer:
     def quantizer(grid: Grid) -> Quantizer:
         return Quantizer().bits(grid.bits).quality(quality)
@@ -84,6 +88,8 @@ PACKAGE = Package(
             _way(lambda grid: _even(grid).float_zero_point().rounding(HQQ(zero_on_grid=True)))
         ),
         "GPTQ, MSE": _searched(GPTQ()),
+        "GPTQ refined once, MSE": _searched(GPTQ(refinements=1)),
+        "GPTQ": Offer(_way(_tables, with_data=True), TABLES),
         **{
             f"rounded as {quality}, MSE": _searched(rounding)
             for quality, rounding in QUALITIES.items()
