@@ -134,6 +134,7 @@ try:
         EqualizeLayers,
         FoldBatchNorm,
         SmoothQuant,
+        TuneScales,
     )
     from mono_quant.version import __version__
 finally:
@@ -248,6 +249,7 @@ __all__ = [
     "TorchSerializer",
     "Transform",
     "TransformContext",
+    "TuneScales",
     "UnknownKindError",
     "UnsupportedLayerError",
     "Validation",

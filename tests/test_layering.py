@@ -21,6 +21,7 @@ RANKS = {
             "configurable",
             "numerics",
             "base speed",
+            "learning",
             "batches evidence operations recurrence schemes observers rounding selection "
             "transforms",
             "kernels settings columns",
@@ -257,7 +258,7 @@ def written(module: str, text: str) -> Source:
 def test_a_wrong_import_is_named_with_file_line_and_both_ranks() -> None:
     wrong = written("mono_quant.schemes.affine", "import torch\n\nfrom mono_quant.modules import x")
     assert list(misplaced(wrong, SOURCES)) == [
-        "mono_quant/schemes/affine.py:3: schemes (4) may not import modules (6)"
+        "mono_quant/schemes/affine.py:3: schemes (5) may not import modules (7)"
     ]
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mono_quant.base import Scheme
-from mono_quant.numerics.blocks import meet
+from mono_quant.learning import levels_of
 from mono_quant.numerics.values import QTensor
 
 _AT_ONCE = 1 << 22
@@ -45,13 +45,6 @@ def fit_scales(weight: Tensor, scheme: Scheme, q: QTensor, moments: Tensor) -> Q
     fits = (grown > 1 / _REACH) & (grown < _REACH)
     found = scheme.rescaled(q.qparams, torch.where(fits, wanted, before))
     return QTensor(q.codes, found, q.dtype)
-
-
-def levels_of(scheme: Scheme, q: QTensor, scales: Tensor) -> Tensor:
-    """Return what the scales multiply, shaped like the codes; zeros where a scale is zero."""
-    values, scales = meet(scheme.dequantize(q), q.qparams.block_size, scales)
-    levels = (values / scales).masked_fill_(scales == 0, 0.0)
-    return levels.reshape(q.codes.shape)
 
 
 def _solved(weight: Tensor, levels: Tensor, before: Tensor, moments: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from mono_quant.transforms.objective import Consumer
 from mono_quant.transforms.scaling import InputScaling
 from mono_quant.transforms.smooth import SmoothQuant
 from mono_quant.transforms.tracing import trace
+from mono_quant.transforms.tune import TuneScales
 
 __all__ = [
     "AWQ",
@@ -28,6 +29,7 @@ __all__ = [
     "Nonlinearity",
     "Reach",
     "SmoothQuant",
+    "TuneScales",
     "activations",
     "repeat",
     "trace",

@@ -48,6 +48,7 @@ from mono_quant import (
     Scheme,
     SmoothQuant,
     TorchSerializer,
+    TuneScales,
 )
 from mono_quant.configurable import registered
 from mono_quant.kernels import KERNELS
@@ -201,7 +202,14 @@ def test_formats_keep_the_laws(check: Check) -> None:
 
 
 @parametrize_with_checks(
-    [FoldBatchNorm(), EqualizeLayers(), AWQ(steps=3), SmoothQuant(steps=4), BiasCorrection()]
+    [
+        FoldBatchNorm(),
+        EqualizeLayers(),
+        AWQ(steps=3),
+        SmoothQuant(steps=4),
+        BiasCorrection(),
+        TuneScales(steps=4),
+    ]
 )
 def test_transforms_keep_the_laws(check: Check) -> None:
     check()
