@@ -2,8 +2,10 @@
 
 import math
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import overload
 
 import attrs
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mono_quant.base import BlockCall, Scheme
-from mono_quant.errors import InputError
+from mono_quant.configurable import is_count
+from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.numerics.blocks import meet
 from mono_quant.numerics.extremes import all_finite
 from mono_quant.numerics.nested import tensors_in
@@ -85,6 +88,41 @@ class Clock:
     def spent(self) -> float:
         """The share, from 0 to 1."""
         return max(self._done / self._steps, (time.monotonic() - self._begun) / self._seconds)
+
+
+class LazyCalls(Sequence[BlockCall]):
+    """Calls of a module, each made when it is asked for."""
+
+    @abstractmethod
+    def at(self, place: int) -> BlockCall:
+        """Return the call of one batch, from 0 on."""
+
+    @overload
+    def __getitem__(self, place: int) -> BlockCall: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[BlockCall]: ...
+
+    def __getitem__(self, place: int | slice) -> BlockCall | list[BlockCall]:
+        if isinstance(place, slice):
+            return [self.at(one) for one in range(len(self))[place]]
+        return self.at(range(len(self))[place])
+
+
+def check_budget(steps: int, minutes: float | None, seed: int, *rates: float) -> None:
+    """Refuse what is no learning.
+
+    Raises:
+        ConfigurationError: says which is wrong.
+    """
+    if not is_count(steps, 1):
+        raise ConfigurationError(f"steps is a whole number, 1 or more, not {steps!r}")
+    if not is_count(seed, 0):
+        raise ConfigurationError(f"seed is a whole number, 0 or more, not {seed!r}")
+    if minutes is not None and not minutes > 0:
+        raise ConfigurationError(f"minutes is more than 0, not {minutes!r}")
+    if not all(rate >= 0 for rate in rates):  # NaN is none
+        raise ConfigurationError("rates are 0 or more")
 
 
 class Best:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import overload
 
 import attrs
 import torch
@@ -13,6 +12,7 @@ from mono_quant.calibration import CalibrationData, Kept, evaluating
 from mono_quant.checkpoint import copy_structure
 from mono_quant.errors import InputError, Mend
 from mono_quant.gathering import Gathered
+from mono_quant.learning import LazyCalls
 from mono_quant.plan.checks import check_finite, check_gathered
 from mono_quant.plan.relay import Calls, Relay
 from mono_quant.plan.request import WeightPlan
@@ -23,7 +23,7 @@ _PARAMETRIZED = "parametrizations"
 
 
 @attrs.frozen(eq=False)
-class _BlockCalls(Sequence[BlockCall]):
+class _BlockCalls(LazyCalls):
     """Calls of a block beside what its float original returned."""
 
     calls: Calls
@@ -32,16 +32,9 @@ class _BlockCalls(Sequence[BlockCall]):
     def __len__(self) -> int:
         return len(self.targets)
 
-    @overload
-    def __getitem__(self, place: int) -> BlockCall: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> list[BlockCall]: ...
-
-    def __getitem__(self, place: int | slice) -> BlockCall | list[BlockCall]:
-        if isinstance(place, slice):
-            return [self[one] for one in range(*place.indices(len(self)))]
-        args, kwargs = self.calls.arguments(range(len(self))[place])
+    def at(self, place: int) -> BlockCall:
+        """Return what is to be called, and what for."""
+        args, kwargs = self.calls.arguments(place)
         return BlockCall(args, kwargs, self.targets[place])
 
 

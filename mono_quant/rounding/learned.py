@@ -19,9 +19,17 @@ from mono_quant.base import (
     Scheme,
     Statistics,
 )
-from mono_quant.configurable import is_count, register
+from mono_quant.configurable import register
 from mono_quant.errors import ConfigurationError
-from mono_quant.learning import Best, Clock, LearnedWeight, Trial, descend, shuffled
+from mono_quant.learning import (
+    Best,
+    Clock,
+    LearnedWeight,
+    Trial,
+    check_budget,
+    descend,
+    shuffled,
+)
 from mono_quant.numerics.granularity import Shape
 from mono_quant.numerics.values import QTensor
 from mono_quant.rounding.gptq import GPTQ
@@ -77,18 +85,11 @@ class LearnedRounding(BlockRounding):
 
     def __attrs_post_init__(self) -> None:
         """Refuse what is no learning."""
-        if not is_count(self.steps, 1):
-            raise ConfigurationError(f"steps is a whole number, 1 or more, not {self.steps!r}")
-        if not is_count(self.seed, 0):
-            raise ConfigurationError(f"seed is a whole number, 0 or more, not {self.seed!r}")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ConfigurationError(f"minutes is more than 0, not {self.minutes!r}")
+        rates = (self.rounding_rate, self.scale_rate, self.float_rate)
+        check_budget(self.steps, self.minutes, self.seed, *rates)
         start: object = self.start  # which may come from a configuration, or be a class
         if not isinstance(start, Rounding) or isinstance(start, BlockRounding):
             raise ConfigurationError("start rounds weights one by one: GPTQ() or RoundToNearest()")
-        rates = (self.rounding_rate, self.scale_rate, self.float_rate)
-        if not all(rate >= 0 for rate in rates):  # NaN is none
-            raise ConfigurationError("rates are 0 or more")
 
     def describe(self) -> str:
         """Return what is learned, and what that takes."""

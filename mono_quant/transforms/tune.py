@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import ClassVar, NamedTuple, overload
+from typing import ClassVar, NamedTuple
 
 import attrs
 import torch
@@ -18,9 +18,18 @@ from mono_quant.base import (
     PackedTensor,
     QuantizedModule,
 )
-from mono_quant.configurable import is_count, register
-from mono_quant.errors import ConfigurationError, InputError, Mend
-from mono_quant.learning import Best, Clock, LearnedWeight, Trial, descend, shuffled
+from mono_quant.configurable import register
+from mono_quant.errors import InputError, Mend
+from mono_quant.learning import (
+    Best,
+    Clock,
+    LazyCalls,
+    LearnedWeight,
+    Trial,
+    check_budget,
+    descend,
+    shuffled,
+)
 from mono_quant.numerics.metrics import SquaredError, tensor_bytes
 from mono_quant.numerics.nested import tensors_in
 from mono_quant.text import format_db
@@ -64,14 +73,7 @@ class TuneScales(Correction):
 
     def __attrs_post_init__(self) -> None:
         """Refuse what is no learning."""
-        if not is_count(self.steps, 1):
-            raise ConfigurationError(f"steps is a whole number, 1 or more, not {self.steps!r}")
-        if not is_count(self.seed, 0):
-            raise ConfigurationError(f"seed is a whole number, 0 or more, not {self.seed!r}")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ConfigurationError(f"minutes is more than 0, not {self.minutes!r}")
-        if not (self.scale_rate >= 0 and self.float_rate >= 0):  # NaN is neither
-            raise ConfigurationError("rates are 0 or more")
+        check_budget(self.steps, self.minutes, self.seed, self.scale_rate, self.float_rate)
 
     def apply(self, model: nn.Module, context: CorrectionContext) -> tuple[Change, ...]:
         """Learn, and return what came of it."""
@@ -199,7 +201,7 @@ class _Found(NamedTuple):
                 model.get_submodule(owner).register_parameter(own, fresh)
 
 
-class _Calls(Sequence[BlockCall]):
+class _Calls(LazyCalls):
     """The calls of the float model, with what it returned: held up to a bound, or made again.
 
     Attributes:
@@ -244,15 +246,8 @@ class _Calls(Sequence[BlockCall]):
     def __len__(self) -> int:
         return len(self._given)
 
-    @overload
-    def __getitem__(self, place: int) -> BlockCall: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> list[BlockCall]: ...
-
-    def __getitem__(self, place: int | slice) -> BlockCall | list[BlockCall]:
-        if isinstance(place, slice):
-            return [self[one] for one in range(*place.indices(len(self)))]
+    def at(self, place: int) -> BlockCall:
+        """Return a call and what the float model returns for it."""
         args, kwargs = self._given[place]
         targets = self._targets.get(place)
         if targets is None:
