@@ -45,3 +45,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _seeded() -> None:
     """Give every test the same random numbers, whatever ran before it."""
     torch.manual_seed(0)
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Give the weights that a module makes while it is imported the same numbers in every run."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
