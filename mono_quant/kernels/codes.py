@@ -22,7 +22,7 @@ A thousandth of the size of the codes.
 """
 
 SMALLEST = 1 << 16
-"""Weights of fewer values are left to the reference: the calls cost more than the arithmetic."""
+"""Weights of fewer values are left to the reference, where a kernel takes no fewer calls."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of inputs that fast kernels take."""
@@ -32,24 +32,36 @@ _PLACES = {"cpu": "a CPU", "cuda": "a CUDA device"}
 
 
 def refuse(
-    spec: KernelSpec, device: torch.device, dtype: torch.dtype, place: str = "cpu"
+    spec: KernelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    place: str = "cpu",
+    fewest: int = SMALLEST,
 ) -> str | None:
-    """Return why no fast kernel for a place can do `spec` for inputs of `dtype` on `device`."""
+    """Return why no fast kernel for a place can do `spec` for inputs of `dtype` on `device`.
+
+    Args:
+        spec: what is to be done.
+        device: of the inputs.
+        dtype: of the inputs.
+        place: that the kernel is for: ``cpu`` or ``cuda``.
+        fewest: values of a weight that it gains from.
+    """
     if device.type != place:
         return f"inputs are on {device.type}, not on {_PLACES[place]}"
     if dtype not in DTYPES:
         return f"inputs are {dtype}"
-    return _refuse_size(spec)
+    return _refuse_size(spec, fewest)
 
 
-def _refuse_size(spec: KernelSpec) -> str | None:
+def _refuse_size(spec: KernelSpec, fewest: int) -> str | None:
     """Return why no fast kernel does `spec` wherever it is: no product with a matrix, too small."""
     if type(spec.operation) is not MatrixProduct:
         return f"it is a {type(spec.operation).__name__}, not a matrix product"
     groups, rows, length = spec.layout.stack
     if groups != 1:
         return f"the weight is a stack of {groups} matrices"
-    if rows * length < SMALLEST:
+    if rows * length < fewest:
         return f"{rows} x {length} values are too few to gain from it"
     return None
 

@@ -1,13 +1,14 @@
 """Products with 4-bit weights in panels: torch's own, and some that decode a panel at a time."""
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import attrs
 import torch
 from torch import Tensor
 
 from mono_quant.base import ArrangingKernel, KernelSpec, PackedTensor
-from mono_quant.kernels.codes import flat, refuse, scales_and_zeros, shaped
+from mono_quant.kernels.codes import SMALLEST, flat, refuse, scales_and_zeros, shaped
 from mono_quant.kernels.digits import Factor, digits_of_inputs
 from mono_quant.kernels.integer import refuse_inputs
 from mono_quant.kernels.ops import int4_mm, int4_panel, int_mm, int_mm_refusal
@@ -25,7 +26,13 @@ _LONGEST = 4096  # columns that are decoded at once: 512 KB, which stay in a cor
 
 
 class _OnPanels(ArrangingKernel[Panels]):
-    """What kernels on panels have in common."""
+    """What kernels on panels have in common.
+
+    Attributes:
+        fewest: values of a weight that a kernel gains from.
+    """
+
+    fewest: ClassVar[int] = SMALLEST
 
     @property
     def arrangement(self) -> type[Panels]:
@@ -38,9 +45,9 @@ class _OnPanels(ArrangingKernel[Panels]):
         Scales per group of a multiple of 32 columns, per channel or per tensor; a number of rows
         that panels divide.
         """
-        reason = (
-            refuse(spec, device, dtype) or refuse_four_bits(spec) or refuse_inputs(spec.activation)
-        )
+        reason = refuse(spec, device, dtype, fewest=self.fewest)
+        if reason is None:
+            reason = refuse_four_bits(spec) or refuse_inputs(spec.activation)
         if reason is not None:
             return reason
         half = int4_panel()
@@ -77,6 +84,7 @@ class Int4(_OnPanels):
     """
 
     name = "int4"
+    fewest = 1  # two calls, where the reference takes a dozen
 
     def product(self, spec: KernelSpec, x: Tensor, weight: Panels, bias: Tensor | None) -> Tensor:
         """Return ``x @ weight.T + bias``, ``[..., out]`` in the dtype of `x`."""

@@ -6,6 +6,7 @@ from torch import Tensor
 from mono_quant.base import Activation, KernelSpec, PackedTensor, Scheme
 from mono_quant.kernels.blocks import BLOCKS
 from mono_quant.kernels.codes import (
+    SMALLEST,
     Constants,
     constants,
     flat,
@@ -53,9 +54,12 @@ class Integer:
     def supports(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return why it cannot: 8-bit weights, per channel or per tensor, on a CPU are what it can.
 
-        Inputs may be float, or on an affine grid, dynamic or static, of at most 8 bits.
+        Inputs may be float, or on an affine grid, dynamic or static, of at most 8 bits; of a small
+        weight, on a grid: putting them there is part of what takes the reference several times as
+        long, while float ones take a kernel as long as ten of its products.
         """
-        reason = refuse(spec, device, dtype)
+        fewest = SMALLEST if spec.activation is None else 1
+        reason = refuse(spec, device, dtype, fewest=fewest)
         if reason is None:
             reason = refuse_weight(spec) or refuse_inputs(spec.activation)
         return reason if reason is not None else int_mm_refusal()

@@ -30,7 +30,10 @@ CONVOLUTIONS = {
     "1x1, 96 to 576 of 14x14": (96, 576, 14, 1),
 }
 IMAGES = (1, 8)
-TURNS = 9
+TURNS, SMALL_TURNS = 9, 99
+
+SMALL = ((10, 1024), (64, 64), (256, 128))
+"""Rows and columns of weights that only kernels of few calls gain from."""
 
 SETTINGS = {
     "INT8, dynamic asymmetric inputs": Quantizer(),
@@ -56,6 +59,10 @@ def main() -> None:
     columns = ("setting", "kernel", *(f"M={batch}" for batch in BATCHES))
     with torch.no_grad(), one_thread():
         print_table(columns, _rows())
+    print("Small Linear layers, ratio over the float32 layer, weights in the cache:\n")
+    columns = ("rows x columns", "setting", "kernel", *(f"M={batch}" for batch in BATCHES))
+    with torch.no_grad(), one_thread():
+        print_table(columns, _small())
     print("Conv2d with static inputs, channels last, ratio over the float32 layer in that order:\n")
     columns = ("convolution", "kernel", *(f"N={count}" for count in IMAGES))
     with torch.no_grad(), one_thread():
@@ -131,6 +138,30 @@ def _rows() -> Iterator[tuple[str, ...]]:
                 ratios.setdefault(name, []).append(f"{base / seconds:.2f}{marks}")
         for name, cells in ratios.items():
             yield (title, name, *cells)
+
+
+def _small() -> Iterator[tuple[str, ...]]:
+    for out, length in SMALL:
+        source = nn.Linear(length, out)
+        for title in (
+            "INT8, dynamic asymmetric inputs",
+            "INT8, float inputs",
+            "INT4 g64, float inputs",
+        ):
+            layer = SETTINGS[title].apply(source, progress=False).model
+            assert isinstance(layer, QuantizedLayer)
+            names = dict.fromkeys((_selected(layer, 1), "reference"))
+            ratios: dict[str, list[str]] = {name: [] for name in names}
+            for batch in BATCHES:
+                x = torch.randn(batch, length)
+                copies = {name: copy.deepcopy(layer) for name in names}
+                calls = [partial(_run, name, repeat(one), x) for name, one in copies.items()]
+                calls.append(partial(_run, None, repeat(source), x))
+                *taken, base = least_seconds(calls, SMALL_TURNS)
+                for name, seconds in zip(names, taken, strict=True):
+                    ratios[name].append(f"{base / seconds:.2f}")
+            for name, cells in ratios.items():
+                yield (f"{out} x {length}", title, name, *cells)
 
 
 def _can(layer: QuantizedLayer, name: str) -> bool:

@@ -38,25 +38,29 @@ def parts(made: QuantizedLayer, centre: int = 8) -> Tensor:
     q = weight.unpack()
     scale, zero = q.qparams.scale, q.qparams.zero_point
     assert scale is not None
-    columns = SHAPE[1] // scale.shape[2]
+    columns = weight.layout.stack[2] // scale.shape[2]
     steps = scale.double().repeat_interleave(columns, 2)  # [1, out or 1, in]
     codes = q.codes.double() - weight.scheme.code_min
     at_zero = zero.double().repeat_interleave(columns, 2) if zero is not None else 8.0
     return (((codes - centre).abs() + (centre - torch.as_tensor(at_zero)).abs()) * steps)[0]
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-def test_the_products_own_error_is_that_of_rounding_to_bfloat16(grid: str) -> None:
-    made = layer(GRIDS[grid], *SHAPE)
+@pytest.mark.parametrize(
+    ("grid", "shape"), [*((grid, SHAPE) for grid in GRIDS), ("groups of 32", (64, 32))]
+)
+def test_the_products_own_error_is_that_of_rounding_to_bfloat16(
+    grid: str, shape: tuple[int, int]
+) -> None:
+    made = layer(GRIDS[grid], *shape)
     assert INT4.supports(spec_of(made), CPU, torch.float32) is None
     size = parts(made)
     for rows in ROWS:
-        x = noise(rows, SHAPE[1], seed=rows)
+        x = noise(rows, shape[1], seed=rows)
         expected, _ = exact(made, x)
         # inputs, scales and offsets are rounded once each, then the result, and its sum in float32
         once = x.double().abs() @ size.t()
         room = (2 * ROUND + ROUND**2) * once + ROUND * (expected.abs() + 3 * ROUND * once)
-        room += EPS * SHAPE[1] * once
+        room += EPS * shape[1] * once
         assert ((run(INT4, made, x) - expected).abs() <= room).all()
 
 
@@ -180,7 +184,6 @@ def test_panels_are_what_torch_packs() -> None:
         (Quantizer().bits(16), SHAPE, "float16"),
         (BITS4.group_size(16), SHAPE, "16 columns share a scale"),
         (BITS4, (100, 768), "100 rows are no multiple"),
-        (BITS4, (64, 64), "too few"),
     ],
 )
 def test_it_says_why_it_cannot(quantizer: Quantizer, shape: tuple[int, int], why: str) -> None:
@@ -189,6 +192,12 @@ def test_it_says_why_it_cannot(quantizer: Quantizer, shape: tuple[int, int], why
         assert why in str(kernel.supports(spec, CPU, torch.float32))
         assert "float64" in str(kernel.supports(spec, CPU, torch.float64))
         assert "cuda" in str(kernel.supports(spec, torch.device("cuda"), torch.float32))
+
+
+def test_torchs_product_takes_few_values_and_the_others_do_not() -> None:
+    spec = spec_of(layer(BITS4, 64, 64))
+    assert INT4.supports(spec, CPU, torch.float32) is None
+    assert "too few" in str(PANEL_BLOCKS.supports(spec, CPU, torch.float32))
 
 
 def test_a_machine_without_the_product_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from mono_quant import (
     RoundToNearest,
     Statistic,
     Statistics,
+    kernels,
 )
 from mono_quant.calibration import CalibrationData, Kept
 from mono_quant.plan.stages import Stage, stages_of
@@ -232,7 +233,7 @@ def test_a_block_sees_what_the_quantized_ones_before_it_make_of_the_data(name: s
             handle = layer.register_forward_pre_hook(
                 lambda _, args, kept=expected: kept.append(args[0].clone())
             )
-            with torch.no_grad():
+            with torch.no_grad(), kernels.use("reference"):
                 for batch in DATA:
                     partly(batch)
             handle.remove()
