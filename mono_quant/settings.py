@@ -6,7 +6,15 @@ from typing import ClassVar, TypeVar, cast
 import attrs
 import torch
 
-from mono_quant.base import Grid, Observer, RangeEstimator, Rounding, Scheme, Target
+from mono_quant.base import (
+    Correction,
+    Grid,
+    Observer,
+    RangeEstimator,
+    Rounding,
+    Scheme,
+    Target,
+)
 from mono_quant.configurable import (
     Config,
     Configurable,
@@ -27,23 +35,37 @@ from mono_quant.numerics.granularity import (
     Shape,
 )
 from mono_quant.observers import MSE, MinMax
-from mono_quant.rounding import LearnedRounding, RoundToNearest
+from mono_quant.rounding import GPTQ, RoundToNearest
 from mono_quant.schemes import Affine, FittedCodebook, Float8, FloatCast, OutlierColumns, Outliers
+from mono_quant.transforms import TuneScales
 
 T = TypeVar("T")
 
 DEFAULT_BITS = 8
 DEFAULT_GROUP = 64
 
-QUALITIES: Mapping[str, Rounding | None] = {
-    "fast": None,
-    "balanced": LearnedRounding(steps=16, rounding_rate=0.0, scale_rate=3e-3),
-    "best": LearnedRounding(),
-}
-"""How weights are rounded where there is data, by the names that `quality` takes; None: to nearest.
 
-Without a rounding of its own, "fast" needs no data.
-"""
+@attrs.frozen
+class Quality:
+    """What is done where there is data.
+
+    Attributes:
+        rounding: how grid points of weights are chosen; None: to nearest.
+        corrections: what is done to the quantized model, where it is not too large for that.
+    """
+
+    rounding: Rounding | None = None
+    corrections: tuple[Correction, ...] = ()
+
+
+_COMPENSATED = GPTQ(damping=0.1, refinements=2)
+
+QUALITIES: Mapping[str, Quality] = {
+    "fast": Quality(),
+    "balanced": Quality(_COMPENSATED),
+    "best": Quality(_COMPENSATED, (TuneScales(),)),
+}
+"""By the names that `quality` takes."""
 
 _FINE, _FINEST = 32, 8
 """Most and least values of a group whose scales take 8 bits: as many as twice of it with 16."""
@@ -326,8 +348,8 @@ class Settings:
         if self.rounding is not None:
             return RoundToNearest() if looked_up and self.rounding.needs else self.rounding
         has_inputs = has_data and not looked_up
-        learned = QUALITIES.get(self.quality or "") if has_inputs and self.width < 16 else None
-        return learned or RoundToNearest()
+        chosen = QUALITIES.get(self.quality or "") if has_inputs and self.width < 16 else None
+        return (chosen and chosen.rounding) or RoundToNearest()
 
     def _activations(self, has_data: bool) -> Activations:
         """Return what was asked for; of 8 bits without a scheme static or dynamic, else float.

@@ -5,18 +5,21 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant import (
+    GPTQ,
     MSE,
     Affine,
+    BiasCorrection,
     ConfigurationError,
     FittedCodebook,
-    LearnedRounding,
     MinMax,
     PerGroup,
+    QuantizationResult,
     Quantizer,
     RoundToNearest,
+    TuneScales,
 )
 from mono_quant.settings import QUALITIES, Recipe, Settings
-from tests.helpers import noise
+from tests.helpers import noise, same_tensors
 
 TABLE = FittedCodebook(4, PerGroup(32), torch.float8_e4m3fn)
 SHAPE = (1, 64, 64)
@@ -39,13 +42,10 @@ def test_without_data_every_quality_rounds_to_nearest(quality: str) -> None:
     assert recipe(quality=quality, has_data=False).rounding == RoundToNearest()
 
 
-def test_with_data_the_better_ones_learn() -> None:
+def test_with_data_the_better_ones_compensate() -> None:
     assert recipe(quality="fast").rounding == RoundToNearest()
-    balanced, best = (recipe(quality=name).rounding for name in ("balanced", "best"))
-    assert isinstance(balanced, LearnedRounding)
-    assert isinstance(best, LearnedRounding)
-    assert balanced.rounding_rate == 0 < best.rounding_rate
-    assert balanced.steps < best.steps
+    for name in ("balanced", "best"):
+        assert recipe(quality=name).rounding == GPTQ(damping=0.1, refinements=2)
 
 
 def test_what_is_said_wins() -> None:
@@ -100,8 +100,80 @@ def net() -> nn.Sequential:
 def test_the_plan_says_what_was_chosen_and_what_that_takes() -> None:
     said = Quantizer().bits(4).quality("balanced").fit(DATA).plan(net()).explain()
     assert "quality 'balanced': 2 weights by GPTQ, block after block, in about three runs" in said
-    assert "each block in 16 steps of one batch" in said
     assert "ranges by MSE(" in said
+    assert "TuneScales" not in said
+
+
+TUNED = "quality 'best': the quantized model is put right by TuneScales(steps=64"
+LEFT_OUT = "quality 'best' leaves out TuneScales("
+
+
+def texts(result: QuantizationResult[nn.Sequential], done: bool) -> str:
+    return "; ".join(change.text for change in result.report.changes if change.done is done)
+
+
+def test_the_best_one_tunes_the_whole_model_and_the_plan_says_so() -> None:
+    plan = Quantizer().bits(4).quality("best").fit(DATA).plan(net())
+    assert TUNED in plan.explain()
+    assert "TuneScales" in plan.estimate_time().left_out
+    assert "scales, biases and norms are tuned" in texts(plan.run(progress=False), done=True)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        Quantizer().bits(4).quality("best"),
+        Quantizer().bits(4).quality("best").fit(DATA).rounding(RoundToNearest()),
+        Quantizer().bits(4).quality("best").fit(DATA).rounding(GPTQ(damping=0.1, refinements=2)),
+        Quantizer().bits(4).quality("best").fit(DATA).transform(BiasCorrection()),
+        Quantizer().bits(16).quality("best").fit(DATA),
+        Quantizer().bits(4).quality("fast").fit(DATA),
+    ],
+    ids=["no data", "rounding", "the same rounding", "correction", "cast", "fast"],
+)
+def test_what_is_said_leaves_nothing_to_be_chosen(said: Quantizer) -> None:
+    result = said.apply(net(), progress=False)
+    assert "tuned" not in texts(result, done=True) + texts(result, done=False)
+    assert "TuneScales" not in said.plan(net()).explain()
+
+
+def test_a_correction_of_ones_own_takes_the_place_of_the_chosen_one() -> None:
+    own = Quantizer().bits(4).quality("best").transform(TuneScales(steps=2)).fit(DATA)
+    assert TUNED not in own.plan(net()).explain()
+    assert "are tuned to what the model returns" in texts(own.apply(net()), done=True)
+
+
+def test_statistics_are_no_data_to_tune_on() -> None:
+    quantizer = Quantizer().bits(4).quality("best")
+    statistics = quantizer.fit(DATA).plan(net()).calibrate(progress=False)
+    assert "TuneScales" not in quantizer.statistics(statistics).plan(net()).explain()
+
+
+def test_in_place_nothing_is_tuned_and_the_report_says_so() -> None:
+    quantizer = Quantizer().bits(4).quality("best").fit(DATA)
+    result = quantizer.apply_(net(), progress=False)
+    assert LEFT_OUT in texts(result, done=False)
+    assert "not kept in place" in texts(result, done=False)
+    assert TUNED not in str(result.report)
+
+
+def test_a_model_that_is_too_large_is_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mono_quant.plan.corrections.LARGEST_TUNED", 4 * 2 * 64 * 128 - 1)
+    plan = Quantizer().bits(4).quality("best").fit(DATA).plan(net())
+    assert LEFT_OUT in plan.explain()
+    assert "are 65.54 kB in float32, and up to 65.53 kB is worked on" in plan.explain()
+    result = plan.run(progress=False)
+    assert LEFT_OUT in texts(result, done=False)
+    assert "tuned" not in texts(result, done=True)
+    monkeypatch.setattr("mono_quant.plan.corrections.LARGEST_TUNED", 4 * 2 * 64 * 128)
+    assert TUNED in Quantizer().bits(4).quality("best").fit(DATA).plan(net()).explain()
+
+
+def test_a_file_tells_how_to_make_the_same_model_again() -> None:
+    quantizer = Quantizer().bits(4).quality("best")
+    again = Quantizer.from_config(quantizer.to_config())
+    one, other = (each.fit(DATA).apply(net(), progress=False) for each in (quantizer, again))
+    assert same_tensors(one.model, other.model)
 
 
 def test_the_plan_says_that_there_is_nothing_to_learn_from() -> None:
@@ -137,7 +209,7 @@ def test_weights_that_are_looked_up_have_no_inputs_to_learn_from(quality: str) -
     plan = Quantizer().bits(8).quality(quality).fit(data).plan(model)
     roundings = {one.key: one.recipe.rounding for one in plan.weights if one.recipe is not None}
     assert roundings["words.weight"] == RoundToNearest()
-    assert roundings["net.0.weight"] == QUALITIES[quality]
+    assert roundings["net.0.weight"] == QUALITIES[quality].rounding
     assert "gave none" not in plan.explain()
     tied = nn.Sequential(nn.Embedding(16, 64), nn.Linear(64, 64), nn.Linear(64, 16)).eval()
     tied[2].weight = tied[0].weight

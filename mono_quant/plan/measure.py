@@ -27,6 +27,7 @@ from mono_quant.gathering import Gathered, Gathering, Wanted
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.numerics.nested import tensors_in
 from mono_quant.plan.accumulated import Accumulated
+from mono_quant.plan.corrections import Corrections
 from mono_quant.plan.inputs import InputUses
 from mono_quant.plan.request import Request, WeightPlan, by_layer
 from mono_quant.transforms import FoldBatchNorm
@@ -45,12 +46,12 @@ def transforms_of(request: Request, weights: Iterable[WeightPlan]) -> tuple[Tran
 def foreseen(
     model: nn.Module, request: Request, weights: Iterable[WeightPlan]
 ) -> tuple[Change, ...]:
-    """Return what a plan can know of what its transforms will do to a model."""
-    has_data = request.data is not None
+    """Return what a plan can know of what will be done to a model, before and after."""
+    has_data, weights = request.data is not None, tuple(weights)
     found: list[Change] = []
     for one in transforms_of(request, weights):
         found += one.foresee(model, has_data=has_data)
-    return tuple(found)
+    return (*found, *Corrections.of(request, weights).foreseen())
 
 
 def transform(

@@ -24,6 +24,7 @@ from mono_quant.numerics.metrics import SquaredError
 from mono_quant.plan.accounting import account
 from mono_quant.plan.accumulated import Accumulated
 from mono_quant.plan.checks import check_finite, check_fits
+from mono_quant.plan.corrections import Corrections
 from mono_quant.plan.damage import Damage, amended, diagnosed, estimated
 from mono_quant.plan.drawn import with_histograms
 from mono_quant.plan.duration import TimeEstimate, foresee_time
@@ -199,7 +200,8 @@ class Plan(Generic[ModelT]):
                 kept.add_all(data.outputs(self._model, label and "float outputs"))
         work = self._model if in_place else copy_structure(self._model)
         changes = transform(work, transforms_of(request, todo), todo, data, progress)
-        compared = data is not None or bool(request.corrections)
+        corrections = Corrections.of(request, todo, in_place=in_place)
+        compared = data is not None or bool(corrections.steps)
         floats = copy_structure(work) if compared and not in_place else None
         if request.statistics is not None:
             sequential = False
@@ -232,6 +234,8 @@ class Plan(Generic[ModelT]):
         changes = (*changes, *layers.changes)
         adapt_containers(work, self._containers)
         guard_saving(work)
+        if corrections.left_out is not None:
+            changes = (*changes, *corrections.foreseen())
         found = _Evidence(rows, changes, tuple(estimated(rows.values())))
         if floats is not None:
             found = self._beside(floats, work, found, data, label)
@@ -335,7 +339,8 @@ class Plan(Generic[ModelT]):
         outputs = StagedOutputs(work, todo, data) if data is not None else None
         with calling(floats, self._containers, dict.fromkeys(weight.path for weight in todo)):
             context = CorrectionContext(floats, self._model, outputs)
-            changes = (*found.changes, *correct(work, self._request.corrections, context))
+            steps = Corrections.of(self._request, todo).steps
+            changes = (*found.changes, *correct(work, steps, context))
             if data is None:
                 return attrs.evolve(found, changes=changes)
             accumulated = Accumulated(work, len({weight.path for weight in todo}))

@@ -19,7 +19,7 @@ from mono_quant.base import (
     QuantizedModule,
 )
 from mono_quant.configurable import register
-from mono_quant.errors import InputError, Mend
+from mono_quant.errors import InputError
 from mono_quant.learning import (
     Best,
     Clock,
@@ -94,7 +94,7 @@ class TuneScales(Correction):
             try:
                 before, after = self._learn(trial, calls)
             except InputError as reason:
-                raise InputError(f"the model cannot be tuned: {reason}", Mend.OUTPUT) from reason
+                return (_left_alone(str(reason)),)
         found.put(model, weights)
         text = f"scales, biases and norms are tuned to what the model returns: {before} to {after}"
         return (Change("", text, done=before != after), *found.unseen)

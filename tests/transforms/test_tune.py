@@ -11,7 +11,6 @@ from torch.nn.utils import parametrizations
 from mono_quant import (
     BiasCorrection,
     ConfigurationError,
-    InputError,
     QuantizationResult,
     Quantizer,
     TuneScales,
@@ -197,9 +196,14 @@ class Detached(nn.Module):
         return found
 
 
-def test_a_model_without_gradients_is_refused_with_the_call_that_mends_it() -> None:
-    with pytest.raises(InputError, match="cannot be tuned: there is no gradient"):
-        TUNED.fit(batches()).apply(Detached().eval(), progress=False)
+def test_a_model_without_gradients_is_left_alone() -> None:
+    source = Detached().eval()
+    result = TUNED.fit(batches()).apply(source, progress=False)
+    plain = COARSE.fit(batches()).apply(source, progress=False)
+    (change,) = [one for one in result.report.changes if "not tuned" in one.text]
+    assert not change.done
+    assert "there is no gradient of its outputs" in change.text
+    assert same_tensors(result.model, plain.model)
 
 
 def test_recurrent_layers_whose_inputs_are_quantized_are_named() -> None:

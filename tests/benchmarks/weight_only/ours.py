@@ -8,7 +8,16 @@ from collections.abc import Callable
 
 from torch import nn
 
-from mono_quant import GPTQ, HQQ, MSE, Quantizer, Rounding, RoundToNearest, __version__
+from mono_quant import (
+    GPTQ,
+    HQQ,
+    MSE,
+    LearnedRounding,
+    Quantizer,
+    Rounding,
+    RoundToNearest,
+    __version__,
+)
 from mono_quant.settings import QUALITIES
 from tests.benchmarks.weight_only.package import (
     TABLES,
@@ -55,15 +64,15 @@ def _searched(rounding: Rounding, *, with_data: bool = True) -> Offer:
     return Offer(_way(quantizer, with_data=with_data))
 
 
-def _tables(grid: Grid) -> Quantizer:
-    return Quantizer().bits(grid.bits).quality("balanced").rounding(GPTQ())
+def _tables(rounding: Rounding) -> Callable[[Grid], Quantizer]:
+    return lambda grid: Quantizer().bits(grid.bits).quality("balanced").rounding(rounding)
 
 
 def _chosen(quality: str) -> Offer:
     def quantizer(grid: Grid) -> Quantizer:
         return Quantizer().bits(grid.bits).quality(quality)
 
-    return Offer(_way(quantizer, with_data=QUALITIES[quality] is not None), TABLES)
+    return Offer(_way(quantizer, with_data=QUALITIES[quality].rounding is not None), TABLES)
 
 
 PACKAGE = Package(
@@ -89,12 +98,10 @@ PACKAGE = Package(
         ),
         "GPTQ, MSE": _searched(GPTQ()),
         "GPTQ refined once, MSE": _searched(GPTQ(refinements=1)),
-        "GPTQ": Offer(_way(_tables, with_data=True), TABLES),
-        **{
-            f"rounded as {quality}, MSE": _searched(rounding)
-            for quality, rounding in QUALITIES.items()
-            if rounding is not None
-        },
+        "GPTQ": Offer(_way(_tables(GPTQ()), with_data=True), TABLES),
+        "learned": Offer(_way(_tables(LearnedRounding()), with_data=True), TABLES),
+        "GPTQ refined twice, MSE": _searched(GPTQ(damping=0.1, refinements=2)),
+        "learned, MSE": _searched(LearnedRounding()),
         **{f"quality({quality!r})": _chosen(quality) for quality in QUALITIES},
     },
 )
