@@ -330,7 +330,12 @@ class PackedTensor:
     def unpack(self) -> QTensor:
         """Return the stack ``[G, out, in]`` of unpacked codes."""
         codes = _unpack_codes(self.tensors["codes"], self.scheme, self.layout.stack[-1])
-        return QTensor(codes, self._qparams(self.block_size), self.dtype)
+        return QTensor(codes, self.qparams, self.dtype)
+
+    @property
+    def qparams(self) -> QParams:
+        """The parameters of the stack, unpacked."""
+        return self._qparams(self.block_size)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weight in its native shape, in `dtype` or that of the float weight."""
@@ -343,7 +348,7 @@ class PackedTensor:
         Of a scheme that `decodes_rows`, with a scale for the whole tensor or for parts of a row.
         """
         codes = _unpack_codes(self.tensors["codes"][:, rows], self.scheme, self.layout.stack[-1])
-        qparams = self._qparams(self.block_size)
+        qparams = self.qparams
         if not qparams.by_rows:  # one scale for all
             qparams = replace(qparams, block_size=tuple(codes.shape))
             return QTensor(codes, qparams, self.dtype)

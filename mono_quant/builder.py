@@ -141,8 +141,10 @@ class Builder:
         block. `explain()` shows what that comes to.
 
         Args:
-            quality: "fast" rounds to nearest and needs no data; "balanced" takes GPTQ and learns
-                scales and biases in 16 steps a block; "best" learns grid points, too, in 64.
+            quality: "fast" rounds to nearest and needs no data; "balanced" takes GPTQ, refined
+                twice; "best" then learns scales, biases and norms by what the whole model returns
+                (`TuneScales`), unless a correction or a rounding is said, the weights are more than
+                512 MB in float32, or the model is quantized in place.
         """
         return self._settings(attrs.evolve(self._request.settings, quality=quality))
 

@@ -100,7 +100,7 @@ def _of(weight: WeightPlan, packed: PackedTensor, floats: nn.Module) -> Distribu
     layer = floats.get_submodule(weight.path)
     with evaluating(layer):  # in train mode, reading a spectral_norm weight changes it
         stack = weight.maker.weights(layer)[weight.name].stack()
-    return weight_histogram(stack, packed.scheme, packed.unpack().qparams)
+    return weight_histogram(stack, packed.scheme, packed.qparams)
 
 
 def _ends(scheme: Scheme, qparams: QParams, reach: float) -> Sequence[Tensor] | None:

@@ -1,10 +1,11 @@
 """Throughput of quantizing, saving and loading, as a share of what copying memory reaches."""
 
 import json
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from tests.benchmarks.measure import (
 GB = 1e9
 REPEATS = 5
 _LAYERS, _OUT, _IN = 4, 4096, 2048
+_MANY = 24
 _SEARCHED = 1
 _COPIED = 256e6  # bytes
 _BYTE, _GROUP = 8, 64
@@ -63,21 +65,33 @@ def main() -> None:
         print(f"a chunk of {AT_ONCE} values is {4 * AT_ONCE / MB:.1f} MB in float32.\n")
         print_table(("quantizing", "layer MB", "result MB", "beyond MB", "chunks"), _transient())
     columns = ("file", "MB", "save GB/s", "of it computing", "load GB/s", "copy GB/s")
-    print("GB/s of file bytes, by the clock; saving syncs to the disk. Beside it load_file of")
-    print("safetensors: what it maps is read when it is used, so here it is copied as well, or it")
-    print("reads (pread). Ratios are of medians, load_model's time over its.\n")
-    print_table((*columns, "/ load_file, copied", "/ load_file, pread"), _files())
+    print("GB/s of file bytes, by the clock, again and again in one process; saving syncs to the")
+    print("disk.\n")
+    print_table(columns, _files())
+    print(f"A file's first load in a fresh process, medians of {REPEATS} by turns, by the clock.")
+    print("Beside it load_file of safetensors: what it maps is read when it is used, so here it is")
+    print("copied as well, or it reads (pread). The file is in the system's cache.\n")
+    others = ("/ load_file, copied", "/ load_file, pread")
+    print_table(("file", "MB", "load_model, ms", *others), _first_loads())
 
 
-def network(layers: int = _LAYERS) -> nn.Sequential:
+def network(layers: int = _LAYERS, width: int | None = None) -> nn.Sequential:
     """Return a float model."""
     torch.manual_seed(0)
-    return nn.Sequential(*(nn.Linear(_IN, _OUT) for _ in range(layers))).eval()
+    return nn.Sequential(*(nn.Linear(width or _IN, width or _OUT) for _ in range(layers))).eval()
 
 
-def child(what: str, bits: str) -> None:
-    """Print what a first call takes ("call"), or what memory ("peak"), in a process of its own."""
-    quantizer = Quantizer().bits(int(bits))
+def child(what: str, given: str) -> None:
+    """Print what a first call takes, in a process of its own.
+
+    Args:
+        what: "call" for the time of quantizing, "peak" for its memory, or a way to load a file.
+        given: bits, or the file.
+    """
+    if what in _LOADS:
+        _print_load(_LOADS[what], Path(given))
+        return
+    quantizer = Quantizer().bits(int(given))
     if what == "peak":
         _print_peak(quantizer)
         return
@@ -92,6 +106,20 @@ def child(what: str, bits: str) -> None:
         quantizer.apply(model, progress=False)
         taken = time.perf_counter() - start
     print(json.dumps({"seconds": taken, "copy": _COPIED / copied}))
+
+
+def _print_load(load: Callable[[Path, nn.Module], object], path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="mono_quant_") as folder:  # what a first use loads
+        small = Path(folder) / "small.safetensors"
+        Quantizer().apply(network(1, 64), progress=False).save(small)
+        for one in _LOADS.values():
+            one(small, network(1, 64))
+    with torch.device("meta"):
+        skeleton = network(int(path.stem.rpartition("-")[2]))
+    start = time.perf_counter()
+    kept = load(path, skeleton)
+    print(json.dumps({"seconds": time.perf_counter() - start}))
+    del kept
 
 
 def _print_peak(quantizer: Quantizer) -> None:
@@ -167,9 +195,7 @@ def _files() -> Iterator[tuple[str, ...]]:
                     result.save(path)  # noqa: B023  # called within this turn of the loop
 
                 actions: list[Callable[[], object]] = [_copying(size), load, save]
-                if suffix == ".safetensors":
-                    actions += [partial(_copied, path), partial(_read, path)]
-                copied, loaded, saved, *others = median_seconds(actions, REPEATS, time.perf_counter)
+                copied, loaded, saved = median_seconds(actions, REPEATS, time.perf_counter)
                 (computing,) = median_seconds([save], REPEATS)
             yield (
                 f"{suffix}, {bits} bits",
@@ -178,9 +204,22 @@ def _files() -> Iterator[tuple[str, ...]]:
                 f"{computing / saved:.0%}",
                 f"{size / loaded / GB:.2f}",
                 f"{size / copied / GB:.2f}",
-                *(f"{loaded / other:.2f}" for other in others or ()),
-                *[""] * (2 - len(others)),
             )
+
+
+def _first_loads() -> Iterator[tuple[str, ...]]:
+    for bits, layers in ((8, _LAYERS), (8, _MANY), (4, _LAYERS), (4, _MANY)):
+        with tempfile.TemporaryDirectory(prefix="mono_quant_") as folder:
+            path = Path(folder) / f"model-{bits}-{layers}.safetensors"
+            Quantizer().bits(bits).apply(network(layers), progress=False).save(path)
+            taken: dict[str, list[float]] = {name: [] for name in _LOADS}
+            for _ in range(REPEATS):
+                for name, seconds in taken.items():
+                    seconds.append(fresh("quantize_speed", name, path)[0]["seconds"])
+            ours, *others = (statistics.median(seconds) for seconds in taken.values())
+            size = f"{path.stat().st_size / MB:.0f}"
+        ratios = (f"{ours / other:.2f}" for other in others)
+        yield (f"{bits} bits, {layers} layers", size, f"{1e3 * ours:.0f}", *ratios)
 
 
 def _quantizer(bits: int, observer: RangeEstimator | None) -> Quantizer:
@@ -200,12 +239,19 @@ def _rounding(model: nn.Module, bits: int, observer: RangeEstimator) -> Callable
     return lambda: RoundToNearest().round(stack, grid, Statistics())
 
 
-def _copied(path: Path) -> object:
+def _copied(path: Path, _: nn.Module) -> object:
     return [tensor.clone() for tensor in load_file(path).values()]
 
 
-def _read(path: Path) -> object:
+def _read(path: Path, _: nn.Module) -> object:
     return load_file(path, backend="pread")
+
+
+_LOADS: Mapping[str, Callable[[Path, nn.Module], object]] = {
+    "load_model": load_model,
+    "copied": _copied,
+    "pread": _read,
+}
 
 
 def _copying(size: int) -> Callable[[], object]:

@@ -67,7 +67,7 @@ def test_a_convolution_is_the_float64_formula(name: str, bits: int) -> None:
     model = nn.Sequential(conv, nn.Conv2d(conv.out_channels, 2, 1))  # type: ignore[arg-type]  # of a convolution
     kept, _ = static(model, *shape, quantizer=ASYMMETRIC.bits(bits))
     layer = only_layer(integer_flow(kept).model)
-    zeros = layer.weight.unpack().qparams.zero_point
+    zeros = layer.weight.qparams.zero_point
     assert zeros is not None
     assert int(zeros.max()) > int(zeros.min()) or zeros.numel() == 1
     codes = torch.randint(0, 256, shape, dtype=torch.uint8)

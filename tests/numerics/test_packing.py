@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mono_quant.numerics.blocks import AT_ONCE
 from mono_quant.numerics.packing import pack_bits, packed_length, unpack_bits
 
 WIDTHS = range(1, 9)
@@ -53,6 +54,31 @@ def test_every_code_survives_at_every_place_of_a_word(bits: int) -> None:
     for offset in range(8):
         codes = torch.arange(offset, offset + 2**bits + 8).remainder(2**bits).to(torch.uint8)
         assert torch.equal(unpack_bits(pack_bits(codes, bits), bits, len(codes)), codes)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("length", [1024, 1021])
+def test_many_codes_are_unpacked_by_blocks_to_what_they_were(bits: int, length: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 2 * AT_ONCE // length, length)
+    codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=generator)
+    packed = pack_bits(codes, bits)
+    assert torch.equal(unpack_bits(packed, bits, length), codes)
+    assert torch.equal(unpack_bits(packed[:, 3:5], bits, length), codes[:, 3:5])  # not contiguous
+    every = packed.new_empty(*packed.shape[:-1], 2 * packed.shape[-1])[..., ::2].copy_(packed)
+    assert torch.equal(unpack_bits(every[0, :3], bits, length), codes[0, :3])
+
+
+@pytest.mark.parametrize("order", ["little", "big"])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_machines_of_either_order_of_bytes_find_the_same(
+    bits: int, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mono_quant.numerics.packing.sys.byteorder", order)
+    codes = torch.arange(3 * 37).remainder(2**bits).to(torch.uint8).reshape(3, 37)
+    packed = pack_bits(codes, bits)
+    assert packed.tolist() == [stream(row, bits) for row in codes.tolist()]
+    assert torch.equal(unpack_bits(packed, bits, 37), codes)
 
 
 def test_the_first_of_two_nibbles_is_the_low_one() -> None:
