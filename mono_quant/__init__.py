@@ -133,6 +133,7 @@ try:
         BiasCorrection,
         EqualizeLayers,
         FoldBatchNorm,
+        Rotate,
         SmoothQuant,
         TuneScales,
     )
@@ -234,6 +235,7 @@ __all__ = [
     "RecurrentQuantizer",
     "Report",
     "RequirementError",
+    "Rotate",
     "RoundToNearest",
     "Rounding",
     "SafetensorsSerializer",

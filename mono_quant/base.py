@@ -736,8 +736,9 @@ class Edit:
     """A change of the model's structure, as plain data that a file can carry.
 
     Attributes:
-        op: what was done: ``"identity"`` (a batch normalization became an `nn.Identity`) or
-            ``"bias"`` (a layer that had no bias was given one).
+        op: what was done: ``"identity"`` (a batch normalization became an `nn.Identity`),
+            ``"bias"`` (a layer that had no bias was given one) or ``"rotate"`` (the inputs of an
+            `nn.Linear` are turned first).
         path: dotted name of the module.
     """
 

@@ -8,8 +8,13 @@ from torch import Tensor, nn
 from mono_quant.base import QuantizedModule, Scheme
 from mono_quant.configurable import register
 from mono_quant.layers.single import ProductQuantizer, SingleWeightQuantizer, weight_shape
-from mono_quant.modules import QuantizedBilinear, QuantizedLinear, QuantizedLinearLike
+from mono_quant.modules import (
+    QuantizedBilinear,
+    QuantizedLinear,
+    QuantizedLinearLike,
+)
 from mono_quant.numerics.values import Layout
+from mono_quant.transforms.rotated import RotatedLinear
 
 
 class _MatrixQuantizer(ProductQuantizer):
@@ -27,7 +32,7 @@ class _MatrixQuantizer(ProductQuantizer):
 @register
 @attrs.frozen
 class LinearQuantizer(_MatrixQuantizer):
-    """`torch.nn.Linear` and subclasses that keep its forward.
+    """`torch.nn.Linear` and subclasses that keep its forward, or that `Rotate` made.
 
     Attributes:
         own_forward: take subclasses with a forward of their own too; it goes on running, on a
@@ -41,7 +46,8 @@ class LinearQuantizer(_MatrixQuantizer):
 
     def refuse(self, layer: nn.Module, scheme: Scheme) -> str | None:
         """Return that a subclass has a forward of its own, or why its weight cannot be read."""
-        if type(layer).forward is not nn.Linear.forward and not self.own_forward:
+        known = (nn.Linear.forward, RotatedLinear.forward)
+        if type(layer).forward not in known and not self.own_forward:
             return (
                 f"{type(layer).__name__} is a Linear with a forward of its own; if it may be "
                 "quantized all the same, say layer(LinearQuantizer(own_forward=True))"

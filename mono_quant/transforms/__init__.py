@@ -10,6 +10,7 @@ from mono_quant.transforms.following import FollowingActivation, activations
 from mono_quant.transforms.graph import Chain, Graph, Reach
 from mono_quant.transforms.groups import Group
 from mono_quant.transforms.objective import Consumer
+from mono_quant.transforms.rotate import Rotate
 from mono_quant.transforms.scaling import InputScaling
 from mono_quant.transforms.smooth import SmoothQuant
 from mono_quant.transforms.tracing import trace
@@ -28,6 +29,7 @@ __all__ = [
     "InputScaling",
     "Nonlinearity",
     "Reach",
+    "Rotate",
     "SmoothQuant",
     "TuneScales",
     "activations",

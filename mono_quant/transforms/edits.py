@@ -11,6 +11,7 @@ from mono_quant.configurable import Json
 from mono_quant.errors import CheckpointError
 from mono_quant.transforms.graph import NORMS
 from mono_quant.transforms.rescaling import kind_of, widths
+from mono_quant.transforms.rotated import RotatedLinear, refuse_rotation
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -18,18 +19,20 @@ _EDITED = "_edited"  # where a module keeps the operations of its edits
 
 IDENTITY = "identity"
 BIAS = "bias"
+ROTATE = "rotate"
 
 
 def repeat(model: nn.Module, edits: Json) -> None:
     """Make the structural changes of a transform on a float skeleton, in place.
 
     A batch normalization becomes an `nn.Identity`; a layer without bias is given one of zeros, on
-    its weight's device. What is so already is left alone. Everything is checked before anything is
-    changed; nothing that the list says is imported or called.
+    its weight's device; a Linear takes a weight for inputs that are turned first. What is so
+    already is left alone. Everything is checked before anything is changed; nothing that the list
+    says is imported or called.
 
     Args:
         model: the skeleton; may be on the meta device.
-        edits: a list of ``{"op": "identity" | "bias", "path": "name of a module"}``, as
+        edits: a list of ``{"op": "identity" | "bias" | "rotate", "path": "name of a module"}``, as
             `Edit.to_config` writes them; taken for what a stranger may have written.
 
     Raises:
@@ -43,6 +46,8 @@ def repeat(model: nn.Module, edits: Json) -> None:
         module = modules[edit.path]
         if edit.op == IDENTITY:
             remove(model, module)
+        elif edit.op == ROTATE:
+            module.__class__ = RotatedLinear
         elif module.bias is None:
             add_bias(module)
     mark(model, checked)
@@ -96,7 +101,7 @@ def _checked(edit: Json, modules: Mapping[str, nn.Module]) -> Edit:
             pass
         case _:
             raise CheckpointError(f"{edit!r:.80} is no change of a model: an op and a path")
-    if op not in (IDENTITY, BIAS):
+    if op not in (IDENTITY, BIAS, ROTATE):
         raise CheckpointError(f"{op!r:.40} is no change of a model that is known here")
     module = modules.get(path) if path else None
     if module is None:
@@ -104,6 +109,8 @@ def _checked(edit: Json, modules: Mapping[str, nn.Module]) -> Edit:
     name = type(module).__name__
     if op == IDENTITY and not isinstance(module, (*NORMS, nn.Identity)):
         raise CheckpointError(f"the file removes {path!r}, a {name}; only a BatchNorm is removed")
+    if op == ROTATE and (reason := refuse_rotation(module)) is not None:
+        raise CheckpointError(f"the file turns the inputs of {path!r}, but {reason}")
     if op == BIAS and ("weight" not in module._parameters or kind_of(module) is None):
         raise CheckpointError(f"the file gives {path!r}, a {name}, a bias, which it cannot have")
     return Edit(op, path)

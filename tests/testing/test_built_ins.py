@@ -43,6 +43,7 @@ from mono_quant import (
     PerToken,
     RecurrentCellQuantizer,
     RecurrentQuantizer,
+    Rotate,
     RoundToNearest,
     SafetensorsSerializer,
     Scheme,
@@ -207,6 +208,7 @@ def test_formats_keep_the_laws(check: Check) -> None:
         EqualizeLayers(),
         AWQ(steps=3),
         SmoothQuant(steps=4),
+        Rotate(),
         BiasCorrection(),
         TuneScales(steps=4),
     ]
