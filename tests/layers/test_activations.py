@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mono_quant import LinearLikeQuantizer, QuantizedLayer, Quantizer
+from mono_quant import LinearLikeQuantizer, QuantizedLayer, Quantizer, kernels
 from tests.helpers import TOLERANCES, assert_near, oracle, same_bits, same_tensors
 
 HERE = __name__
