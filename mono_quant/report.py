@@ -386,21 +386,15 @@ class Report:
         return ["", "what layers take and give:", *(f"  {line}" for line in self.flow)]
 
     def _changed(self) -> list[str]:
-        """Return how much transforms did, and each thing that they refused to do."""
-        done = sum(change.done for change in self.changes)
-        lines = (
-            [
-                f"{done} change{'s' if done > 1 else ''} before or after quantizing: "
-                f"{self._first_change()}"
-            ]
-            if done
-            else []
-        )
+        """Return how much was done to layers, and all that was done to the model or refused."""
+        done = [change.text for change in self.changes if change.done and change.path]
+        lines = []
+        if done:
+            plural, more = ("s", ", ...") if len(done) > 1 else ("", "")
+            told = f"{len(done)} change{plural} before or after quantizing"
+            lines.append(f"{told}: {done[0]}{more}")
+        lines += [change.text for change in self.changes if change.done and not change.path]
         return lines + [f"left alone: {change.text}" for change in self.changes if not change.done]
-
-    def _first_change(self) -> str:
-        done = [change.text for change in self.changes if change.done]
-        return done[0] if len(done) == 1 else f"{done[0]}, ..."
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         """Return the titles of the columns in which some row has anything, and their cells."""

@@ -14,6 +14,7 @@ from mono_quant.base import (
     Rounding,
     Scheme,
     Target,
+    Transform,
 )
 from mono_quant.configurable import (
     Config,
@@ -37,7 +38,7 @@ from mono_quant.numerics.granularity import (
 from mono_quant.observers import MSE, MinMax
 from mono_quant.rounding import GPTQ, RoundToNearest
 from mono_quant.schemes import Affine, FittedCodebook, Float8, FloatCast, OutlierColumns, Outliers
-from mono_quant.transforms import TuneScales
+from mono_quant.transforms import Rotate, TuneScales
 
 T = TypeVar("T")
 
@@ -51,10 +52,12 @@ class Quality:
 
     Attributes:
         rounding: how grid points of weights are chosen; None: to nearest.
+        transforms: what is done to the float model first.
         corrections: what is done to the quantized model, where it is not too large for that.
     """
 
     rounding: Rounding | None = None
+    transforms: tuple[Transform, ...] = ()
     corrections: tuple[Correction, ...] = ()
 
 
@@ -63,7 +66,7 @@ _COMPENSATED = GPTQ(damping=0.1, refinements=2)
 QUALITIES: Mapping[str, Quality] = {
     "fast": Quality(),
     "balanced": Quality(_COMPENSATED),
-    "best": Quality(_COMPENSATED, (TuneScales(),)),
+    "best": Quality(_COMPENSATED, (Rotate(),), (TuneScales(),)),
 }
 """By the names that `quality` takes."""
 

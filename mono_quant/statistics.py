@@ -63,10 +63,13 @@ class CalibrationStatistics:
     Attributes:
         weights: by layer and weight.
         transforms: what was done to the float model first, as configurations.
+        edits: how that changed its structure, which may have depended on the data; as
+            configurations of `Edit`. None where a file does not tell.
     """
 
     weights: Mapping[Key, Inputs]
     transforms: tuple[Config, ...] = ()
+    edits: tuple[Config, ...] | None = None
 
     @classmethod
     def of(
@@ -74,6 +77,7 @@ class CalibrationStatistics:
         wanted: Mapping[str, Wanted],
         gathered: Mapping[Key, Gathered],
         transforms: Sequence[Config],
+        edits: Sequence[Config],
     ) -> "CalibrationStatistics":
         """Return what was gathered of what was wanted, by layer."""
         weights = {
@@ -85,7 +89,7 @@ class CalibrationStatistics:
             for path, want in wanted.items()
             for name in {**want.of_rows, **want.of_inputs}
         }
-        return cls(weights, tuple(transforms))
+        return cls(weights, tuple(transforms), tuple(edits))
 
     def lacking(self, wanted: Mapping[str, Wanted]) -> Mapping[str, AnyStatistic]:
         """Return the first statistic that is not here of each layer that wants one."""
@@ -123,6 +127,26 @@ class CalibrationStatistics:
                         f"the statistics are not of the inputs of {name}: {error}", Mend.STATISTICS
                     ) from error
 
+    def check_edits(self, edits: Sequence[Config]) -> None:
+        """Refuse statistics of a model whose structure was changed in another way first.
+
+        Args:
+            edits: how it was changed now.
+
+        Raises:
+            CalibrationError: naming the first module that differs.
+        """
+        if self.edits is None:
+            return
+        for one in (*self.edits, *edits):
+            if (one in self.edits) != (one in edits):
+                raise CalibrationError(
+                    f"the statistics were gathered with {one['path']!r} changed "
+                    f"({one['op']}) in {'that' if one in self.edits else 'this'} run alone: what "
+                    "is done to a model may depend on its data",
+                    Mend.STATISTICS,
+                )
+
     def gathered(self) -> Mapping[Key, Gathered]:
         """Return the states by layer and weight."""
         return {key: one.gathered for key, one in self.weights.items()}
@@ -150,6 +174,7 @@ class CalibrationStatistics:
         header: Config = {
             "weights": weights,
             "transforms": list(self.transforms),
+            "edits": list(self.edits) if self.edits is not None else None,
             "checksums": {key: checksum(tensor) for key, tensor in tensors.items()},
         }
         texts = seal(FORMAT, VERSION, header)
@@ -181,7 +206,12 @@ class CalibrationStatistics:
                 raise CorruptCheckpointError("a tensor was changed")
             weights = cast("Sequence[Mapping[str, Json]]", header["weights"])  # else it is refused
             transforms = cast("Sequence[Config]", header["transforms"])
-            return cls(dict(_read(weights, tensors, kinds)), tuple(map(_described, transforms)))
+            edits = cast("Sequence[Config] | None", header.get("edits"))
+            return cls(
+                dict(_read(weights, tensors, kinds)),
+                tuple(map(_described, transforms)),
+                tuple(map(_edited, edits)) if edits is not None else None,
+            )
         except CheckpointError as error:
             raise type(error)(f"{path} cannot be read: {error.what}", error.mend) from error
         except UNFIT as error:
@@ -191,6 +221,11 @@ class CalibrationStatistics:
 def _described(transform: Config) -> Config:
     """Return the configuration of a transform, of which no more than its kind is asked."""
     return {**transform, "kind": str(transform["kind"])}
+
+
+def _edited(edit: Config) -> Config:
+    """Return the configuration of an edit, both of whose parts are texts."""
+    return {"op": str(edit["op"]), "path": str(edit["path"])}
 
 
 def _written(

@@ -10,6 +10,7 @@ from mono_quant import (
     Affine,
     BiasCorrection,
     ConfigurationError,
+    EqualizeLayers,
     FittedCodebook,
     MinMax,
     PerGroup,
@@ -93,8 +94,14 @@ def test_it_is_written_down_and_pastes_back() -> None:
 
 
 def net() -> nn.Sequential:
+    """Return a model whose weights are spread as trained ones are."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).eval()
+    made = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).eval()
+    with torch.no_grad():
+        for name, weight in made.named_parameters():
+            if name.endswith("weight"):
+                weight.copy_(noise(*weight.shape) * noise(*weight.shape, seed=1) / 8)
+    return made
 
 
 def test_the_plan_says_what_was_chosen_and_what_that_takes() -> None:
@@ -105,6 +112,7 @@ def test_the_plan_says_what_was_chosen_and_what_that_takes() -> None:
 
 
 TUNED = "quality 'best': the quantized model is put right by TuneScales(steps=64"
+TURNED = "quality 'best': the float model is changed first by Rotate()"
 LEFT_OUT = "quality 'best' leaves out TuneScales("
 
 
@@ -115,7 +123,8 @@ def texts(result: QuantizationResult[nn.Sequential], done: bool) -> str:
 def test_the_best_one_tunes_the_whole_model_and_the_plan_says_so() -> None:
     plan = Quantizer().bits(4).quality("best").fit(DATA).plan(net())
     assert TUNED in plan.explain()
-    assert "TuneScales" in plan.estimate_time().left_out
+    assert TURNED in plan.explain()
+    assert {"Rotate", "TuneScales"} <= set(plan.estimate_time().left_out)
     assert "scales, biases and norms are tuned" in texts(plan.run(progress=False), done=True)
 
 
@@ -138,9 +147,17 @@ def test_what_is_said_leaves_nothing_to_be_chosen(said: Quantizer) -> None:
 
 
 def test_a_correction_of_ones_own_takes_the_place_of_the_chosen_one() -> None:
-    own = Quantizer().bits(4).quality("best").transform(TuneScales(steps=2)).fit(DATA)
+    own = Quantizer().bits(4).quality("best").transform(TuneScales(steps=9)).fit(DATA)
     assert TUNED not in own.plan(net()).explain()
+    assert TURNED in own.plan(net()).explain()
     assert "are tuned to what the model returns" in texts(own.apply(net()), done=True)
+
+
+def test_a_transform_of_ones_own_takes_the_place_of_the_chosen_one() -> None:
+    own = Quantizer().bits(4).quality("best").transform(EqualizeLayers()).fit(DATA)
+    assert TURNED not in own.plan(net()).explain()
+    assert TUNED in own.plan(net()).explain()
+    assert "turned" not in texts(own.apply(net()), done=True)
 
 
 def test_statistics_are_no_data_to_tune_on() -> None:
@@ -158,14 +175,14 @@ def test_in_place_nothing_is_tuned_and_the_report_says_so() -> None:
 
 
 def test_a_model_that_is_too_large_is_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mono_quant.plan.corrections.LARGEST_TUNED", 4 * 2 * 64 * 128 - 1)
+    monkeypatch.setattr("mono_quant.plan.chosen.LARGEST_TUNED", 4 * 2 * 64 * 128 - 1)
     plan = Quantizer().bits(4).quality("best").fit(DATA).plan(net())
     assert LEFT_OUT in plan.explain()
     assert "are 65.54 kB in float32, and up to 65.53 kB is worked on" in plan.explain()
     result = plan.run(progress=False)
     assert LEFT_OUT in texts(result, done=False)
     assert "tuned" not in texts(result, done=True)
-    monkeypatch.setattr("mono_quant.plan.corrections.LARGEST_TUNED", 4 * 2 * 64 * 128)
+    monkeypatch.setattr("mono_quant.plan.chosen.LARGEST_TUNED", 4 * 2 * 64 * 128)
     assert TUNED in Quantizer().bits(4).quality("best").fit(DATA).plan(net()).explain()
 
 

@@ -20,7 +20,7 @@ from mono_quant.errors import CalibrationError
 from mono_quant.gathering import Gathered
 from mono_quant.numerics.nested import each
 from mono_quant.plan.accumulated import Accumulated
-from mono_quant.plan.corrections import Corrections
+from mono_quant.plan.chosen import Chosen
 from mono_quant.plan.inputs import InputUses
 from mono_quant.plan.measure import LayerErrors, gather_for
 from mono_quant.plan.request import Request, WeightPlan, by_layer
@@ -324,8 +324,8 @@ def _left_out(todo: Sequence[WeightPlan], request: Request) -> list[str]:
     """Return what takes time that is not foreseen."""
     if request.data is None:
         return []
-    steps = Corrections.of(request, todo).steps
-    found = [type(one).__name__ for one in (*request.transforms, *steps)]
+    chosen = Chosen.of(request, todo)
+    found = [type(one).__name__ for one in (*chosen.transforms, *chosen.corrections)]
     kinds = dict.fromkeys(cast("Recipe", weight.recipe).rounding for weight in todo)
     for rounding in kinds:
         if isinstance(rounding, BlockRounding) and rounding.batches is None:

@@ -27,7 +27,7 @@ from mono_quant.gathering import Gathered, Gathering, Wanted
 from mono_quant.numerics.metrics import SquaredError
 from mono_quant.numerics.nested import tensors_in
 from mono_quant.plan.accumulated import Accumulated
-from mono_quant.plan.corrections import Corrections
+from mono_quant.plan.chosen import Chosen
 from mono_quant.plan.inputs import InputUses
 from mono_quant.plan.request import Request, WeightPlan, by_layer
 from mono_quant.transforms import FoldBatchNorm
@@ -36,11 +36,12 @@ from mono_quant.transforms.edits import mark
 
 def transforms_of(request: Request, weights: Iterable[WeightPlan]) -> tuple[Transform, ...]:
     """Return what is done to the float model: folding first, where it is asked for or due."""
-    fold = request.fold
+    fold, weights = request.fold, tuple(weights)
     if fold is None:
         recipes = [weight.recipe for weight in weights if weight.recipe is not None]
         fold = any(recipe.activations.mode is not None for recipe in recipes)
-    return (*((FoldBatchNorm(),) if fold else ()), *request.transforms)
+    transforms = Chosen.of(request, weights).transforms
+    return (*((FoldBatchNorm(),) if fold else ()), *transforms)
 
 
 def foreseen(
@@ -51,7 +52,7 @@ def foreseen(
     found: list[Change] = []
     for one in transforms_of(request, weights):
         found += one.foresee(model, has_data=has_data)
-    return (*found, *Corrections.of(request, weights).foreseen())
+    return (*found, *Chosen.of(request, weights).foreseen)
 
 
 def transform(

@@ -24,7 +24,7 @@ from mono_quant.numerics.metrics import SquaredError
 from mono_quant.plan.accounting import account
 from mono_quant.plan.accumulated import Accumulated
 from mono_quant.plan.checks import check_finite, check_fits
-from mono_quant.plan.corrections import Corrections
+from mono_quant.plan.chosen import Chosen
 from mono_quant.plan.damage import Damage, amended, diagnosed, estimated
 from mono_quant.plan.drawn import with_histograms
 from mono_quant.plan.duration import TimeEstimate, foresee_time
@@ -53,6 +53,7 @@ from mono_quant.plan.written import skipping
 from mono_quant.report import Report
 from mono_quant.result import Outline, QuantizationResult
 from mono_quant.statistics import CalibrationStatistics
+from mono_quant.transforms.edits import edits_of
 
 
 @attrs.frozen(eq=False)
@@ -200,10 +201,11 @@ class Plan(Generic[ModelT]):
                 kept.add_all(data.outputs(self._model, label and "float outputs"))
         work = self._model if in_place else copy_structure(self._model)
         changes = transform(work, transforms_of(request, todo), todo, data, progress)
-        corrections = Corrections.of(request, todo, in_place=in_place)
-        compared = data is not None or bool(corrections.steps)
+        chosen = Chosen.of(request, todo, in_place=in_place)
+        compared = data is not None or bool(chosen.corrections)
         floats = copy_structure(work) if compared and not in_place else None
         if request.statistics is not None:
+            request.statistics.check_edits([edit.to_config() for edit in edits_of(work)])
             sequential = False
         if sequential is None:
             recipes = [weight.recipe for weight in todo if weight.recipe is not None]
@@ -234,8 +236,7 @@ class Plan(Generic[ModelT]):
         changes = (*changes, *layers.changes)
         adapt_containers(work, self._containers)
         guard_saving(work)
-        if corrections.left_out is not None:
-            changes = (*changes, *corrections.foreseen())
+        changes = (*changes, *chosen.refused)
         found = _Evidence(rows, changes, tuple(estimated(rows.values())))
         if floats is not None:
             found = self._beside(floats, work, found, data, label)
@@ -275,7 +276,8 @@ class Plan(Generic[ModelT]):
         label = "calibrating" if progress else None
         with calling(work, self._containers, by_layer(todo)):
             gathered = gather_for(work, todo, data, label)
-        return CalibrationStatistics.of(wanted_of(todo), gathered, self._before())
+        edits = [edit.to_config() for edit in edits_of(work)]
+        return CalibrationStatistics.of(wanted_of(todo), gathered, self._before(), edits)
 
     def check_statistics(self) -> None:
         """Refuse statistics of a model that was changed in another way first.
@@ -339,7 +341,7 @@ class Plan(Generic[ModelT]):
         outputs = StagedOutputs(work, todo, data) if data is not None else None
         with calling(floats, self._containers, dict.fromkeys(weight.path for weight in todo)):
             context = CorrectionContext(floats, self._model, outputs)
-            steps = Corrections.of(self._request, todo).steps
+            steps = Chosen.of(self._request, todo).corrections
             changes = (*found.changes, *correct(work, steps, context))
             if data is None:
                 return attrs.evolve(found, changes=changes)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mono_quant import QuantizedLayer, Quantizer, kernels
+from mono_quant import QuantizedLayer, Quantizer, Rotate, kernels
 from mono_quant.base import KernelSpec
 from mono_quant.kernels import store
 from mono_quant.operations import MatrixProduct
@@ -34,6 +34,9 @@ TURNS, SMALL_TURNS = 9, 99
 
 SMALL = ((10, 1024), (64, 64), (256, 128))
 """Rows and columns of weights that only kernels of few calls gain from."""
+
+TURNED = (1024, 4096)
+"""Rows and columns of layers whose inputs are turned."""
 
 SETTINGS = {
     "INT8, dynamic asymmetric inputs": Quantizer(),
@@ -63,6 +66,11 @@ def main() -> None:
     columns = ("rows x columns", "setting", "kernel", *(f"M={batch}" for batch in BATCHES))
     with torch.no_grad(), one_thread():
         print_table(columns, _small())
+    print("Square Linear layers whose inputs are turned by Rotate(), time over that of the same")
+    print("layers without, weights in the cache:\n")
+    columns = ("size", "setting", *(f"M={batch}" for batch in BATCHES))
+    with torch.no_grad(), one_thread():
+        print_table(columns, _turned())
     print("Conv2d with static inputs, channels last, ratio over the float32 layer in that order:\n")
     columns = ("convolution", "kernel", *(f"N={count}" for count in IMAGES))
     with torch.no_grad(), one_thread():
@@ -162,6 +170,21 @@ def _small() -> Iterator[tuple[str, ...]]:
                     ratios[name].append(f"{base / seconds:.2f}")
             for name, cells in ratios.items():
                 yield (f"{out} x {length}", title, name, *cells)
+
+
+def _turned() -> Iterator[tuple[str, ...]]:
+    for size in TURNED:
+        source = nn.Sequential(nn.Linear(size, size))
+        for title in ("INT8, dynamic asymmetric inputs", "INT4 g64, float inputs"):
+            quantizers = (SETTINGS[title], SETTINGS[title].transform(Rotate()))
+            layers = [one.apply(source, progress=False).model for one in quantizers]
+            cells = []
+            for batch in BATCHES:
+                x = torch.randn(batch, size)
+                calls = [partial(_run, None, repeat(one), x) for one in layers]
+                plain, turned = least_seconds(calls, REPEATS[batch])
+                cells.append(f"{turned / plain:.2f}")
+            yield (str(size), title, *cells)
 
 
 def _can(layer: QuantizedLayer, name: str) -> bool:

@@ -6,6 +6,7 @@ difference between the two ways to nearest.
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from mono_quant import (
@@ -14,11 +15,15 @@ from mono_quant import (
     MSE,
     LearnedRounding,
     Quantizer,
+    Rotate,
     Rounding,
     RoundToNearest,
+    Transform,
     __version__,
 )
+from mono_quant.numerics.rotation import block_of, matrix_of
 from mono_quant.settings import QUALITIES
+from mono_quant.transforms.rotated import RotatedLinear
 from tests.benchmarks.weight_only.package import (
     TABLES,
     Grid,
@@ -46,20 +51,33 @@ def _apply(quantizer: Quantizer, model: nn.Module) -> Read:
     result = quantizer.apply(model, progress=False)
 
     def read() -> Quantized:
-        before, after = model.state_dict(), result.dequantize().state_dict()
+        floats = result.dequantize()
+        for module in floats.modules():
+            if isinstance(module, RotatedLinear):
+                _turn_back(module)
+        before, after = model.state_dict(), floats.state_dict()
         changed = {name: value for name, value in after.items() if not value.equal(before[name])}
         return Quantized(changed, result.report.bits_per_weight)
 
     return read
 
 
+@torch.no_grad()
+def _turn_back(layer: RotatedLinear) -> None:
+    """Give a layer the weight that does the same with inputs as they come."""
+    size = block_of(layer.in_features)
+    assert size is not None  # else it was not turned
+    blocks = layer.weight.double().reshape(layer.out_features, -1, size)
+    layer.weight.copy_((blocks @ matrix_of(size).t()).reshape(layer.weight.shape))
+
+
 def _even(grid: Grid) -> Quantizer:
     return Quantizer().bits(grid.bits).group_size(grid.group)
 
 
-def _searched(rounding: Rounding, *, with_data: bool = True) -> Offer:
+def _searched(rounding: Rounding, *changes: Transform, with_data: bool = True) -> Offer:
     def quantizer(grid: Grid) -> Quantizer:
-        return _even(grid).observer(weights=MSE()).rounding(rounding)
+        return _even(grid).observer(weights=MSE()).rounding(rounding).transform(*changes)
 
     return Offer(_way(quantizer, with_data=with_data))
 
@@ -100,6 +118,7 @@ PACKAGE = Package(
         "GPTQ refined once, MSE": _searched(GPTQ(refinements=1)),
         "GPTQ": Offer(_way(_tables(GPTQ()), with_data=True), TABLES),
         "learned": Offer(_way(_tables(LearnedRounding()), with_data=True), TABLES),
+        "GPTQ, MSE, inputs turned": _searched(GPTQ(), Rotate()),
         "GPTQ refined twice, MSE": _searched(GPTQ(damping=0.1, refinements=2)),
         "learned, MSE": _searched(LearnedRounding()),
         **{f"quality({quality!r})": _chosen(quality) for quality in QUALITIES},
