@@ -142,9 +142,11 @@ class Builder:
 
         Args:
             quality: "fast" rounds to nearest and needs no data; "balanced" takes GPTQ, refined
-                twice; "best" then learns scales, biases and norms by what the whole model returns
-                (`TuneScales`), unless a correction or a rounding is said, the weights are more than
-                512 MB in float32, or the model is quantized in place.
+                twice. "best" also turns the inputs of Linear layers first (`Rotate`), unless a
+                rounding or another transform is said, and in the end learns scales, biases and
+                norms by what the whole model returns (`TuneScales`), unless a rounding or a
+                correction is said, the weights are more than 512 MB in float32, or the model is
+                quantized in place.
         """
         return self._settings(attrs.evolve(self._request.settings, quality=quality))
 

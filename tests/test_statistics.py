@@ -30,6 +30,7 @@ from mono_quant import (
     Percentile,
     QTensor,
     Quantizer,
+    Rotate,
     Rounding,
     Statistic,
     Statistics,
@@ -56,6 +57,8 @@ QUANTIZERS = {
     "gptq": EIGHT.bits(4).rounding(GPTQ()),
     "outliers": EIGHT.bits(4).outliers(),
     "equalized": EIGHT.transform(EqualizeLayers()),
+    "turned": EIGHT.transform(Rotate()).observer(activations=MinMax()),
+    "folded and turned": EIGHT.transform(Rotate()).fold().bits(4).rounding(GPTQ()),
 }
 
 
@@ -140,6 +143,49 @@ def test_those_of_a_model_that_was_changed_otherwise_are_refused() -> None:
     known = EIGHT.fit(model.example()).plan(model).calibrate(progress=False)
     with pytest.raises(CalibrationError, match=r"after fold_batch_norm was .* equalize_layers"):
         EIGHT.transform(EqualizeLayers()).statistics(known).plan(model)
+
+
+class Untraceable(nn.Module):
+    """A model that only data shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.inner(x if float(x.sum()) < 1e9 else -x)
+        return found
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_those_of_layers_that_only_the_data_had_turned_are_refused(
+    saved: bool, tmp_path: Path
+) -> None:
+    turning, x = EIGHT.transform(Rotate()), torch.randn(8, 64)
+    known = turning.fit(x).plan(Untraceable()).calibrate(progress=False)
+    assert known.edits == ({"op": "rotate", "path": "inner"},)
+    if saved:
+        known = CalibrationStatistics.load(known.save(tmp_path / "known.safetensors"))
+    with pytest.raises(
+        CalibrationError, match=r"with 'inner' changed \(rotate\) in that run alone"
+    ):
+        turning.statistics(known).apply(Untraceable(), progress=False)
+    assert turning.statistics(known).fit(x).apply(Untraceable(), progress=False).validate()
+
+
+@pytest.mark.parametrize("edits", ["x", [1], [{"op": "rotate"}], 3])
+def test_edits_that_are_none_are_refused(edits: object, tmp_path: Path) -> None:
+    model = Perceptron()
+    known = EIGHT.fit(model.example()).plan(model).calibrate(progress=False)
+    path = known.save(tmp_path / "known.safetensors")
+    texts = read_texts(path)
+    header = {**json.loads(texts["header"]), "edits": edits}
+    sealed = seal("mono_quant_statistics", 1, header)
+    tensors = {key: tensor.clone() for key, tensor in read_safetensors(path).items()}
+    write_safetensors(path, tensors, {"mono_quant": json.dumps(sealed)})
+    with pytest.raises(CorruptCheckpointError, match="cannot be read"):
+        CalibrationStatistics.load(path)
 
 
 def test_where_they_cannot_serve_they_are_refused() -> None:
