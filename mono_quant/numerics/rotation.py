@@ -34,7 +34,7 @@ def rotated(x: Tensor) -> Tensor:
     assert size is not None  # the caller has asked
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     blocks = x.to(dtype).reshape(*x.shape[:-1], x.shape[-1] // size, size)
-    return torch.matmul(blocks, _MATRICES[size, dtype].to(x.device)).reshape(x.shape).to(x.dtype)
+    return torch.matmul(blocks, _matrix(size, dtype, x.device)).reshape(x.shape).to(x.dtype)
 
 
 def matrix_of(size: int) -> Tensor:
@@ -43,6 +43,21 @@ def matrix_of(size: int) -> Tensor:
     signs = _parity(place & place >> 1)
     hadamard = _parity(place[:, None] & place)
     return (signs[:, None] * hadamard).to(torch.float64) / math.sqrt(size)
+
+
+def _matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return `matrix_of` where it is needed; copied to another device once."""
+    here = _MATRICES[size, dtype]
+    if device.type == "cpu":
+        return here
+    key = (size, dtype, device)
+    found = _ELSEWHERE.get(key)
+    if found is None:
+        with torch.inference_mode(False):
+            found = here.to(device)
+        if type(found) is Tensor and not torch.compiler.is_compiling():  # no trace's
+            _ELSEWHERE[key] = found
+    return found
 
 
 def _parity(numbers: Tensor) -> Tensor:
@@ -58,3 +73,5 @@ with torch.inference_mode(False):
         for size in SIZES
         for dtype in (torch.float32, torch.float64)
     }
+
+_ELSEWHERE: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}

@@ -1,6 +1,6 @@
 """A Linear whose inputs are turned before they are multiplied."""
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from mono_quant.numerics.rotation import SIZES, block_of, rotated
 
@@ -14,8 +14,15 @@ class RotatedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``rotated(input) @ weight.T + bias``."""
-        fits = input.dim() > 0 and input.shape[-1] == self.in_features
-        return super().forward(rotated(input) if fits else input)  # which says what does not fit
+        return super().forward(_turned(input, self.in_features))
+
+
+def _turned(x: Tensor, channels: int) -> Tensor:
+    """Return inputs turned, or as they are where their channels are others: the product refuses."""
+    return rotated(x) if x.dim() > 0 and x.shape[-1] == channels else x
+
+
+fx.wrap("_turned")  # one step of a symbolic trace, which knows no shapes
 
 
 def refuse_rotation(layer: nn.Module) -> str | None:

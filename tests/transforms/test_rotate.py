@@ -326,6 +326,15 @@ def test_inputs_that_do_not_fit_are_refused_as_by_a_linear_layer(shape: tuple[in
             model(torch.ones(shape))
 
 
+@torch.no_grad()
+def test_codes_flow_around_it() -> None:
+    quantizer = Quantizer().activations("static").only("*").fit(loud()).transform(Rotate())
+    model, x = mlp(), loud()
+    result = quantizer.graph().apply(model, progress=False)
+    assert sqnr_db(quantizer.apply(model, progress=False).model(x), result.model(x)) > 30
+    assert result.validate()
+
+
 def test_it_is_traced_and_exported() -> None:
     model = Quantizer().transform(Rotate()).only("*").apply(mlp(), progress=False).model
     x = noise(3, 64)
