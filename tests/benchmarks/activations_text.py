@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mono_quant import Quantizer
+from mono_quant import Quantizer, Rotate
 from mono_quant.demo import lee_documents, pearson_with_humans
 from tests.benchmarks.dynamic_peers import dynamic, engine
 from tests.benchmarks.measure import print_table, sqnr
@@ -25,6 +25,7 @@ OURS = {
     "symmetric weights": DYNAMIC,
     "asymmetric weights": DYNAMIC.asymmetric(),
     "asymmetric, MSE weights": DYNAMIC.asymmetric().observer(weights="mse"),
+    "inputs turned": DYNAMIC.transform(Rotate()),
 }
 
 

@@ -28,6 +28,7 @@ from mono_quant import (
     PerChannel,
     PerGroup,
     Quantizer,
+    Rotate,
     __version__,
 )
 
@@ -142,6 +143,9 @@ WRITTEN: dict[str, Written] = {
     "tied": Written(WEIGHTS.bits(4), Tied, torch.arange(24)),
     "attention": Written(WEIGHTS.bits(8), Attended, STEPS),
     "lstm": Written(WEIGHTS.bits(8), Recurrent, STEPS[..., :8]),
+    "turned": Written(
+        Quantizer().activations("static").fit(ROWS).transform(Rotate()), linear, ROWS
+    ),
 }
 
 
