@@ -49,7 +49,7 @@ INPUTS: Mapping[str, str | None] = {"8-bit static": "static", "float": None}
 Method = Callable[[Quantizer], Quantizer]
 
 FURTHER = LearnedRounding(rounding_rate=0.01, scale_rate=3e-3, float_rate=1e-2)
-"""Ten times the rates of `quality("best")`, of scales three times."""
+"""Ten times the rates that it has by default, of scales three times."""
 
 
 def small_at_8_bits(quantizer: Quantizer, below: int) -> Quantizer:
@@ -98,7 +98,7 @@ BELOW: Mapping[str, Method] = {
     "`MSE`, `GPTQ`": _searched(GPTQ()),
     "tables, few at 8 bits, `GPTQ`": _best(FEW, GPTQ()),
     '`quality("best")`, few at 8 bits': _best(FEW),
-    "the same, learned further": _best(FEW, FURTHER),
+    "tables, few at 8 bits, learned further": _best(FEW, FURTHER),
     "tables, some at 8 bits, `GPTQ`": _best(SOME, GPTQ()),
 }
 METHODS: Mapping[int, Mapping[str, Method]] = {8: AT_8, 4: BELOW, 3: BELOW, 2: BELOW}
