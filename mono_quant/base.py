@@ -820,6 +820,8 @@ class Transform(Configurable, ABC):
     __slots__ = ()
     needs_data: ClassVar[bool] = False
     """Whether a plan without data refuses it."""
+    slows: ClassVar[bool] = False
+    """Whether what it changed takes longer at each call."""
 
     def foresee(self, model: nn.Module, *, has_data: bool) -> Sequence[Change]:
         """Return what `apply` will do, and refuse, as far as a plan can know: nothing by default.

@@ -30,6 +30,7 @@ from mono_quant.plan.accumulated import Accumulated
 from mono_quant.plan.chosen import Chosen
 from mono_quant.plan.inputs import InputUses
 from mono_quant.plan.request import Request, WeightPlan, by_layer
+from mono_quant.text import joined
 from mono_quant.transforms import FoldBatchNorm
 from mono_quant.transforms.edits import mark
 
@@ -42,6 +43,13 @@ def transforms_of(request: Request, weights: Iterable[WeightPlan]) -> tuple[Tran
         fold = any(recipe.activations.mode is not None for recipe in recipes)
     transforms = Chosen.of(request, weights).transforms
     return (*((FoldBatchNorm(),) if fold else ()), *transforms)
+
+
+def unmeasured(request: Request, weights: Iterable[WeightPlan]) -> Iterator[str]:
+    """Yield what is not in the speeds of layers, which are measured as they were given."""
+    names = [type(one).__name__ for one in transforms_of(request, weights) if one.slows]
+    if names:
+        yield f"speeds of layers are without {joined(names)}, which takes time at each call"
 
 
 def foreseen(

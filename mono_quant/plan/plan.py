@@ -40,6 +40,7 @@ from mono_quant.plan.measure import (
     left_out,
     transform,
     transforms_of,
+    unmeasured,
     wanted_of,
     with_outputs,
 )
@@ -322,7 +323,7 @@ class Plan(Generic[ModelT]):
             self._model,
             weights,
             skipping(before.config, self._model, set_apart(weights)),
-            [outcome(weights, faster.margin)],
+            [outcome(weights, faster.margin), *unmeasured(self._request, weights)],
             before.report.warnings,
             foreseen(self._model, self._request, weights),
         )

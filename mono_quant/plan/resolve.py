@@ -15,7 +15,7 @@ from mono_quant.layers import BUILT_IN_CONTAINERS, BUILT_IN_LAYERS
 from mono_quant.numerics.metrics import memory_of, tensor_bytes
 from mono_quant.plan.accounting import inside
 from mono_quant.plan.faster import rule
-from mono_quant.plan.measure import foreseen, wanted_of
+from mono_quant.plan.measure import foreseen, unmeasured, wanted_of
 from mono_quant.plan.outline import outline_of
 from mono_quant.plan.plan import Plan
 from mono_quant.plan.request import LOW_BITS, Request, WeightPlan
@@ -43,7 +43,9 @@ def resolve(model: ModelT, request: Request, config: Config) -> Plan[ModelT]:
     _check_roundings(todo)
     warnings = tuple(_refused_inputs(todo))
     _check_data(request, todo)
-    rules = [rule(request.faster.margin)] if request.faster is not None else []
+    rules = []
+    if request.faster is not None:
+        rules = [rule(request.faster.margin), *unmeasured(request, weights)]
     changes = foreseen(model, request, weights)
     outline = outline_of(model, weights, config, rules, warnings, changes)
     plan = Plan(model=model, request=request, weights=tuple(weights), outline=outline)

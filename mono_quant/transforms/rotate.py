@@ -43,6 +43,7 @@ class Rotate(Transform):
     """
 
     kind: ClassVar[str] = "rotate"
+    slows: ClassVar[bool] = True
 
     def apply(
         self, model: nn.Module, context: TransformContext = WITHOUT_DATA

@@ -326,6 +326,15 @@ def test_inputs_that_do_not_fit_are_refused_as_by_a_linear_layer(shape: tuple[in
             model(torch.ones(shape))
 
 
+def test_speeds_of_layers_that_leave_it_out_say_so() -> None:
+    quantizer = Quantizer().transform(Rotate()).only("*")
+    told = "speeds of layers are without Rotate, which takes time at each call"
+    plan = quantizer.only_if_faster(noise(3, 64), margin=0.0).plan(mlp())
+    assert told in plan.explain()
+    assert told in plan.measured(progress=False).explain()
+    assert told not in quantizer.plan(mlp()).explain()
+
+
 @torch.no_grad()
 def test_codes_flow_around_it() -> None:
     quantizer = Quantizer().activations("static").only("*").fit(loud()).transform(Rotate())
