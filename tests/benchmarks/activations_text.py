@@ -101,7 +101,8 @@ def logits(model: nn.Module) -> Tensor:
 
 def _smollm2() -> Iterator[tuple[str, ...]]:
     yield ("float", "", *judged(float_logits()).values())
-    for found in dynamic(language_model(), in_blocks, {"symmetric weights": DYNAMIC}):
+    ours = {name: OURS[name] for name in ("symmetric weights", "inputs turned")}
+    for found in dynamic(language_model(), in_blocks, ours):
         if found.model is None:
             yield (found.package, found.setting, found.reason, "", "", "")
             continue
