@@ -63,13 +63,13 @@ class CalibrationStatistics:
     Attributes:
         weights: by layer and weight.
         transforms: what was done to the float model first, as configurations.
-        edits: how that changed its structure, which may have depended on the data; as
-            configurations of `Edit`. None where a file does not tell.
+        turned: names of layers whose inputs were turned first, which may have depended on the
+            data; None where a file does not tell.
     """
 
     weights: Mapping[Key, Inputs]
     transforms: tuple[Config, ...] = ()
-    edits: tuple[Config, ...] | None = None
+    turned: tuple[str, ...] | None = None
 
     @classmethod
     def of(
@@ -77,7 +77,7 @@ class CalibrationStatistics:
         wanted: Mapping[str, Wanted],
         gathered: Mapping[Key, Gathered],
         transforms: Sequence[Config],
-        edits: Sequence[Config],
+        turned: Sequence[str],
     ) -> "CalibrationStatistics":
         """Return what was gathered of what was wanted, by layer."""
         weights = {
@@ -89,7 +89,7 @@ class CalibrationStatistics:
             for path, want in wanted.items()
             for name in {**want.of_rows, **want.of_inputs}
         }
-        return cls(weights, tuple(transforms), tuple(edits))
+        return cls(weights, tuple(transforms), tuple(turned))
 
     def lacking(self, wanted: Mapping[str, Wanted]) -> Mapping[str, AnyStatistic]:
         """Return the first statistic that is not here of each layer that wants one."""
@@ -127,23 +127,23 @@ class CalibrationStatistics:
                         f"the statistics are not of the inputs of {name}: {error}", Mend.STATISTICS
                     ) from error
 
-    def check_edits(self, edits: Sequence[Config]) -> None:
-        """Refuse statistics of a model whose structure was changed in another way first.
+    def check_turned(self, turned: Sequence[str]) -> None:
+        """Refuse statistics of inputs that were turned first, where those are not, and the reverse.
 
         Args:
-            edits: how it was changed now.
+            turned: names of layers whose inputs are turned now.
 
         Raises:
-            CalibrationError: naming the first module that differs.
+            CalibrationError: naming the first that differs.
         """
-        if self.edits is None:
+        if self.turned is None:
             return
-        for one in (*self.edits, *edits):
-            if (one in self.edits) != (one in edits):
+        for path in (*self.turned, *turned):
+            if (path in self.turned) != (path in turned):
+                run = "that" if path in self.turned else "this"
                 raise CalibrationError(
-                    f"the statistics were gathered with {one['path']!r} changed "
-                    f"({one['op']}) in {'that' if one in self.edits else 'this'} run alone: what "
-                    "is done to a model may depend on its data",
+                    f"the inputs of {path!r} are turned in {run} run alone, which may depend on "
+                    "the data, and so the statistics are of others",
                     Mend.STATISTICS,
                 )
 
@@ -174,7 +174,7 @@ class CalibrationStatistics:
         header: Config = {
             "weights": weights,
             "transforms": list(self.transforms),
-            "edits": list(self.edits) if self.edits is not None else None,
+            "turned": list(self.turned) if self.turned is not None else None,
             "checksums": {key: checksum(tensor) for key, tensor in tensors.items()},
         }
         texts = seal(FORMAT, VERSION, header)
@@ -206,11 +206,11 @@ class CalibrationStatistics:
                 raise CorruptCheckpointError("a tensor was changed")
             weights = cast("Sequence[Mapping[str, Json]]", header["weights"])  # else it is refused
             transforms = cast("Sequence[Config]", header["transforms"])
-            edits = cast("Sequence[Config] | None", header.get("edits"))
+            turned = cast("Sequence[Json] | None", header.get("turned"))
             return cls(
                 dict(_read(weights, tensors, kinds)),
                 tuple(map(_described, transforms)),
-                tuple(map(_edited, edits)) if edits is not None else None,
+                tuple(map(_name, turned)) if turned is not None else None,
             )
         except CheckpointError as error:
             raise type(error)(f"{path} cannot be read: {error.what}", error.mend) from error
@@ -223,9 +223,10 @@ def _described(transform: Config) -> Config:
     return {**transform, "kind": str(transform["kind"])}
 
 
-def _edited(edit: Config) -> Config:
-    """Return the configuration of an edit, both of whose parts are texts."""
-    return {"op": str(edit["op"]), "path": str(edit["path"])}
+def _name(path: Json) -> str:
+    if not isinstance(path, str):
+        raise CorruptCheckpointError(f"the name of a layer is a text, not {path!r:.80}")
+    return path
 
 
 def _written(

@@ -164,7 +164,7 @@ def test_those_of_layers_that_only_the_data_had_turned_are_refused(
 ) -> None:
     turning, x = EIGHT.transform(Rotate()), torch.randn(8, 64)
     known = turning.fit(x).plan(Untraceable()).calibrate(progress=False)
-    assert known.edits == ({"op": "rotate", "path": "inner"},)
+    assert known.turned == ("inner",)
     if saved:
         known = CalibrationStatistics.load(known.save(tmp_path / "known.safetensors"))
     with pytest.raises(
@@ -174,13 +174,22 @@ def test_those_of_layers_that_only_the_data_had_turned_are_refused(
     assert turning.statistics(known).fit(x).apply(Untraceable(), progress=False).validate()
 
 
-@pytest.mark.parametrize("edits", ["x", [1], [{"op": "rotate"}], 3])
-def test_edits_that_are_none_are_refused(edits: object, tmp_path: Path) -> None:
+def test_that_a_normalization_was_folded_changes_no_input() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 64)).eval()
+    known = EIGHT.fit(torch.randn(8, 64)).plan(model).calibrate(progress=False)
+    without = EIGHT.statistics(known).apply(model, progress=False)
+    assert isinstance(without.model[1], nn.BatchNorm1d)  # no data shows that it sees [N, C]
+    assert without.validate(torch.randn(8, 64))
+
+
+@pytest.mark.parametrize("turned", [[1], [{"op": "rotate"}], 3])
+def test_names_that_are_none_are_refused(turned: object, tmp_path: Path) -> None:
     model = Perceptron()
     known = EIGHT.fit(model.example()).plan(model).calibrate(progress=False)
     path = known.save(tmp_path / "known.safetensors")
     texts = read_texts(path)
-    header = {**json.loads(texts["header"]), "edits": edits}
+    header = {**json.loads(texts["header"]), "turned": turned}
     sealed = seal("mono_quant_statistics", 1, header)
     tensors = {key: tensor.clone() for key, tensor in read_safetensors(path).items()}
     write_safetensors(path, tensors, {"mono_quant": json.dumps(sealed)})

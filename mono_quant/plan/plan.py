@@ -54,7 +54,7 @@ from mono_quant.plan.written import skipping
 from mono_quant.report import Report
 from mono_quant.result import Outline, QuantizationResult
 from mono_quant.statistics import CalibrationStatistics
-from mono_quant.transforms.edits import edits_of
+from mono_quant.transforms.rotated import turned_in
 
 
 @attrs.frozen(eq=False)
@@ -206,7 +206,7 @@ class Plan(Generic[ModelT]):
         compared = data is not None or bool(chosen.corrections)
         floats = copy_structure(work) if compared and not in_place else None
         if request.statistics is not None:
-            request.statistics.check_edits([edit.to_config() for edit in edits_of(work)])
+            request.statistics.check_turned(turned_in(work))
             sequential = False
         if sequential is None:
             recipes = [weight.recipe for weight in todo if weight.recipe is not None]
@@ -277,8 +277,8 @@ class Plan(Generic[ModelT]):
         label = "calibrating" if progress else None
         with calling(work, self._containers, by_layer(todo)):
             gathered = gather_for(work, todo, data, label)
-        edits = [edit.to_config() for edit in edits_of(work)]
-        return CalibrationStatistics.of(wanted_of(todo), gathered, self._before(), edits)
+        turned = turned_in(work)
+        return CalibrationStatistics.of(wanted_of(todo), gathered, self._before(), turned)
 
     def check_statistics(self) -> None:
         """Refuse statistics of a model that was changed in another way first.

@@ -25,6 +25,11 @@ def _turned(x: Tensor, channels: int) -> Tensor:
 fx.wrap("_turned")  # one step of a symbolic trace, which knows no shapes
 
 
+def turned_in(model: nn.Module) -> list[str]:
+    """Return the names of the layers of a model whose inputs are turned."""
+    return [path for path, one in model.named_modules() if isinstance(one, RotatedLinear)]
+
+
 def refuse_rotation(layer: nn.Module) -> str | None:
     """Return why a layer cannot become a `RotatedLinear`, which one may be already; or None."""
     plain = type(layer) in (nn.Linear, RotatedLinear) and "forward" not in vars(layer)
