@@ -54,9 +54,8 @@ class Integer:
     def supports(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return why it cannot: 8-bit weights, per channel or per tensor, on a CPU are what it can.
 
-        Inputs may be float, or on an affine grid, dynamic or static, of at most 8 bits; of a small
-        weight, on a grid: putting them there is part of what takes the reference several times as
-        long, while float ones take a kernel as long as ten of its products.
+        Inputs may be float, or on an affine grid, dynamic or static, of at most 8 bits. A weight of
+        few values takes those on a grid alone: the digits of floats take longer than the reference.
         """
         fewest = SMALLEST if spec.activation is None else 1
         reason = refuse(spec, device, dtype, fewest=fewest)

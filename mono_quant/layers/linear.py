@@ -8,11 +8,7 @@ from torch import Tensor, nn
 from mono_quant.base import QuantizedModule, Scheme
 from mono_quant.configurable import register
 from mono_quant.layers.single import ProductQuantizer, SingleWeightQuantizer, weight_shape
-from mono_quant.modules import (
-    QuantizedBilinear,
-    QuantizedLinear,
-    QuantizedLinearLike,
-)
+from mono_quant.modules import QuantizedBilinear, QuantizedLinear, QuantizedLinearLike
 from mono_quant.numerics.values import Layout
 from mono_quant.transforms.rotated import RotatedLinear
 

@@ -19,11 +19,7 @@ from mono_quant.modules.layer import (
     taken_name,
     tie,
 )
-from mono_quant.modules.linear import (
-    QuantizedBilinear,
-    QuantizedLinear,
-    QuantizedLinearLike,
-)
+from mono_quant.modules.linear import QuantizedBilinear, QuantizedLinear, QuantizedLinearLike
 from mono_quant.modules.recurrent import (
     QuantizedGRU,
     QuantizedLSTM,

@@ -49,25 +49,19 @@ class Chosen:
         before = quality.transforms if request.calibrated and not request.transforms else ()
         after = quality.corrections if request.data is not None and not request.corrections else ()
         left_out = _refuse(todo, in_place=in_place) if after else None
-        changes = [
-            Change(
-                "", f"quality {said.quality!r}: {what} by {joined([repr(one) for one in steps])}"
-            )
-            for what, steps in (
-                ("the float model is changed first", before),
-                ("the quantized model is put right", after if left_out is None else ()),
-            )
-            if steps
-        ]
+        who, changes = f"quality {said.quality!r}", list[Change]()
+        if before:
+            text = f"{who}: the float model is changed first by {_names(before)}"
+            changes.append(Change("", text))
         if left_out is not None:
-            names = joined([repr(one) for one in after])
-            text = f"quality {said.quality!r} leaves out {names}: {left_out}"
+            text = f"{who} leaves out {_names(after)}: {left_out}"
             changes.append(Change("", text, done=False))
-        return cls(
-            before or request.transforms,
-            request.corrections if left_out is not None or not after else after,
-            tuple(changes),
-        )
+            after = ()
+        elif after:
+            text = f"{who}: the quantized model is put right by {_names(after)}"
+            changes.append(Change("", text))
+        transforms, corrections = before or request.transforms, after or request.corrections
+        return cls(transforms, corrections, tuple(changes))
 
     @property
     def refused(self) -> tuple[Change, ...]:
