@@ -350,9 +350,9 @@ class Settings:
         """
         if self.rounding is not None:
             return RoundToNearest() if looked_up and self.rounding.needs else self.rounding
-        has_inputs = has_data and not looked_up
-        chosen = QUALITIES.get(self.quality or "") if has_inputs and self.width < 16 else None
-        return (chosen and chosen.rounding) or RoundToNearest()
+        if not has_data or looked_up or self.width >= 16:
+            return RoundToNearest()
+        return QUALITIES.get(self.quality or "", Quality()).rounding or RoundToNearest()
 
     def _activations(self, has_data: bool) -> Activations:
         """Return what was asked for; of 8 bits without a scheme static or dynamic, else float.

@@ -6,6 +6,7 @@ straddle bytes. A row starts on a byte of its own.
 """
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,11 +30,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     count = codes.shape[-1]
     if codes.numel() <= AT_ONCE or bits == 8:
         return _pack(codes, bits)
-    rows = codes.reshape(1, -1, count)
-    packed = rows.new_empty(rows.shape[1], packed_length(count, bits), dtype=torch.uint8)
-    for part in row_parts(tuple(rows.shape)):  # temporaries are several times the codes
-        packed[part] = _pack(rows[0, part], bits)
-    return packed.reshape(*codes.shape[:-1], packed.shape[-1])
+    length = packed_length(count, bits)
+    return _in_parts(codes, count, length, lambda rows: _pack(rows, bits))
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
@@ -61,11 +59,25 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
         return _unpack(packed, bits, count)
     if packed.numel() * 8 <= AT_ONCE * bits or bits == 8:
         return _unpacked(packed, bits, count)
-    rows = packed.reshape(1, -1, packed.shape[-1])
-    codes = rows.new_empty(rows.shape[1], count)
-    for part in row_parts((1, rows.shape[1], count)):
-        codes[part] = _unpacked(rows[0, part], bits, count)
-    return codes.reshape(*packed.shape[:-1], count)
+    return _in_parts(packed, count, count, lambda rows: _unpacked(rows, bits, count))
+
+
+def _in_parts(x: Tensor, count: int, length: int, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return what `change` makes of ``x [..., n]``, ``uint8 [..., length]``, some rows at a time.
+
+    Temporaries are several times the codes.
+
+    Args:
+        x: codes or bytes.
+        count: codes of a row.
+        length: of what a row becomes.
+        change: of rows.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    made = rows.new_empty(len(rows), length, dtype=torch.uint8)
+    for part in row_parts((1, len(rows), count)):
+        made[part] = change(rows[part])
+    return made.reshape(*x.shape[:-1], length)
 
 
 def _unpacked(packed: Tensor, bits: int, count: int) -> Tensor:

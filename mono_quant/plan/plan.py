@@ -10,6 +10,7 @@ from torch import nn
 from mono_quant.base import (
     Change,
     Container,
+    Correction,
     CorrectionContext,
     QuantizedModule,
     TransformContext,
@@ -240,7 +241,7 @@ class Plan(Generic[ModelT]):
         changes = (*changes, *chosen.refused)
         found = _Evidence(rows, changes, tuple(estimated(rows.values())))
         if floats is not None:
-            found = self._beside(floats, work, found, data, label)
+            found = self._beside(floats, work, found, data, chosen.corrections, label)
         elif data is not None:
             error = compare(kept, data.outputs(work, label and "measuring"))
             found = attrs.evolve(found, output=error)
@@ -335,6 +336,7 @@ class Plan(Generic[ModelT]):
         work: nn.Module,
         found: "_Evidence",
         data: CalibrationData | None,
+        corrections: Iterable[Correction],
         label: str | None,
     ) -> "_Evidence":
         """Correct the quantized model by its float twin, and return what shows beside it."""
@@ -342,8 +344,7 @@ class Plan(Generic[ModelT]):
         outputs = StagedOutputs(work, todo, data) if data is not None else None
         with calling(floats, self._containers, dict.fromkeys(weight.path for weight in todo)):
             context = CorrectionContext(floats, self._model, outputs)
-            steps = Chosen.of(self._request, todo).corrections
-            changes = (*found.changes, *correct(work, steps, context))
+            changes = (*found.changes, *correct(work, corrections, context))
             if data is None:
                 return attrs.evolve(found, changes=changes)
             accumulated = Accumulated(work, len({weight.path for weight in todo}))

@@ -56,7 +56,7 @@ class WeightError:
         """
         found = cls._squared(stack, q, scheme, apart, torch.float32)
         mean = float(found.by_row.sum()) / max(1, stack.numel())
-        if mean == 0 or not _USUAL[0] < mean < _USUAL[1]:  # NaN is none of it
+        if not _USUAL[0] < mean < _USUAL[1]:  # as of zeros, and of NaN
             found = cls._squared(stack, q, scheme, apart, torch.float64)
         return found
 

@@ -1,10 +1,9 @@
 """What roundings that look at data gain: MiniLM's 36 Linears at 4, 3 and 2 bits, and what it takes.
 
 Calibrated on the first 64 background articles (where said, 256), cut at 256 tokens, in batches of
-8; measured on
-other texts, 50 documents and 200 lines of reviews. In brackets: what an independent implementation
-of GPTQ (activation order, searched ranges) and auto-round (200 steps) came to on the same texts.
-CPU seconds are those of `run`, with the measuring of every layer for the report.
+8; measured on other texts, 50 documents and 200 lines of reviews. In brackets: what an independent
+implementation of GPTQ (activation order, searched ranges) and auto-round (200 steps) came to on the
+same texts. CPU seconds are those of `run`, with the measuring of every layer for the report.
 """
 
 import json
@@ -60,12 +59,13 @@ WAYS: Mapping[str, Way] = {
     "to nearest, scales weighed by inputs": Way(ImportanceWeighted()),
     "GPTQ": Way(GPTQ()),
     "GPTQ refined twice (balanced)": Way(COMPENSATED),
-    "the same, then tuned in 64 steps (best)": Way(COMPENSATED, (TuneScales(),)),
+    "refined, tuned in 64 steps": Way(COMPENSATED, (TuneScales(),)),
+    "refined, tuned faster": Way(COMPENSATED, (FASTER,), grids=NARROW),
     "GPTQ, inputs turned": Way(GPTQ(), (Rotate(),)),
     "GPTQ refined twice, inputs turned": Way(COMPENSATED, (Rotate(),)),
-    "the same, then tuned in 64 steps": Way(COMPENSATED, (Rotate(), TuneScales())),
-    "the same, tuned faster": Way(COMPENSATED, (Rotate(), FASTER), grids=NARROW),
-    "tuned in 256 steps on 256 articles": Way(
+    "refined, turned, tuned in 64 steps (best)": Way(COMPENSATED, (Rotate(), TuneScales())),
+    "refined, turned, tuned faster": Way(COMPENSATED, (Rotate(), FASTER), grids=NARROW),
+    "refined, tuned faster in 256 steps on 256 articles": Way(
         COMPENSATED, (attrs.evolve(FASTER, steps=256),), 256, NARROW
     ),
     "learned, scales alone, 16 steps": Way(

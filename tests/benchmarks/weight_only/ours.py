@@ -117,6 +117,13 @@ PACKAGE = Package(
         "GPTQ, MSE": _searched(GPTQ()),
         "GPTQ refined once, MSE": _searched(GPTQ(refinements=1)),
         "GPTQ": Offer(_way(_tables(GPTQ()), with_data=True), TABLES),
+        "scales learned, 16 steps": Offer(
+            _way(
+                _tables(LearnedRounding(steps=16, rounding_rate=0.0, scale_rate=3e-3)),
+                with_data=True,
+            ),
+            TABLES,
+        ),
         "learned": Offer(_way(_tables(LearnedRounding()), with_data=True), TABLES),
         "GPTQ, MSE, inputs turned": _searched(GPTQ(), Rotate()),
         "GPTQ refined twice, MSE": _searched(GPTQ(damping=0.1, refinements=2)),
