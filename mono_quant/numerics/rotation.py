@@ -69,8 +69,8 @@ def _parity(numbers: Tensor) -> Tensor:
 
 with torch.inference_mode(False):
     _MATRICES: Mapping[tuple[int, torch.dtype], Tensor] = {
-        (size, dtype): matrix_of(size).to(dtype)
-        for size in SIZES
+        (size, dtype): matrix.to(dtype)
+        for size, matrix in ((size, matrix_of(size)) for size in SIZES)
         for dtype in (torch.float32, torch.float64)
     }
 
