@@ -13,7 +13,7 @@ from mono_quant.flow import integer_flow
 from mono_quant.flow.arithmetic import add
 from mono_quant.flow.layer import IntegerLayer
 from mono_quant.numerics.metrics import sqnr_db
-from tests.flow.models import Joined, Padding, ResNet, static
+from tests.flow.models import Joined, Padding, ResNet, needs_integers, static
 
 
 def layers(model: nn.Module) -> list[IntegerLayer]:
@@ -143,6 +143,7 @@ def test_an_average_pool_between_layers_is_computed_in_float() -> None:
         assert torch.equal(integer_flow(kept, reference=True).model(x), kept(x))
 
 
+@needs_integers
 @pytest.mark.parametrize("bits", [4, 8])
 def test_grids_of_fewer_bits_and_weights_with_zero_points_flow_too(bits: int) -> None:
     quantizer = Quantizer().asymmetric().activations("static", bits=bits)

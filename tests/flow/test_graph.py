@@ -22,7 +22,7 @@ from mono_quant import (
 )
 from mono_quant.configurable import Json
 from mono_quant.numerics.metrics import sqnr_db
-from tests.flow.models import Joined, Padding, ResNet, alive
+from tests.flow.models import Joined, Padding, ResNet, alive, needs_integers
 from tests.test_quantizer import CALLS, Call
 
 
@@ -142,6 +142,7 @@ def test_the_warning_about_the_output_is_about_the_graph(monkeypatch: pytest.Mon
     assert len(said) == 1
 
 
+@needs_integers
 def test_the_report_says_that_the_class_is_gone_and_what_each_layer_does() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3))
     result = WANTED.fit(batches(2, 3, 9, 9)).graph().apply(model.eval(), progress=False)

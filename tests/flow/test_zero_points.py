@@ -11,7 +11,7 @@ from mono_quant.flow import integer_flow
 from mono_quant.flow.arithmetic import signed_codes
 from mono_quant.flow.layer import IntegerLayer
 from mono_quant.numerics.metrics import sqnr_db
-from tests.flow.models import Joined, ResNet, alive, static
+from tests.flow.models import Joined, ResNet, alive, needs_integers, static
 
 ASYMMETRIC = Quantizer().asymmetric()
 CONVOLUTIONS = {
@@ -58,6 +58,7 @@ def only_layer(model: nn.Module, path: str = "0") -> IntegerLayer:
     return found
 
 
+@needs_integers
 @torch.no_grad()
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @pytest.mark.parametrize("bits", [4, 8])
@@ -83,6 +84,7 @@ def test_a_convolution_is_the_float64_formula(name: str, bits: int) -> None:
     torch.testing.assert_close(layer(codes[0]), layer(codes)[0], rtol=0, atol=1e-5)
 
 
+@needs_integers
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 3, 7)])
 def test_a_linear_layer_is_the_float64_formula(shape: tuple[int, ...]) -> None:
@@ -98,6 +100,7 @@ def test_a_linear_layer_is_the_float64_formula(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(layer(codes).double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@needs_integers
 def test_codes_are_within_one_of_the_reference_through_a_network() -> None:
     kept, x = static(Joined(), 2, 3, 17, 22, quantizer=ASYMMETRIC)
     flow = integer_flow(kept)
@@ -138,6 +141,7 @@ def test_an_addition_that_broadcasts_is_computed_too() -> None:
     assert sqnr_db(expected, found) > 35
 
 
+@needs_integers
 def test_an_output_grid_of_fewer_bits_is_kept_to() -> None:
     quantizer = ASYMMETRIC.activations("static", bits=4)
     data = [torch.randn(4, 8) for _ in range(3)]

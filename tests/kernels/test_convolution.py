@@ -14,6 +14,7 @@ from mono_quant.base import KernelSpec
 from mono_quant.kernels import IntegerConvolution, PackedConvolution
 from mono_quant.kernels.convolution import Taps
 from mono_quant.kernels.digits import Digits, Factor
+from mono_quant.kernels.onednn import refuse_conv
 from mono_quant.kernels.packed_convolution import PackedTaps
 from mono_quant.modules import QuantizedWeight
 from mono_quant.operations import Convolution
@@ -44,9 +45,16 @@ GROUPED: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "two a channel": (nn.Conv2d(40, 80, 3, groups=40, bias=False), (2, 40, 9, 12)),
     "1d, grouped": (nn.Conv1d(40, 20, 7, groups=4, padding="same"), (2, 40, 19)),
 }
-BOTH = [*(("integer", name) for name in CONVOLUTIONS)]
-BOTH += [("onednn", name) for name in {**CONVOLUTIONS, **GROUPED} if name not in ("3d", "same")]
-EITHER = pytest.mark.parametrize("kernel", ["integer", "onednn"])
+needs_packed = pytest.mark.skipif(refuse_conv() is not None, reason=str(refuse_conv()))
+BOTH = [
+    *(pytest.param("integer", name) for name in CONVOLUTIONS),
+    *(
+        pytest.param("onednn", name, marks=needs_packed)
+        for name in {**CONVOLUTIONS, **GROUPED}
+        if name not in ("3d", "same")
+    ),
+]
+EITHER = pytest.mark.parametrize("kernel", ["integer", pytest.param("onednn", marks=needs_packed)])
 
 
 @attrs.frozen
@@ -327,6 +335,7 @@ def test_it_says_why_it_cannot() -> None:
     assert "4-bit" in reason(nn.Conv2d(16, 64, 3), dynamic.bits(4).activations("dynamic"))
 
 
+@needs_packed
 def test_the_packed_one_says_why_it_cannot() -> None:
     def why(source: nn.Module, quantizer: Quantizer, dtype: torch.dtype = torch.float32) -> str:
         return reason(source, quantizer, dtype, PACKED)
@@ -341,6 +350,7 @@ def test_the_packed_one_says_why_it_cannot() -> None:
     assert "4-bit" in why(nn.Conv2d(16, 64, 3), dynamic.bits(4).activations("dynamic"))
 
 
+@needs_packed
 def test_a_tied_weight_packed_for_other_strides_is_left_to_the_reference() -> None:
     first, second = nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3, stride=2)
     second.weight = first.weight
@@ -353,6 +363,7 @@ def test_a_tied_weight_packed_for_other_strides_is_left_to_the_reference() -> No
     assert same_bits(other, run(made[1], x, "reference"))
 
 
+@needs_packed
 def test_what_was_compiled_holds_canonical_codes_from_then_on() -> None:
     case = Case.of("2d", INTEGERS["static"])
     run(case.made, case.x, "onednn")

@@ -24,6 +24,7 @@ from mono_quant import (
     SafetensorsSerializer,
     kernels,
     load_model,
+    sqnr_db,
 )
 from mono_quant.kernels.outliers import DECOMPOSED
 from mono_quant.schemes.outliers import COLUMNS, WEIGHTS
@@ -352,7 +353,7 @@ def test_a_compiled_and_an_exported_model_compute_the_same(quantizer: Quantizer)
     model = done.model
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    assert sqnr_db(compiled(x), model(x)) > 40  # here products of bfloat16 may be the fastest
     with kernels.use("reference"):
         expected = model(x)
         torch.compiler.reset()
