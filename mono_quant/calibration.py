@@ -362,6 +362,8 @@ class _Reached(BaseException):
 NOTED = 32_000_000
 """Bytes of the first outputs that a report holds while it is made, to come back to."""
 
+_NOTED_BATCHES = 3
+
 
 class Kept:
     """Tensors of each batch, to come back to after the model was changed.
@@ -462,7 +464,7 @@ class Noted:
     """Tensors of the first batches as they pass by, for whoever needs them again.
 
     Attributes:
-        kept: what was held; the first batch in any case, on disk if it is large.
+        kept: what was held of up to three; the first batch in any case, on disk if it is large.
         complete: whether that is all that passed.
     """
 
@@ -476,7 +478,8 @@ class Noted:
         """Yield what is given."""
         for tensors in batches:
             self._left -= sum(map(tensor_bytes, tensors))
-            self.complete = self.complete and (self._left >= 0 or not len(self.kept))
+            fits = self._left >= 0 and len(self.kept) < _NOTED_BATCHES
+            self.complete = self.complete and (fits or not len(self.kept))
             if self.complete:
                 self.kept.add(tensors)
             yield tensors
@@ -491,13 +494,19 @@ def compare(references: Iterable[list[Tensor]], others: Iterable[list[Tensor]]) 
     Raises:
         CalibrationError: they differ in number or shape.
     """
-    total, compared = SquaredError(), iter(others)
+    return SquaredError.total(compared(references, others))
+
+
+def compared(
+    references: Iterable[list[Tensor]], others: Iterable[list[Tensor]]
+) -> Iterator[SquaredError]:
+    """Yield the error of each batch of outputs against its reference, as `compare` adds them up."""
+    rest = iter(others)
     for reference in references:
-        total += _error_of_batch(reference, next(compared, None))
+        yield _error_of_batch(reference, next(rest, None))
         del reference
-    if next(compared, None) is not None:
+    if next(rest, None) is not None:
         raise CalibrationError(_UNEQUAL)
-    return total
 
 
 _UNEQUAL = "the data gave another number of batches the second time; give the same ones each time"

@@ -15,7 +15,7 @@ from mono_quant.base import (
     QuantizedModule,
     TransformContext,
 )
-from mono_quant.calibration import CalibrationData, Kept, Noted, compare, count_samples
+from mono_quant.calibration import CalibrationData, Kept, Noted, compare, compared, count_samples
 from mono_quant.checkpoint import ModelT, adapt_containers, calling, copy_structure, guard_saving
 from mono_quant.configurable import Config
 from mono_quant.errors import CalibrationError, DamageError, InputError, Mend
@@ -355,14 +355,14 @@ class Plan(Generic[ModelT]):
                 reference = (given for _, given in both)
             noted = Noted()
             passing = noted.passing(reference)
-            error = compare(passing, accumulated.outputs(data, label and "measuring"))
+            others = accumulated.outputs(data, label and "measuring")
+            errors = tuple(compared(passing, others))
+            error = SquaredError.total(errors)
             damages = diagnosed(floats, work, todo, layers.errors, data)
             rows = with_outputs(found.rows, todo, layers)
             rows = with_tried_groups(rows, floats, todo, data)
             poor = not error.sqnr_db >= WARNING_DB and not damages
-            helps = (
-                relief(floats, work, layers.errors, error.sqnr_db, data, noted) if poor else None
-            )
+            helps = relief(floats, work, layers.errors, errors, data, noted) if poor else None
         return _Evidence(rows, changes, tuple(damages), error, helps)
 
     def _amended(self, damages: Sequence[Damage], data: CalibrationData | None) -> "Plan[ModelT]":

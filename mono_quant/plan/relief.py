@@ -78,7 +78,7 @@ def relief(
     floats: nn.Module,
     model: nn.Module,
     errors: Mapping[str, SquaredError],
-    output_db: float,
+    outputs: Sequence[SquaredError],
     data: CalibrationData,
     noted: Noted,
 ) -> Relief | None:
@@ -92,7 +92,7 @@ def relief(
         floats: the float twin, whose layers are put in.
         model: the quantized one.
         errors: of what each layer returns, by name.
-        output_db: SQNR of the model's output.
+        outputs: of the model's outputs, a batch each.
         data: example data.
         noted: what the float model returns for the first of them.
     """
@@ -110,7 +110,7 @@ def relief(
                 hooks.callback(layer.register_forward_hook(instead, with_kwargs=True).remove)
             return compare(noted.kept, islice(data.outputs(model), count)).sqnr_db
 
-    before = output_db if noted.complete else without(())
+    before = SquaredError.total(outputs[:count]).sqnr_db
     found = without(worst)
     if not found >= before + _WORTH_DB:
         return None
