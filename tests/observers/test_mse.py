@@ -16,11 +16,13 @@ from mono_quant import (
     PerChannel,
     PerGroup,
     PerTensor,
+    QParams,
     QTensor,
     RangeEstimator,
 )
 from mono_quant.configurable import Config
 from mono_quant.numerics.blocks import block_range
+from mono_quant.numerics.granularity import Shape
 from tests.helpers import for_each, noise, tensors
 
 SHAPE = (2, 3, 8)
@@ -87,16 +89,37 @@ def test_the_error_is_the_least_of_all_factors(
 ) -> None:
     scheme = Affine(bits, symmetric, granularity, torch.float32)
     x = noise(2, 3, 64, seed=bits) ** 3  # long tails, so that shrinking pays
-    search = MSE(steps=20)
+    search = MSE(steps=19)
     found, least = errors(x, scheme, search), least_errors(x, scheme, search)
     torch.testing.assert_close(found, least, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("group", [16, 64, 256])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_of_many_factors_few_are_tried_and_miss_next_to_nothing(
+    monkeypatch: pytest.MonkeyPatch, bits: int, symmetric: bool, group: int
+) -> None:
+    scheme = Affine(bits, symmetric, PerGroup(group), torch.float32)
+    x = noise(2, 64, 256, seed=bits)
+    ranges, cover = list[Tensor](), Affine.calculate_qparams
+
+    def noted(self: Affine, low: Tensor, high: Tensor, *, block_size: Shape) -> QParams:
+        ranges.append(high)
+        return cover(self, low, high, block_size=block_size)
+
+    monkeypatch.setattr(Affine, "calculate_qparams", noted)
+    found = errors(x, scheme, MSE()).sum()
+    assert len(ranges) == 16 + 1, "and the best one"
+    assert found <= 10**0.003 * least_errors(x, scheme, MSE()).sum(), "0.03 dB"
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-22, 1.0, 1e18, 1e25])
 def test_weights_far_from_one_are_searched_alike(size: float) -> None:
     scheme = Affine(3, symmetric=False, scale_dtype=torch.float32)
     x = (noise(1, 16, 256) * size).to(torch.float32)
-    found, least = errors(x, scheme, MSE()), least_errors(x, scheme, MSE())
+    search = MSE(steps=19)
+    found, least = errors(x, scheme, search), least_errors(x, scheme, search)
     assert least.sum() < 0.9 * errors(x, scheme, MinMax()).sum(), "there is something to find"
     torch.testing.assert_close(found / size**2, least / size**2, rtol=1e-3, atol=0)
 
