@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from mono_quant.configurable import Config, Configurable, Kinds
 from mono_quant.errors import InputError
 from mono_quant.numerics.blocks import block_counts, block_range
+from mono_quant.numerics.columns import ByColumn, columns_of
 from mono_quant.numerics.granularity import Granularity, Shape
 from mono_quant.numerics.metrics import tensor_bytes
 from mono_quant.numerics.packing import pack_bits, unpack_bits
@@ -62,6 +63,12 @@ class Scheme(Configurable, ABC):
 
     Where the inputs of a matrix are quantized as they come, those of these columns stay float.
     """
+
+    def __init_subclass__(cls) -> None:
+        """Let no class inherit a shorter way past a `quantize` or `dequantize` of its own."""
+        super().__init_subclass__()
+        if {"quantize", "dequantize"} & vars(cls).keys() and "by_column" not in vars(cls):
+            cls.by_column = Scheme.by_column  # type: ignore[method-assign]  # as a subclass would
 
     @property
     @abstractmethod
@@ -140,6 +147,29 @@ class Scheme(Configurable, ABC):
     @abstractmethod
     def dequantize(self, q: QTensor) -> Tensor:
         """Return the float32 values of the codes."""
+
+    def by_column(self, qparams: QParams, order: Tensor) -> ByColumn:
+        """Return what quantizes single columns of a stack ``[G, out, in]``, as `quantize` would.
+
+        For roundings that take them one after the other. A scheme overrides it to be faster: what
+        does not depend on the values is then found once. One that inherits such a shorter way, and
+        overrides `quantize` or `dequantize`, goes by those again.
+
+        Args:
+            qparams: of the stack.
+            order: in which columns come, ``int64 [G, in]``.
+
+        Returns:
+            a function of values ``[G, out]`` and their place in that order, which returns codes
+            and float32 values of that shape.
+        """
+        columns = columns_of(qparams, order)
+
+        def nearest(x: Tensor, place: int) -> tuple[Tensor, Tensor]:
+            q = self.quantize(x.unsqueeze(2), columns[place])
+            return q.codes.squeeze(2), self.dequantize(q).squeeze(2)
+
+        return nearest
 
     def choose_qparams(self, x: Tensor, observer: "RangeEstimator") -> QParams:
         """Return parameters for `x`, whose range is found by `observer`.

@@ -13,33 +13,40 @@ _QUANTILES = 513
 _NOTHING = 1e-300
 
 
-def nearest(x: Tensor, levels: Tensor) -> Tensor:
-    """Return the place of the nearest of `levels` for each value; halfway, of the lower one.
+class Levels:
+    """A table that the nearest levels of values are looked for in, many times."""
 
-    Exact: what `torch.bucketize` gives for the midpoints, several times faster on a CPU.
+    def __init__(self, levels: Tensor) -> None:
+        """Take ``float32 [n]``, ascending, of 2 to 256 values."""
+        self._borders = (levels[1:] + levels[:-1]) / 2
+        self._first, last = float(levels[0]), float(levels[-1])
+        self._width = (last - self._first) / _CELLS
+        gaps = self._borders[1:] - self._borders[:-1]
+        apart = gaps.numel() == 0 or float(gaps.min()) > _APART * self._width
+        self._in_cells = self._width > 0 and apart and levels.device.type == "cpu"
 
-    Args:
-        x: finite float32 values, of any shape.
-        levels: ``float32 [n]``, ascending, of 2 to 256 values.
+    def nearest(self, x: Tensor) -> Tensor:
+        """Return the place of the nearest level of each value; halfway, of the lower one.
 
-    Returns:
-        uint8, shaped like `x`.
-    """
-    borders = (levels[1:] + levels[:-1]) / 2
-    first, last = float(levels[0]), float(levels[-1])
-    width = (last - first) / _CELLS
-    gaps = borders[1:] - borders[:-1]
-    wide = width > 0 and (gaps.numel() == 0 or float(gaps.min()) > _APART * width)
-    if not wide or x.numel() < _CELLS or x.device.type != "cpu":
-        return torch.bucketize(x.contiguous(), borders).to(torch.uint8)
-    # borders below a cell's left neighbour: rounding may have put a value one cell too high
-    edges = first + width * (torch.arange(_CELLS, dtype=torch.float32) - 1)
-    below = torch.bucketize(edges, borders, out_int32=True)
-    next_border = torch.cat([borders, borders.new_full((1,), torch.inf)])
-    cells = ((x.flatten() - first) * (1 / width)).clamp_(0, _CELLS - 1).to(torch.int32)
-    places = torch.index_select(below, 0, cells)
-    places += x.flatten() > torch.index_select(next_border, 0, places)
-    return places.to(torch.uint8).reshape(x.shape)
+        Exact: what `torch.bucketize` gives for the midpoints, for many values several times faster
+        on a CPU.
+
+        Args:
+            x: finite float32 values, of any shape.
+
+        Returns:
+            uint8, shaped like `x`.
+        """
+        if not self._in_cells or x.numel() < _CELLS:
+            return torch.bucketize(x.contiguous(), self._borders).to(torch.uint8)
+        # borders below a cell's left neighbour: rounding may have put a value one cell too high
+        edges = self._first + self._width * (torch.arange(_CELLS, dtype=torch.float32) - 1)
+        below = torch.bucketize(edges, self._borders, out_int32=True)
+        next_border = torch.cat([self._borders, self._borders.new_full((1,), torch.inf)])
+        cells = ((x.flatten() - self._first) * (1 / self._width)).clamp_(0, _CELLS - 1)
+        places = torch.index_select(below, 0, cells.to(torch.int32))
+        places += x.flatten() > torch.index_select(next_border, 0, places)
+        return places.to(torch.uint8).reshape(x.shape)
 
 
 def look_up(places: Tensor, levels: Tensor) -> Tensor:
@@ -92,11 +99,15 @@ def fitted(values: Tensor, weights: Tensor, levels: Tensor, zero: int, steps: in
     Returns:
         float32 ``[k]``, in ascending order. A level to which no value is nearest stays.
     """
-    mass, moments = weights.to(torch.float64), (weights * values).to(torch.float64)
+    ordered, order = values.sort()
+    sums = values.new_zeros(2, len(values) + 1, dtype=torch.float64)  # of what lies before a place
+    sums[0, 1:] = weights[order].to(torch.float64).cumsum(0)
+    sums[1, 1:] = (weights * values)[order].to(torch.float64).cumsum(0)
+    ends = torch.tensor([0, len(values)], device=values.device)
     for _ in range(steps):
-        places = nearest(values, levels).to(torch.int64)
-        total = torch.bincount(places, mass, minlength=len(levels))
-        means = torch.bincount(places, moments, minlength=len(levels)) / total
+        inner = torch.searchsorted(ordered, (levels[1:] + levels[:-1]) / 2, right=True)
+        total, moments = sums[:, torch.cat([ends[:1], inner, ends[1:]])].diff().unbind()
+        means = moments / total
         moved = torch.where(total > 0, means.to(torch.float32), levels)
         moved[zero] = levels[zero]
         moved = moved.sort().values

@@ -11,9 +11,9 @@ from mono_quant.configurable import is_count, register
 from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.numerics.granularity import Shape
 from mono_quant.numerics.values import QParams, QTensor
-from mono_quant.rounding.columns import columns_of, rows_where
-from mono_quant.rounding.hessian import Factor, Hessian, HessianState
+from mono_quant.rounding.hessian import Factor, Hessian
 from mono_quant.rounding.nearest import to_nearest
+from mono_quant.rounding.rows import rows_where
 from mono_quant.rounding.scales import fit_scales
 
 _HESSIAN = Hessian()
@@ -106,34 +106,38 @@ class GPTQ(Rounding):
         qparams = grid.qparams(weight)
         plain = to_nearest(weight, scheme, qparams)
         codes = _compensated(weight, scheme, qparams, factor, self.block)
-        found = QTensor(codes, qparams, weight.dtype)
+        moments = state.mean
+
+        def rated(q: QTensor) -> _Rated:
+            return _Rated(q, output_error(weight, scheme.dequantize(q), moments))
+
+        best = rated(QTensor(codes, qparams, weight.dtype))
         if self.refinements:
-            found = self._refined(weight, scheme, state, found)
-        return _better(weight, scheme, state, found, plain)
-
-    def _refined(
-        self, weight: Tensor, scheme: Scheme, state: HessianState, found: QTensor
-    ) -> QTensor:
-        damped = state.damped(self.damping)
-        for _ in range(self.refinements):
-            fitted = fit_scales(weight, scheme, found, damped)
-            settled = _settled(weight, scheme, fitted or found, damped, self.block)
-            found = _better(weight, scheme, state, settled, found)
-        return found
+            damped = state.damped(self.damping)
+            met = weight @ damped
+            for _ in range(self.refinements):
+                start = fit_scales(met, scheme, best.q, damped) or best.q
+                best = rated(_settled(weight, scheme, start, damped, self.block)).or_better(best)
+        return best.or_better(rated(plain)).q
 
 
-def output_error(weight: Tensor, rounded: Tensor, state: HessianState) -> Tensor:
+@attrs.frozen(eq=False)
+class _Rated:
+    """A weight on its grid, and the error of each of its rows ``[G, out]``."""
+
+    q: QTensor
+    errors: Tensor
+
+    def or_better(self, other: "_Rated") -> "_Rated":
+        """Return its rows, or those of another form where they are better."""
+        q = rows_where((self.errors > other.errors).unsqueeze(2), other.q, self.q)
+        return _Rated(q, torch.minimum(self.errors, other.errors))
+
+
+def output_error(weight: Tensor, rounded: Tensor, moments: Tensor) -> Tensor:
     """Return the mean squared error of each row's product, ``float32 [G, out]``."""
     missed = rounded - weight
-    return (missed @ state.mean).mul_(missed).sum(2)
-
-
-def _better(
-    weight: Tensor, scheme: Scheme, state: HessianState, one: QTensor, other: QTensor
-) -> QTensor:
-    """Return the rows of `one`, or those of `other` where they are better."""
-    errors = [output_error(weight, scheme.dequantize(q), state) for q in (one, other)]
-    return rows_where((errors[0] > errors[1]).unsqueeze(2), other, one)
+    return (missed @ moments).mul_(missed).sum(2)
 
 
 def _compensated(
@@ -142,7 +146,7 @@ def _compensated(
     """Return codes ``[G, out, in]``, of columns that make up for those before them."""
     order = factor.order
     left = weight.gather(2, order.unsqueeze(1).expand_as(weight))  # [G, out, in], in order
-    columns = columns_of(qparams, order)
+    on_grid, pivots = scheme.by_column(qparams, order), factor.upper.diagonal(dim1=1, dim2=2)
     found: list[Tensor] = []
     length = weight.shape[2]
     for start in range(0, length, block):
@@ -152,19 +156,14 @@ def _compensated(
         missed = torch.empty_like(now)
         for k in range(end - start):
             place = start + k
-            q = scheme.quantize(now[:, k].unsqueeze(2), columns[place])
-            error = now[:, k] - scheme.dequantize(q).squeeze(2)
-            error /= upper[:, k, place].unsqueeze(1)
-            missed[:, k] = error
+            codes, values = on_grid(now[:, k], place)
+            error = torch.sub(now[:, k], values, out=missed[:, k])
+            error /= pivots[:, place, None]
             later = upper[:, k, place + 1 : end].unsqueeze(2)
             now[:, k + 1 :].baddbmm_(later, error.unsqueeze(1), alpha=-1)
-            found.append(q.codes)
+            found.append(codes)
         left[:, :, end:].baddbmm_(missed.mT, upper[:, :, end:], alpha=-1)
-    return _in_place(torch.cat(found, dim=2), order)
-
-
-def _in_place(codes: Tensor, order: Tensor) -> Tensor:
-    """Return columns ``[G, out, in]`` that were taken in an order, each where it belongs."""
+    codes = torch.stack(found, dim=2)
     return codes.gather(2, order.argsort(dim=1).unsqueeze(1).expand_as(codes))
 
 
@@ -172,22 +171,23 @@ def _settled(weight: Tensor, scheme: Scheme, q: QTensor, moments: Tensor, block:
     """Return `q` after each weight in turn took the grid point that is best beside all others."""
     values = scheme.dequantize(q)
     slope = (values - weight) @ moments  # half of the gradient, [G, out, in]
-    order = torch.arange(weight.shape[2], device=weight.device).expand(weight.shape[0], -1)
-    columns = columns_of(q.qparams, order)
+    length = weight.shape[2]
+    order = torch.arange(length, device=weight.device).expand(weight.shape[0], -1)
+    on_grid = scheme.by_column(q.qparams, order)
     curve = moments.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(torch.float32).tiny)
     found: list[Tensor] = []
-    for start in range(0, weight.shape[2], block):
-        end = min(start + block, weight.shape[2])
+    for start in range(0, length, block):
+        end = min(start + block, length)
         near = slope[:, :, start:end].mT.contiguous()  # [G, block, out]
+        before = values[:, :, start:end].mT.contiguous()
         moved = torch.empty_like(near)
         for k in range(end - start):
             place = start + k
-            old = values[:, :, place]
-            best = old - near[:, k] / curve[:, place].unsqueeze(1)
-            new = scheme.quantize(best.unsqueeze(2), columns[place])
-            moved[:, k] = scheme.dequantize(new).squeeze(2) - old
-            later = moments[:, place, start:end].unsqueeze(2)
-            near.baddbmm_(later, moved[:, k].unsqueeze(1))
-            found.append(new.codes)
-        slope.baddbmm_(moved.mT, moments[:, start:end])
-    return QTensor(torch.cat(found, dim=2), q.qparams, q.dtype)
+            best = before[:, k] - near[:, k] / curve[:, place, None]
+            codes, after = on_grid(best, place)
+            step = torch.sub(after, before[:, k], out=moved[:, k])
+            later = moments[:, place, place + 1 : end].unsqueeze(2)
+            near[:, k + 1 :].baddbmm_(later, step.unsqueeze(1))
+            found.append(codes)
+        slope[:, :, end:].baddbmm_(moved.mT, moments[:, start:end, end:])
+    return QTensor(torch.stack(found, dim=2), q.qparams, q.dtype)

@@ -12,9 +12,9 @@ from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.numerics.blocks import block_sum
 from mono_quant.numerics.granularity import Shape
 from mono_quant.numerics.values import QTensor
-from mono_quant.rounding.columns import rows_where
 from mono_quant.rounding.hessian import check_count
 from mono_quant.rounding.nearest import to_nearest
+from mono_quant.rounding.rows import rows_where
 
 
 @attrs.frozen(eq=False)

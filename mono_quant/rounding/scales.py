@@ -17,14 +17,14 @@ _REACH = 2.0
 """By what factor a scale moves at most."""
 
 
-def fit_scales(weight: Tensor, scheme: Scheme, q: QTensor, moments: Tensor) -> QTensor | None:
+def fit_scales(met: Tensor, scheme: Scheme, q: QTensor, moments: Tensor) -> QTensor | None:
     """Return `q` with the scales that leave the least error of the layer's output for its codes.
 
     Of each row, all scales at once, by least squares. None where values are not levels times
     scales, or where rows share them.
 
     Args:
-        weight: ``float32 [G, out, in]``.
+        met: the weight times `moments`, ``float32 [G, out, in]``.
         scheme: its grid.
         q: the weight on it.
         moments: second moments of inputs, ``[G, in, in]``.
@@ -35,11 +35,11 @@ def fit_scales(weight: Tensor, scheme: Scheme, q: QTensor, moments: Tensor) -> Q
     levels = levels_of(scheme, q, before)
     wanted = torch.empty_like(before)
     at_once = max(1, _AT_ONCE // before.shape[2] ** 2)
-    for place in range(weight.shape[0]):
-        for start in range(0, weight.shape[1], at_once):
+    for place in range(met.shape[0]):
+        for start in range(0, met.shape[1], at_once):
             rows = slice(start, start + at_once)
             wanted[place, rows] = _solved(
-                weight[place, rows], levels[place, rows], before[place, rows], moments[place]
+                met[place, rows], levels[place, rows], before[place, rows], moments[place]
             )
     grown = wanted / before  # NaN where a scale is zero
     fits = (grown > 1 / _REACH) & (grown < _REACH)
@@ -47,20 +47,21 @@ def fit_scales(weight: Tensor, scheme: Scheme, q: QTensor, moments: Tensor) -> Q
     return QTensor(q.codes, found, q.dtype)
 
 
-def _solved(weight: Tensor, levels: Tensor, before: Tensor, moments: Tensor) -> Tensor:
+def _solved(met: Tensor, levels: Tensor, before: Tensor, moments: Tensor) -> Tensor:
     """Return the scales ``[rows, n]`` of rows of levels ``[rows, in]`` that are nearest to weights.
 
     With C the levels of one group and zero elsewhere, the normal equations have ``C_k H C_l`` for
-    their matrix and ``C_k H w`` for their right side.
+    their matrix, which is symmetric, and ``C_k H w`` for their right side.
     """
     count, groups = before.shape
-    length = weight.shape[1] // groups
-    matrix = weight.new_empty(count, groups, groups)
+    length = levels.shape[1] // groups
+    matrix = levels.new_empty(count, groups, groups)
     for k in range(groups):
-        part = slice(k * length, (k + 1) * length)
-        met = (levels[:, part] @ moments[part]).mul_(levels)
-        matrix[:, k] = met.view(count, groups, length).sum(2)
-    right = (weight @ moments).mul_(levels).view(count, groups, length).sum(2)
+        start, end = k * length, (k + 1) * length
+        onward = (levels[:, start:end] @ moments[start:end, start:]).mul_(levels[:, start:])
+        matrix[:, k, k:] = onward.view(count, groups - k, length).sum(2)
+        matrix[:, k:, k] = matrix[:, k, k:]
+    right = (met * levels).view(count, groups, length).sum(2)
     diagonal = matrix.diagonal(dim1=1, dim2=2)  # a view
     pull = diagonal * _PULL + torch.finfo(torch.float32).tiny
     right += pull * before

@@ -13,6 +13,7 @@ from mono_quant.base import Scheme
 from mono_quant.configurable import as_dtype, dtype_name, is_count, register
 from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.numerics.blocks import AT_ONCE, block_counts, block_range, meet
+from mono_quant.numerics.columns import ByColumn, per_column
 from mono_quant.numerics.granularity import Granularity, PerChannel, Shape
 from mono_quant.numerics.packing import packed_length
 from mono_quant.numerics.scales import stored_scale
@@ -27,6 +28,13 @@ _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def float32(value: float) -> float:
     """Return a number rounded to float32."""
     return ctypes.c_float(value).value
+
+
+def _decoded(codes: Tensor, scale: Tensor, *zero_point: Tensor) -> Tensor:
+    """Return the values of codes that are floats, in their place."""
+    for zero in zero_point:
+        codes.sub_(zero)
+    return codes.mul_(scale)
 
 
 def _size(block_size: Shape) -> int:
@@ -243,24 +251,46 @@ class Affine(Scheme):
         scale, *zero_point = self._parts(qparams)
         values = x.to(torch.float32)
         values, scale, *zero_point = meet(values, qparams.block_size, scale, *zero_point)
-        values = values * scale.reciprocal()
+        found = self._rounded(values, scale.reciprocal(), *zero_point).reshape(x.shape)
+        return QTensor(self._coded(found), qparams, x.dtype)
+
+    def _rounded(self, values: Tensor, reciprocal: Tensor, *zero_point: Tensor) -> Tensor:
+        """Return the codes of values as floats."""
+        values = values * reciprocal
         for zero in zero_point:
             values += zero
-        values = values.round_().clamp_(self.quant_min, self.quant_max).reshape(x.shape)
+        return values.round_().clamp_(self.quant_min, self.quant_max)
+
+    def _coded(self, codes: Tensor) -> Tensor:
+        """Return codes that are floats as the integers that they are."""
         if self.symmetric:
-            return QTensor(values.to(torch.int8), qparams, x.dtype)
+            return codes.to(torch.int8)
         if not torch.compiler.is_compiling():
-            values = values.to(torch.int16)  # on the way to bytes, which halves the time
-        return QTensor(values.to(torch.uint8), qparams, x.dtype)
+            codes = codes.to(torch.int16)  # on the way to bytes, which halves the time
+        return codes.to(torch.uint8)
 
     def dequantize(self, q: QTensor) -> Tensor:
         """Return ``(code - zero_point) * scale`` in float32."""
         scale, *zero_point = self._parts(q.qparams)
         codes = q.codes.to(torch.float32)
         values, scale, *zero_point = meet(codes, q.qparams.block_size, scale, *zero_point)
-        for zero in zero_point:
-            values.sub_(zero)
-        return values.mul_(scale).reshape(q.codes.shape)
+        return _decoded(values, scale, *zero_point).reshape(q.codes.shape)
+
+    def by_column(self, qparams: QParams, order: Tensor) -> ByColumn:
+        """Return what quantizes single columns, with reciprocals that are found once."""
+        scale, *zero_point = self._parts(qparams)
+        reciprocals, scales, *zero_points = (
+            per_column(part, qparams.block_size, order)
+            for part in (scale.reciprocal(), scale, *zero_point)
+        )
+
+        def nearest(x: Tensor, place: int) -> tuple[Tensor, Tensor]:
+            zero = [each[place] for each in zero_points]
+            found = self._rounded(x.to(torch.float32), reciprocals[place], *zero)
+            codes = self._coded(found)
+            return codes, _decoded(found, scales[place], *zero)
+
+        return nearest
 
     def describe(self) -> str:
         """Return width, symmetry and granularity, and where zero points are floats, that."""

@@ -1,7 +1,7 @@
 """Lookup tables: published ones, and ones that are fitted to each weight."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar, Self
 
 import attrs
@@ -13,7 +13,7 @@ from mono_quant.configurable import as_dtype, is_count, register
 from mono_quant.errors import ConfigurationError
 from mono_quant.numerics.blocks import block_range, to_blocks
 from mono_quant.numerics.granularity import Granularity, PerGroup, Shape
-from mono_quant.numerics.tables import fitted, nearest, spread_levels
+from mono_quant.numerics.tables import Levels, fitted, spread_levels
 from mono_quant.schemes.scaled import (
     Scaled,
     check_granularity,
@@ -124,9 +124,11 @@ class Codebook(Scaled):
         """Return the table."""
         return torch.tensor(self._numbers, dtype=torch.float32, device=device)
 
-    def encode(self, values: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
-        """Return the place of the nearest level of each value."""
-        return nearest(values, self.table(extra, values.device))
+    def encoder(
+        self, extra: Mapping[str, Tensor], device: torch.device
+    ) -> Callable[[Tensor], Tensor]:
+        """Return what finds the place of the nearest level of each value."""
+        return Levels(self.table(extra, device)).nearest
 
     def describe(self) -> str:
         """Return the table, the granularity and uncommon scales."""
@@ -190,9 +192,11 @@ class FittedCodebook(Scaled):
         """Return the fitted table."""
         return extra[_LEVELS].to(torch.float32)
 
-    def encode(self, values: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
-        """Return the place of the nearest level of each value."""
-        return nearest(values, self.table(extra, values.device))
+    def encoder(
+        self, extra: Mapping[str, Tensor], device: torch.device
+    ) -> Callable[[Tensor], Tensor]:
+        """Return what finds the place of the nearest level of each value."""
+        return Levels(self.table(extra, device)).nearest
 
     def shared(self, x: Tensor, observer: RangeEstimator, block_size: Shape) -> dict[str, Tensor]:
         """Return the table, fitted to some blocks of `x`, and of 8-bit scales the global one."""

@@ -1,6 +1,6 @@
 """Floats of 8 bits, times a scale."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import attrs
@@ -73,9 +73,12 @@ class Float8(Scaled):
         """Return the float of each pattern of bits."""
         return torch.tensor(self._format.values, dtype=torch.float32, device=device)
 
-    def encode(self, values: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
-        """Return the bits of the nearest float of each value, as signed bytes."""
-        return self._format.encode(values).view(torch.int8)
+    def encoder(
+        self, extra: Mapping[str, Tensor], device: torch.device
+    ) -> Callable[[Tensor], Tensor]:
+        """Return what finds the bits of the nearest float of each value, as signed bytes."""
+        encode = self._format.encode
+        return lambda values: encode(values).view(torch.int8)
 
     def decoded(self, codes: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
         """Return the float of each code, as torch casts it."""

@@ -1,6 +1,6 @@
 """Block formats: floats of few bits whose scale is a float of 8."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Self
 
 import attrs
@@ -115,10 +115,12 @@ class Microscaling(Scaled):
         """Return the value of each pattern of bits."""
         return torch.tensor(self._format.values, dtype=torch.float32, device=device)
 
-    def encode(self, values: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
-        """Return the element nearest to each value."""
-        found = self._format.encode(values)
-        return found.view(torch.int8) if self.code_min else found
+    def encoder(
+        self, extra: Mapping[str, Tensor], device: torch.device
+    ) -> Callable[[Tensor], Tensor]:
+        """Return what finds the element nearest to each value."""
+        encode = self._format.encode
+        return (lambda values: encode(values).view(torch.int8)) if self.code_min else encode
 
     def describe(self) -> str:
         """Return the name of the format, or its parts."""

@@ -1,7 +1,7 @@
 """Tables of levels times a scale: what all grids that are not evenly spaced have in common."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import ClassVar
 
@@ -13,6 +13,7 @@ from mono_quant.base import RangeEstimator, Scheme
 from mono_quant.configurable import dtype_name
 from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.numerics.blocks import block_counts, block_range, meet
+from mono_quant.numerics.columns import ByColumn, per_column
 from mono_quant.numerics.granularity import Granularity, Shape
 from mono_quant.numerics.minifloat import FORMATS, POWERS, power_below
 from mono_quant.numerics.packing import packed_length
@@ -75,8 +76,10 @@ class Scaled(Scheme):
         """Return the value of each code, its bits read as an unsigned number: float32 ``[2^b]``."""
 
     @abstractmethod
-    def encode(self, values: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
-        """Return the code of the level nearest to each of some scaled values."""
+    def encoder(
+        self, extra: Mapping[str, Tensor], device: torch.device
+    ) -> Callable[[Tensor], Tensor]:
+        """Return what finds the code of the level nearest to each of some scaled values."""
 
     def shared(self, x: Tensor, observer: RangeEstimator, block_size: Shape) -> dict[str, Tensor]:
         """Return what all blocks of `x` share: its `extra`."""
@@ -177,14 +180,29 @@ class Scaled(Scheme):
         """Return the code of the nearest level to each value over its scale, in float32."""
         values = x if x.dtype in _PLAIN else x.to(torch.float32)
         values, scale = meet(values, qparams.block_size, self.scales(qparams))
-        values = values / scale.masked_fill(scale == 0, 1.0)  # in float32, as scales are
-        return QTensor(self.encode(values.reshape(x.shape), qparams.extra), qparams, x.dtype)
+        values = (values / _divisor(scale)).reshape(x.shape)  # in float32, as scales are
+        return QTensor(self.encoder(qparams.extra, x.device)(values), qparams, x.dtype)
 
     def dequantize(self, q: QTensor) -> Tensor:
         """Return the level of each code times its scale, in float32."""
         values = self.decoded(q.codes, q.qparams.extra)
         values, scale = meet(values, q.qparams.block_size, self.scales(q.qparams))
         return values.mul_(scale).reshape(q.codes.shape)
+
+    def by_column(self, qparams: QParams, order: Tensor) -> ByColumn:
+        """Return what quantizes single columns, with a table and divisors that are found once."""
+        scale = self.scales(qparams)
+        scales, divisors = (
+            per_column(part, qparams.block_size, order) for part in (scale, _divisor(scale))
+        )
+        encode = self.encoder(qparams.extra, scale.device)
+        table = self.table(qparams.extra, scale.device)
+
+        def nearest(x: Tensor, place: int) -> tuple[Tensor, Tensor]:
+            codes = encode(x / divisors[place])
+            return codes, look_up(codes.view(torch.uint8), table).mul_(scales[place])
+
+        return nearest
 
     def decoded(self, codes: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
         """Return the level of each code in float32."""
@@ -274,6 +292,11 @@ class Held(Scheme):
     def dequantize(self, q: QTensor) -> Tensor:
         """Return what the scheme does."""
         return self.of.dequantize(q)
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    """Return what values are divided by, ones in place of zeros."""
+    return scale.masked_fill(scale == 0, 1.0)
 
 
 def check_scale_dtype(dtype: torch.dtype, *others: torch.dtype) -> None:

@@ -189,6 +189,22 @@ def rows_are_decoded_alone(scheme: Scheme, x: Tensor) -> None:
         expect(same_bits(part, values[:, rows].contiguous()), f"rows {rows} decode otherwise")
 
 
+def columns_are_quantized_as_in_the_whole(scheme: Scheme, x: Tensor) -> None:
+    """Where it has a `by_column` of its own, columns in any order get the codes of the whole."""
+    if type(scheme).by_column is Scheme.by_column:
+        raise DoesNotApply("it does not override by_column")
+    q = _quantized(scheme, x)
+    values, last = scheme.dequantize(q), x.shape[2] - 1
+    for order in (torch.arange(last + 1), torch.arange(last, -1, -1)):
+        on_grid = scheme.by_column(q.qparams, order.expand(len(x), -1))
+        for place, column in enumerate(order.tolist()):
+            codes, found = on_grid(x[:, :, column], place)
+            alike = same_bits(codes, q.codes[:, :, column].contiguous())
+            expect(alike, f"column {column} has other codes")
+            alike = torch.equal(found, values[:, :, column])  # zeros may have any sign
+            expect(alike, f"column {column} has other values")
+
+
 ON_ANY_STACK: tuple[Callable[[Scheme, Tensor], None], ...] = (
     codes_lie_within_their_width,
     there_is_one_scale_for_each_block,
@@ -199,6 +215,7 @@ ON_ANY_STACK: tuple[Callable[[Scheme, Tensor], None], ...] = (
     nothing_handed_in_is_changed,
     packing_loses_nothing,
     rows_are_decoded_alone,
+    columns_are_quantized_as_in_the_whole,
 )
 """Laws that hold of every scheme on every finite float32 stack that it takes."""
 

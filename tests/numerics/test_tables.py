@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mono_quant.numerics.tables import fitted, look_up, nearest
+from mono_quant.numerics.tables import Levels, fitted, look_up
 from tests.helpers import noise
 
 MANY = 1 << 13
@@ -17,6 +17,10 @@ MANY = 1 << 13
 TABLES = st.lists(st.floats(-1, 1, width=32), min_size=2, max_size=16, unique=True).map(
     lambda levels: torch.tensor(sorted(levels), dtype=torch.float32)
 )
+
+
+def nearest(x: Tensor, levels: Tensor) -> Tensor:
+    return Levels(levels).nearest(x)
 
 
 def borders(levels: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """GPTQ beside the textbook's form of it, in float64, and what it promises."""
 
+from typing import ClassVar
+
+import attrs
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +14,7 @@ from mono_quant import (
     MSE,
     Affine,
     CalibrationError,
+    FittedCodebook,
     FloatCast,
     Granularity,
     Grid,
@@ -18,10 +22,13 @@ from mono_quant import (
     HessianState,
     InputError,
     LearnedRounding,
+    Microscaling,
     MinMax,
     PerChannel,
     PerGroup,
     PerTensor,
+    QParams,
+    QTensor,
     Quantizer,
     Rounding,
     RoundToNearest,
@@ -37,6 +44,8 @@ GRIDS = [
     Affine(4, granularity=PerChannel()),
     Affine(2, symmetric=False, granularity=PerTensor()),
     FloatCast(torch.bfloat16),
+    FittedCodebook(3, PerGroup(16), torch.float8_e4m3fn),
+    Microscaling.mxfp4(),
 ]
 
 
@@ -101,6 +110,24 @@ def test_it_is_the_textbooks(scheme: Scheme, ordered: bool) -> None:
     assert bool(better.any())
 
 
+@attrs.frozen
+class Even(Affine):
+    """A grid of every other code: its own way to quantize is what counts."""
+
+    kind: ClassVar[str] = "tests.even"
+
+    def quantize(self, x: Tensor, qparams: QParams) -> QTensor:
+        q = super().quantize(x, qparams)
+        return QTensor(torch.div(q.codes, 2, rounding_mode="floor") * 2, qparams, q.dtype)
+
+
+@pytest.mark.parametrize("refinements", [0, 1])
+def test_a_grid_that_inherits_a_shorter_way_is_still_asked_itself(refinements: int) -> None:
+    weight, x = noise(1, 12, 32), inputs(1, 32)
+    found = GPTQ(refinements=refinements).round(weight, Grid(Even(6), MinMax()), gathered(x))
+    assert not (found.codes % 2).any()
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 1000), st.sampled_from(GRIDS), st.integers(0, 2), st.booleans())
 def test_no_row_is_worse_than_rounded_to_nearest(
@@ -131,7 +158,8 @@ def test_refined_scales_are_those_of_least_squares() -> None:
     scheme = Affine(4, symmetric=False, granularity=PerGroup(16), scale_dtype=torch.float32)
     weight, x = noise(1, 5, 48), inputs(1, 48, 400)
     q = RoundToNearest().round(weight, Grid(scheme, MinMax()), Statistics())
-    found = fit_scales(weight, scheme, q, state_of(x).mean)
+    moments = state_of(x).mean
+    found = fit_scales(weight @ moments, scheme, q, moments)
     assert found is not None
     assert found.qparams.scale is not None
     assert q.qparams.zero_point is not None

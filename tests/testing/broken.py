@@ -30,6 +30,7 @@ from mono_quant import (
 from mono_quant.configurable import Config
 from mono_quant.errors import InputError
 from mono_quant.numerics.blocks import block_range
+from mono_quant.numerics.columns import ByColumn
 from mono_quant.numerics.granularity import Shape
 
 # --- values --------------------------------------------------------------------------------------
@@ -160,6 +161,14 @@ class Halved(Affine):
 
     def dequantize(self, q: QTensor) -> Tensor:
         return Affine.dequantize(self, q) * (q.shape[1] / 3)  # the rows of the whole
+
+
+@attrs.frozen
+class Hasty(Affine):
+    kind: ClassVar[str] = "tests.hasty"
+
+    def by_column(self, qparams: QParams, order: Tensor) -> ByColumn:
+        return Affine.by_column(self, qparams, order.flip(1))
 
 
 @attrs.frozen

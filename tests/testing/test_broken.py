@@ -4,6 +4,7 @@ import pytest
 
 from mono_quant import (
     CheckpointError,
+    PerGroup,
 )
 from mono_quant.testing import Broken, KernelCase, check, checks_for
 from tests.testing.broken import (
@@ -18,6 +19,7 @@ from tests.testing.broken import (
     Dithered,
     Forgetful,
     Halved,
+    Hasty,
     InPlace,
     Keeping,
     LastSeen,
@@ -91,6 +93,7 @@ BROKEN: list[tuple[object, str, str]] = [
     (Trusting(4), "what_is_not_finite_is_refused", "is not refused: InputError"),
     (Numb(4), "the_dtype_of_the_weight_is_remembered", "became a QTensor of torch.float32"),
     (Halved(4), "rows_are_decoded_alone", "decode otherwise"),
+    (Hasty(4, granularity=PerGroup(4)), "columns_are_quantized_as_in_the_whole", "has other"),
     (OneScale(4), "there_is_one_scale_for_each_block", "the scale is"),
     (Uneven(), "granularities_cut_without_remainder", "do not tile"),
     (Averaged(), "merging_is_associative", "differ"),
