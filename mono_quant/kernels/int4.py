@@ -22,7 +22,7 @@ _SIXTEEN = 16  # what a high nibble weighs, where it stays in its place
 _LOW, _HIGH = 0x0F0F0F0F0F0F0F0F, -0x0F0F0F0F0F0F0F10  # nibbles of eight bytes
 _LARGEST, _TOP = 15, 127  # codes of 4 and of 8 bits
 _ROWS = 256  # of the weight that are multiplied at once as bytes
-_LONGEST = 4096  # columns that are decoded at once: 512 KB, which stay in a core's cache
+_LONGEST, _WIDE = 2048, 64  # of what is decoded at once: 512 KB, which stay in a core's cache
 
 
 class _OnPanels(ArrangingKernel[Panels]):
@@ -103,10 +103,10 @@ class Int4(_OnPanels):
 
 
 class PanelBlocks(_OnPanels):
-    """Decodes half a panel of a weight into a buffer, multiplies, and goes on with the next one.
+    """Decodes some panels of a weight into a buffer, multiplies, and goes on with the next ones.
 
     What `Blocks` does, on the order that `Int4` reads: values are those of the reference, in
-    float32. What is decoded is ``[in, 32]``, which the product takes faster than rows.
+    float32. What is decoded is ``[in, 64]``, which the product takes faster than rows.
     """
 
     name = "int4-blocks"
@@ -123,25 +123,28 @@ class PanelBlocks(_OnPanels):
         zeros = weight.zeros.to(torch.float32) if weight.zeros is not None else float(_CENTRE)
         # what the codes of zero make of the sums of inputs; products with codes are added to it
         sums = rows.reshape(-1, runs, size).sum(-1)
-        of_zeros = (scale * zeros).view(2 * count, half, runs).transpose(1, 2)
-        out = torch.matmul(sums, of_zeros).neg_()  # [halves, M, half], each a product's own
-        scales = _by_panel(scale, count, half, _SIXTEEN)
-        codes = rows.new_empty(2, min(_LONGEST, length) * half, dtype=torch.uint8)
-        values = rows.new_empty(codes.shape[1])
+        out = torch.mm(sums, (scale * zeros).mT).neg_()
+        scales = scale.mT.contiguous()  # [runs, out]
+        scales.view(runs, count, 2, half)[:, :, 1] /= _SIXTEEN  # high nibbles stay in their place
+        at_once, longest = max(1, _WIDE // (2 * half)), min(_LONGEST, length)
+        codes = rows.new_empty(at_once * longest * half, dtype=torch.uint8)
+        values = rows.new_empty(at_once * longest * half * 2)
         for start, stop in _pieces(length, size):
-            code, block = codes[:, : (stop - start) * half], values[: (stop - start) * half]
-            low, high = code.view(torch.int64)  # eight bytes at once
             here, part = slice(start // size, -(-stop // size)), rows[:, start:stop]
-            by_run, factor = block.view(here.stop - here.start, -1, half), block.view(-1, half)
-            for panel, stored in enumerate(weight.codes[:, start:stop].unbind()):
-                words = stored.reshape(-1).view(torch.int64)
-                torch.bitwise_and(words, _LOW, out=low)
-                torch.bitwise_and(words, _HIGH, out=high)
-                for nibble in range(2):
-                    block.copy_(code[nibble])
-                    by_run.mul_(scales[panel, nibble, here])
-                    out[2 * panel + nibble].addmm_(part, factor)
-        return shaped(out.transpose(0, 1).reshape(len(rows), spec.layout.stack[1]), bias, x)
+            for first in range(0, count, at_once):
+                stored = weight.codes[first : first + at_once, start:stop]
+                code = codes[: stored.numel()].view(stored.shape)
+                block = values[: 2 * stored.numel()].view(stop - start, -1)
+                nibbles = block.view(stop - start, len(stored), 2, half).unbind(2)
+                for mask, target in zip((_LOW, _HIGH), nibbles, strict=True):
+                    words = stored.view(torch.int64), code.view(torch.int64)  # eight bytes at once
+                    torch.bitwise_and(words[0], mask, out=words[1])
+                    target.copy_(code.transpose(0, 1))
+                columns = slice(2 * half * first, 2 * half * (first + len(stored)))
+                by_run = block.view(here.stop - here.start, -1, block.shape[1])
+                by_run.mul_(scales[here, None, columns])
+                out[:, columns].addmm_(part, block)
+        return shaped(out, bias, x)
 
 
 class PanelBytes(_OnPanels):
