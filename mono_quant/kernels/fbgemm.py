@@ -1,5 +1,8 @@
 """FBGEMM's product of 8-bit weights and floats that it quantizes on the way, typed.
 
+Without VNNI it adds two products in 16 bits, which saturate unless codes of inputs are at most 128.
+There each code is written as two halves: twice the rows, and exact sums all the same.
+
 Quantized tensors, by way of which a weight is packed, are deprecated since torch 2.13: where torch
 has none any more, `refuse` says so, and other kernels have their turn.
 """
@@ -26,6 +29,8 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> torch.Scrip
         zero_point: the codes that mean zero, integers ``[out]``; None where all are 0.
     """
     _warn_once()
+    if saturates():
+        scale = scale / 2  # halves of codes are in steps of twice the size
     zeros = torch.zeros_like(scale) if zero_point is None else zero_point
     weight = _quantized(codes, scale, zeros)
     packed: torch.ScriptObject = torch.ops.quantized.linear_prepack(weight, None)
@@ -58,15 +63,49 @@ def linear(x: Tensor, scale: float, zero: int, packed: torch.ScriptObject) -> Te
         zero: the code that means zero, 0 to 255.
         packed: by `pack`.
     """
+    return _of_halves(x, scale, zero, packed) if saturates() else _product(x, scale, zero, packed)
+
+
+def _product(x: Tensor, scale: float, zero: int, packed: torch.ScriptObject) -> Tensor:
     product: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
         x, scale, zero, packed
     )
     return product
 
 
+def _of_halves(x: Tensor, scale: float, zero: int, packed: torch.ScriptObject) -> Tensor:
+    """Return what `linear` does, each code the sum of two on a grid of twice the step.
+
+    A quarter of that step below and above a value, it rounds to the halves of its code. One is
+    added to the code where the zero point is odd.
+    """
+    if x.dim() == 2 and len(x) > _AT_ONCE:
+        return torch.cat([_of_halves(part, scale, zero, packed) for part in x.split(_AT_ONCE)])
+    inside = x.clamp(-zero * scale, (_TOP - zero) * scale)
+    aside = _ASIDE if x.dim() == 2 else _ASIDE.view(2, *[1] * x.dim())
+    halves = torch.add(inside, aside, alpha=scale)  # [2, ..., in]
+    low, high = _product(halves, 2 * scale, (zero + 1) // 2, packed).unbind()
+    return torch.add(low, high)
+
+
+_TOP, _AT_ONCE = 255, 512
+_ASIDE = torch.tensor([-0.5, 0.5], device="cpu").view(2, 1, 1)
+
+
 def refuse() -> str | None:
     """Return why `linear` cannot be used by this torch on this machine as it is set, or None."""
-    return engine_refusal() or refusal("the product of bytes that FBGEMM packs", _TRIAL)
+    if reason := engine_refusal():
+        return reason
+    return (
+        refusal("the product of halves of bytes that FBGEMM packs", _OF_HALVES)
+        if saturates()
+        else None
+    )
+
+
+def saturates() -> bool:
+    """Return whether products of whole bytes are wrong here, by trying it."""
+    return refusal("the product of bytes that FBGEMM packs", _OF_BYTES) is not None
 
 
 def _quantized(codes: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
@@ -98,11 +137,13 @@ for rows, length in ((96, 512), (1, 513), (33, 64), (65, 1100)):
         assert torch.equal(found, weight), "other weights"
         values = (weight.double() - zeros[:, None]) / 2
         for count in (1, 2, 3, 17, 130):
-            codes = torch.randint(0, 256, (count, length))
-            codes[0] = 255  # two products of the largest bytes do not fit in 16 bits
+            codes = torch.randint(0, top + 1, (count, length))
+            codes[0] = top  # two products of the largest bytes do not fit in 16 bits
             x = (codes - 3).float() / 4
             exact = x.double() @ values.t()
             found = product(x, 0.25, 3, packed)
             assert found.dtype == torch.float32
             assert ((found - exact).abs() <= 2.0**-23 * exact.abs()).all(), "a product is wrong"
 """
+
+_OF_BYTES, _OF_HALVES = (f"top = {top}\n{_TRIAL}" for top in (255, 128))

@@ -21,6 +21,7 @@ _PIECE = 1 << 26  # codes that are packed at once, copied on the way: 64 MB
 _PANEL = 48  # rows of a piece are a multiple of it, so that only the last one is filled up
 _BITS = 8
 _PADDING = 0.15  # of the weight's bytes, the most that filling up may take
+_ALONE = 0.35  # the most where no other kernel packs weights of 8 bits: rows of 384 are filled up
 _USUAL = (1e-25, 1e25)  # between these a scale of inputs can be multiplied by one of a weight
 
 
@@ -104,9 +105,11 @@ class FbgemmLinear(ArrangingKernel[FbgemmRows]):
             return reason
         _, rows, length = spec.layout.stack
         padded = fbgemm.packed_bytes(rows, length) / (rows * length) - 1
-        if padded > _PADDING:
+        if reason := fbgemm.refuse():
+            return reason
+        if padded > (_ALONE if fbgemm.saturates() else _PADDING):
             return f"{rows} x {length} values would be filled up by {padded:.0%}"
-        return fbgemm.refuse()
+        return None
 
     def arrange(self, spec: KernelSpec, weight: PackedTensor) -> FbgemmRows:
         """Return the weight packed."""
