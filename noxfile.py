@@ -17,6 +17,9 @@ WORKERS = min(4, os.cpu_count() or 1)
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """Workers that share threads wait for each other; and results then depend on their number."""
 
+ARITHMETIC = ("flow", "kernels", "layers", "numerics", "rounding", "schemes", "transforms")
+"""Folders of tests of what torch alone computes."""
+
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 CONSTRAINTS = Path("constraints.txt")
 
@@ -145,10 +148,15 @@ def pyright(session: nox.Session) -> None:
 
 @nox.session
 def minimums(session: nox.Session) -> None:
-    """Run the fast tests with the oldest attrs, safetensors and tqdm that are allowed."""
+    """Run the fast tests with the oldest attrs, safetensors and tqdm that are allowed.
+
+    But those of arithmetic, for which it is enough that the laws of every class hold
+    (tests/testing) and that models are planned, quantized, saved and loaded.
+    """
     older = oldest() | {"torch": pins()["torch"]}
     install(session, "-e", ".", *group("tests"), older=older)
-    run_tests(session, "-m", "not slow and not network")
+    arithmetic = (f"--ignore=tests/{name}" for name in ARITHMETIC)
+    run_tests(session, "-m", "not slow and not network", *arithmetic)
 
 
 @nox.session(default=False)

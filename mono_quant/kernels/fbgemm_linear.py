@@ -80,7 +80,8 @@ class FbgemmLinear(ArrangingKernel[FbgemmRows]):
 
     Sums are exact. Inputs that lie half-way between two codes, as closely as float32 tells, may
     become the other code than those of `Activation.fake_quantize`: the zero point is added and the
-    value rounded in one step here, as ``torch.quantize_per_tensor`` does.
+    value rounded in one step here, as ``torch.quantize_per_tensor`` does. Without VNNI rows are
+    multiplied as halves of their codes, which takes twice as long and is as exact.
 
     Where each row has a grid of its own, rows are divided by their scales before, which puts all on
     one grid, and what their zero points add is a float product.

@@ -60,7 +60,7 @@ def _solved(met: Tensor, levels: Tensor, before: Tensor, moments: Tensor) -> Ten
         start, end = k * length, (k + 1) * length
         onward = (levels[:, start:end] @ moments[start:end, start:]).mul_(levels[:, start:])
         matrix[:, k, k:] = onward.view(count, groups - k, length).sum(2)
-        matrix[:, k:, k] = matrix[:, k, k:]
+        matrix[:, k + 1 :, k] = matrix[:, k, k + 1 :]
     right = (met * levels).view(count, groups, length).sum(2)
     diagonal = matrix.diagonal(dim1=1, dim2=2)  # a view
     pull = diagonal * _PULL + torch.finfo(torch.float32).tiny

@@ -183,6 +183,18 @@ def test_the_number_of_columns_at_once_changes_nothing(block: int) -> None:
     assert (found.codes == expected.codes).double().mean() > 0.98  # sums in another order
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("granularity", [PerChannel(), PerGroup(16)], ids=repr)
+def test_few_rows_of_few_groups_are_refined_too(rows: int, granularity: Granularity) -> None:
+    weight, x, scheme = noise(1, rows, 32), inputs(1, 32), Affine(3, granularity=granularity)
+    grid, statistics = Grid(scheme, MinMax()), gathered(x)
+    errors = [
+        missed(weight, scheme.dequantize(rounding.round(weight, grid, statistics)), x).sum()
+        for rounding in (GPTQ(), GPTQ(refinements=2))
+    ]
+    assert errors[1] < errors[0]
+
+
 def test_each_matrix_of_a_stack_has_its_own_inputs() -> None:
     weight, x, grid = noise(3, 4, 16), inputs(3, 16), Grid(GRIDS[0], MinMax())
     rounding = GPTQ(refinements=1)
