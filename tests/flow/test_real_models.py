@@ -8,6 +8,7 @@ from torch import Tensor, fx
 
 from mono_quant import Quantizer, integer_flow, load_model
 from mono_quant.numerics.metrics import sqnr_db
+from tests.flow.models import needs_integers
 from tests.models import AssetUnavailable, efficientnet_lite0
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
@@ -24,6 +25,7 @@ def network_and_images() -> tuple[efficientnet_lite0.EfficientNetLite0, Tensor, 
     return model, images, list(data)
 
 
+@needs_integers
 def test_efficientnet_lite0_flows_whole_and_stays_as_near_to_float(tmp_path: Path) -> None:
     model, images, data = network_and_images()
     result = Quantizer().fit(data).graph().apply(model, progress=False)
