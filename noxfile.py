@@ -13,7 +13,7 @@ nox.options.default_venv_backend = "virtualenv"
 nox.options.error_on_external_run = True
 nox.options.reuse_venv = "yes"
 
-WORKERS = min(4, os.cpu_count() or 1)
+BY_WORKERS = f"--numprocesses={min(4, os.cpu_count() or 1)}"
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """Workers that share threads wait for each other; and results then depend on their number."""
 
@@ -69,19 +69,21 @@ def group(name: str) -> tuple[str, ...]:
 
 
 def install(session: nox.Session, *packages: str, older: dict[str, str] | None = None) -> None:
-    """Install under constraints.txt, torch before all else so that no package chooses its build."""
+    """Install under constraints.txt, torch before all else so that no package chooses its build.
+
+    Of torch only those modules are compiled that are imported: all take three times as long.
+    """
     chosen = pins() | (older or {})
     constraints = Path(session.virtualenv.location, "constraints.txt")
     constraints.write_text("".join(f"{name}=={release}\n" for name, release in chosen.items()))
-    session.install("-c", str(constraints), f"torch=={chosen['torch']}")
+    session.install("--no-compile", "-c", str(constraints), f"torch=={chosen['torch']}")
     session.install("-c", str(constraints), *packages)
 
 
 def run_tests(session: nox.Session, *options: str) -> None:
     """Run pytest on all but the benchmarks, the docs and the types: they have other sessions."""
     elsewhere = [f"--ignore=tests/{name}" for name in ("benchmarks", "docs", "typing")]
-    workers = f"--numprocesses={WORKERS}"
-    session.run("pytest", workers, *elsewhere, *options, *session.posargs, env=ONE_THREAD)
+    session.run("pytest", BY_WORKERS, *elsewhere, *options, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
@@ -113,7 +115,7 @@ def docs(session: nox.Session) -> None:
     install(session, "-e", ".[demo]", *group("docs"))
     with tempfile.TemporaryDirectory() as site:
         session.run("sphinx-build", "-W", "--keep-going", "-q", "docs", site)
-    session.run("pytest", "tests/docs", *session.posargs, env=ONE_THREAD)
+    session.run("pytest", BY_WORKERS, "tests/docs", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(reuse_venv=False)
