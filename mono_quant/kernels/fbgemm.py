@@ -80,7 +80,9 @@ def _of_halves(x: Tensor, scale: float, zero: int, packed: torch.ScriptObject) -
     added to the code where the zero point is odd.
     """
     if x.dim() == 2 and len(x) > _AT_ONCE:
-        return torch.cat([_of_halves(part, scale, zero, packed) for part in torch.split(x, _AT_ONCE)])
+        return torch.cat(
+            [_of_halves(part, scale, zero, packed) for part in torch.split(x, _AT_ONCE)]
+        )
     inside = x.clamp(-zero * scale, (_TOP - zero) * scale)
     aside = _ASIDE if x.dim() == 2 else _ASIDE.view(2, *[1] * x.dim())
     halves = torch.add(inside, aside, alpha=scale)  # [2, ..., in]
