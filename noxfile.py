@@ -17,8 +17,19 @@ BY_WORKERS = f"--numprocesses={min(4, os.cpu_count() or 1)}"
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """Workers that share threads wait for each other; and results then depend on their number."""
 
-ARITHMETIC = ("flow", "kernels", "layers", "numerics", "rounding", "schemes", "transforms")
-"""Folders of tests of what torch alone computes."""
+OF_OTHERS = (
+    "endurance",
+    "flow",
+    "kernels",
+    "layers",
+    "modules",
+    "numerics",
+    "observers",
+    "rounding",
+    "schemes",
+    "transforms",
+)
+"""Folders of tests of what torch and the operating system do."""
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 CONSTRAINTS = Path("constraints.txt")
@@ -152,13 +163,13 @@ def pyright(session: nox.Session) -> None:
 def minimums(session: nox.Session) -> None:
     """Run the fast tests with the oldest attrs, safetensors and tqdm that are allowed.
 
-    But those of arithmetic, for which it is enough that the laws of every class hold
+    But those of what other packages do, for which it is enough that the laws of every class hold
     (tests/testing) and that models are planned, quantized, saved and loaded.
     """
     older = oldest() | {"torch": pins()["torch"]}
     install(session, "-e", ".", *group("tests"), older=older)
-    arithmetic = (f"--ignore=tests/{name}" for name in ARITHMETIC)
-    run_tests(session, "-m", "not slow and not network", *arithmetic)
+    elsewhere = (f"--ignore=tests/{name}" for name in OF_OTHERS)
+    run_tests(session, "-m", "not slow and not network", *elsewhere)
 
 
 @nox.session(default=False)

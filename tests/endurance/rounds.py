@@ -1,4 +1,4 @@
-"""A thousand rounds of saving and loading, and many threads on one model."""
+"""Many rounds of saving and loading, and many threads on one model."""
 
 import gc
 import os

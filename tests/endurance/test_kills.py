@@ -40,7 +40,7 @@ def test_killed_while_it_saves_the_file_is_the_old_or_the_new_one(
 def test_killed_while_it_quantizes_in_place_no_file_is_touched(
     children: Nursery, tmp_path: Path
 ) -> None:
-    survived = kill_while_quantizing_in_place(children, tmp_path, 10)
+    survived = kill_while_quantizing_in_place(children, tmp_path, 5)
     assert survived.old
 
 

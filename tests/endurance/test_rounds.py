@@ -15,9 +15,10 @@ LEAK = 2_000
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_a_thousand_rounds_leak_neither_memory_nor_files(suffix: str, tmp_path: Path) -> None:
-    held = save_and_load(tmp_path, suffix, 1000)
-    assert growth(held, 1000) < LEAK
+def test_hundreds_of_rounds_leak_neither_memory_nor_files(suffix: str, tmp_path: Path) -> None:
+    """The benchmark does a thousand."""
+    held = save_and_load(tmp_path, suffix, 400)
+    assert growth(held, 400) < LEAK
     assert held[-1].files == held[0].files
     assert held[-1].threads == held[0].threads
     assert held[-1].mapped <= held[0].mapped + 20
