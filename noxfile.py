@@ -17,19 +17,9 @@ BY_WORKERS = f"--numprocesses={min(4, os.cpu_count() or 1)}"
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """Workers that share threads wait for each other; and results then depend on their number."""
 
-OF_OTHERS = (
-    "endurance",
-    "flow",
-    "kernels",
-    "layers",
-    "modules",
-    "numerics",
-    "observers",
-    "rounding",
-    "schemes",
-    "transforms",
-)
-"""Folders of tests of what torch and the operating system do."""
+USES = [f"tests/{name}" for name in ("cli", "files", "serializers", "testing")]
+USES += [f"tests/test_{name}.py" for name in ("api", "configurable", "progress", "settings")]
+"""Tests of what attrs, safetensors and tqdm are used for: classes, files and bars."""
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 CONSTRAINTS = Path("constraints.txt")
@@ -82,13 +72,13 @@ def group(name: str) -> tuple[str, ...]:
 def install(session: nox.Session, *packages: str, older: dict[str, str] | None = None) -> None:
     """Install under constraints.txt, torch before all else so that no package chooses its build.
 
-    Of torch only those modules are compiled that are imported: all take three times as long.
+    Only modules that are imported are compiled, then: all of torch's take longer than to unpack it.
     """
     chosen = pins() | (older or {})
     constraints = Path(session.virtualenv.location, "constraints.txt")
     constraints.write_text("".join(f"{name}=={release}\n" for name, release in chosen.items()))
-    session.install("--no-compile", "-c", str(constraints), f"torch=={chosen['torch']}")
-    session.install("-c", str(constraints), *packages)
+    for wanted in ([f"torch=={chosen['torch']}"], packages):
+        session.install("--no-compile", "-c", str(constraints), *wanted)
 
 
 def run_tests(session: nox.Session, *options: str) -> None:
@@ -161,15 +151,13 @@ def pyright(session: nox.Session) -> None:
 
 @nox.session
 def minimums(session: nox.Session) -> None:
-    """Run the fast tests with the oldest attrs, safetensors and tqdm that are allowed.
+    """Run the fast tests of `USES` with the oldest attrs, safetensors and tqdm that are allowed.
 
-    But those of what other packages do, for which it is enough that the laws of every class hold
-    (tests/testing) and that models are planned, quantized, saved and loaded.
+    By them models are planned, quantized, saved and loaded, and every class keeps its laws.
     """
     older = oldest() | {"torch": pins()["torch"]}
     install(session, "-e", ".", *group("tests"), older=older)
-    elsewhere = (f"--ignore=tests/{name}" for name in OF_OTHERS)
-    run_tests(session, "-m", "not slow and not network", *elsewhere)
+    run_tests(session, "-m", "not slow and not network", *USES)
 
 
 @nox.session(default=False)
