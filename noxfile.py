@@ -13,7 +13,7 @@ nox.options.default_venv_backend = "virtualenv"
 nox.options.error_on_external_run = True
 nox.options.reuse_venv = "yes"
 
-BY_WORKERS = f"--numprocesses={min(4, os.cpu_count() or 1)}"
+BY_WORKERS = (f"--numprocesses={min(4, os.cpu_count() or 1)}", "--dist=worksteal")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """Workers that share threads wait for each other; and results then depend on their number."""
 
@@ -84,7 +84,7 @@ def install(session: nox.Session, *packages: str, older: dict[str, str] | None =
 def run_tests(session: nox.Session, *options: str) -> None:
     """Run pytest on all but the benchmarks, the docs and the types: they have other sessions."""
     elsewhere = [f"--ignore=tests/{name}" for name in ("benchmarks", "docs", "typing")]
-    session.run("pytest", BY_WORKERS, *elsewhere, *options, *session.posargs, env=ONE_THREAD)
+    session.run("pytest", *BY_WORKERS, *elsewhere, *options, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
@@ -116,7 +116,7 @@ def docs(session: nox.Session) -> None:
     install(session, "-e", ".[demo]", *group("docs"))
     with tempfile.TemporaryDirectory() as site:
         session.run("sphinx-build", "-W", "--keep-going", "-q", "docs", site)
-    session.run("pytest", BY_WORKERS, "tests/docs", *session.posargs, env=ONE_THREAD)
+    session.run("pytest", *BY_WORKERS, "tests/docs", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(reuse_venv=False)
