@@ -118,6 +118,12 @@ class CalibrationData:
         """
         return attrs.evolve(self, source=list(self.batches()))
 
+    def called_as(self, other: "CalibrationData | None") -> "CalibrationData":
+        """Return this, with the model called as on other data where nothing is said of that."""
+        if self.forward is not None or other is None:
+            return self
+        return attrs.evolve(self, forward=other.forward)
+
     def count(self, of_batch: int) -> int:
         """Return about how many samples will be used, without reading more than there must be.
 

@@ -59,8 +59,12 @@ class Quantizer(Builder):
             return resolve(model, self._request, config_of(self._request, Selection.of(model)))
         if not isinstance(model, Mapping):
             raise InputError(_no_model(model))
-        if self._request.data is not None:
-            raise InputError("a state dict cannot be run, so fit(data) has no use; give the model")
+        bound = {"fit": self._request.data, "measure_on": self._request.measured}
+        for call, data in bound.items():
+            if data is not None:
+                raise InputError(
+                    f"a state dict cannot be run, so {call}(data) has no use; give the model"
+                )
         if self._request.statistics is not None:
             raise InputError(
                 "a state dict's layers are guessed, so statistics(...) has no use; give the model"

@@ -56,6 +56,7 @@ CALLS: dict[str, Call] = {
     "layer": lambda q: q.layer(LinearLikeQuantizer("a.b")),
     "transform": lambda q: q.transform(Doubled()),
     "fit": lambda q: q.fit(torch.zeros(2, 128)),
+    "measure_on": lambda q: q.measure_on(torch.zeros(2, 128)),
     "statistics": lambda q: q.statistics(CalibrationStatistics({})),
     "only_if_faster": lambda q: q.only_if_faster(torch.zeros(2, 128)),
 }

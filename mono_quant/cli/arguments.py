@@ -65,6 +65,17 @@ def add_calibration(command: ArgumentParser | _ArgumentGroup) -> None:
     )
 
 
+def add_measured(model: _ArgumentGroup) -> None:
+    """What the result is measured on."""
+    model.add_argument(
+        "--measure-on",
+        type=Path,
+        metavar="FILE",
+        help="data to measure the result on, in a file as --calibration reads it (default: that of "
+        f"--calibration); of much, the first {DEFAULT_SAMPLES} samples",
+    )
+
+
 def add_statistics(model: _ArgumentGroup) -> None:
     """What was gathered before."""
     model.add_argument(

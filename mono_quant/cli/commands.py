@@ -148,8 +148,8 @@ def plan(given: Namespace) -> Outcome:
 
 def calibrate(given: Namespace) -> Outcome:
     """Gather what the data tells of the inputs of layers, for later runs of quantize."""
-    no_run = {"statistics": None, "only_if_faster": False, "example": None, "margin": None}
-    options = CalibrateOptions(**no_run, graph=False, **vars(given))
+    untold = dict.fromkeys(("measure_on", "statistics", "example", "margin"))
+    options = CalibrateOptions(**untold, only_if_faster=False, graph=False, **vars(given))
     _import_all(options)
     if options.calibration is None:
         raise ConfigurationError("what is gathered is gathered from data: add --calibration FILE")
@@ -240,6 +240,7 @@ def _with_data(quantizer: BuilderT, options: PlanOptions, *, runs: bool) -> Buil
     """Return the quantizer with the data and the example that the options name."""
     named = {
         "--calibration": options.calibration,
+        "--measure-on": options.measure_on,
         "--statistics": options.statistics,
         "--example": options.example,
     }
@@ -249,7 +250,8 @@ def _with_data(quantizer: BuilderT, options: PlanOptions, *, runs: bool) -> Buil
             f"{said[0]} runs the model, and a bare checkpoint cannot be run: "
             "add --factory package.module:name"
         )
-    if options.forward is not None and options.calibration is None and options.example is None:
+    run = (options.calibration, options.measure_on, options.example)
+    if options.forward is not None and not any(run):
         raise ConfigurationError("--forward calls the model with --calibration; add that")
     if options.samples is not None and options.calibration is None:
         raise ConfigurationError("--samples counts those of --calibration; add that")
@@ -267,6 +269,8 @@ def _with_data(quantizer: BuilderT, options: PlanOptions, *, runs: bool) -> Buil
             samples=samples_of(options.samples),
             forward=forward_of(options),
         )
+    if options.measure_on is not None:
+        quantizer = quantizer.measure_on(read_data(options.measure_on), forward=forward_of(options))
     if options.statistics is not None:
         quantizer = quantizer.statistics(options.statistics)
     if options.example is not None:

@@ -53,6 +53,7 @@ class PlanOptions(ModelOptions):
     margin: float | None
     calibration: Path | None
     samples: int | None
+    measure_on: Path | None
     statistics: Path | None
     layer: list[str]
     config: Path | None

@@ -25,6 +25,7 @@ from mono_quant.cli.arguments import (
     add_inputs,
     add_kinds,
     add_layers,
+    add_measured,
     add_model,
     add_quiet,
     add_speed,
@@ -233,6 +234,7 @@ def _add_how(command: ArgumentParser, *, of_a_run: bool = True) -> None:
     add_model(model)
     if of_a_run:
         add_statistics(model)
+        add_measured(model)
     add_grid(command.add_argument_group("how weights are quantized"))
     inputs = command.add_argument_group("how inputs of layers are quantized, and changes")
     add_inputs(inputs)

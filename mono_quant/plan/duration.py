@@ -6,6 +6,7 @@ many weights of how many values there are, and how often the data goes through t
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import cast
 
 import attrs
@@ -27,7 +28,6 @@ from mono_quant.plan.request import Request, WeightPlan, by_layer
 from mono_quant.plan.weight_error import WeightError
 from mono_quant.settings import Recipe
 from mono_quant.speed import timed
-from mono_quant.statistics import CalibrationStatistics
 from mono_quant.text import format_seconds, joined
 
 SAMPLE_VALUES = 1 << 18
@@ -104,9 +104,9 @@ def foresee_time(
     todo = [weight for weight in weights if weight.recipe is not None]
     own = [weight for weight in todo if weight.tied_to is None]
     seen = _Runs()
-    if request.data is not None and todo:
+    if request.evidence is not None and todo:
         with torch.random.fork_rng(), calling(model, containers, by_layer(todo)):
-            seen = _Runs.of(model, todo, request.data, request.statistics, runs)
+            seen = _Runs.of(model, todo, request, runs)
     kinds: dict[Hashable, list[WeightPlan]] = {}
     for weight in sorted(own, key=lambda one: (one.layout.stack[2], -one.parameters)):
         kinds.setdefault(_kind(weight), []).append(weight)
@@ -134,7 +134,7 @@ class _Runs:
     Attributes:
         batch_seconds: of the float model on a batch.
         seconds: of all runs over all of the data.
-        samples: of the data.
+        samples: of all data.
         gathered: what weights ask of the data, from a few samples.
     """
 
@@ -145,53 +145,91 @@ class _Runs:
 
     @classmethod
     def of(
-        cls,
-        model: nn.Module,
-        todo: Sequence[WeightPlan],
-        data: CalibrationData,
-        statistics: CalibrationStatistics | None,
-        runs: int,
+        cls, model: nn.Module, todo: Sequence[WeightPlan], request: Request, runs: int
     ) -> "_Runs":
-        """Run a float model on some samples of the first batch, plainly and while looking on."""
-        first = next(batch for batch in data.batches() if count_samples(batch))
-        size, device, twin = count_samples(first), device_of(model), copy_structure(model)
+        """Run a float model on some samples of the first batches, plainly and while looking on."""
+        twin = copy_structure(model)
         errors = LayerErrors(
             model, twin, _InputsAsPlanned(twin), Accumulated(twin, len(by_layer(todo)))
         )
 
-        def plain(some: CalibrationData) -> None:
-            for _ in some.outputs(model):
-                pass
-
         def look(some: CalibrationData) -> None:
             compare(errors.outputs(todo, some, None), errors.accumulated.outputs(some, None))
 
-        least = 1
-        try:
-            look(_cut(data, first, least))  # what only a first run does is not counted
-        except CalibrationError:  # a model need not take a part of a batch
-            least = size
-            look(_cut(data, first, least))
-        some = _cut(data, first, least)
-        float_seconds = timed(lambda: plain(some), device)
-        several = min(size, max(least, int(PATIENCE / float_seconds)))
-        if several > least:
-            some = _cut(data, first, several)
-            float_seconds = _quickest(lambda: plain(some), device)
-        measuring = _quickest(lambda: look(some), device)
-        gathered: dict[tuple[str, str], Gathered] = {}
-        calibrating = 0.0
-        if statistics is not None:
-            gathered |= statistics.gathered()
-        else:
+        evidence, gathered = request.evidence, dict[tuple[str, str], Gathered]()
+        assert evidence is not None  # else nothing is run
+        seen = given = _Some.of(model, evidence, look)
+        device = device_of(model)
+        measuring = _quickest(lambda: look(seen.data), device)
+        seconds = seen.share * (measuring + runs * seen.seconds)
+        if request.measured is not None and request.data is not None:
+            given = _Some.of(model, request.data, partial(_run, model))
+        if request.statistics is not None:
+            gathered |= request.statistics.gathered()
+        elif request.data is not None:
             calibrating = timed(
-                lambda: gathered.update(gather_for(model, todo, some, None)), device
+                lambda: gathered.update(gather_for(model, todo, given.data, None)), device
             )
             if any(cast("Recipe", weight.recipe).rounding.sequential for weight in todo):
-                runs += 2  # blocks that are quantized, and those of the float model
-        samples = data.count(size)
-        seconds = samples / several * (calibrating + measuring + runs * float_seconds)
-        return cls(size / several * float_seconds, seconds, samples, gathered)
+                calibrating += 2 * given.seconds  # blocks that are quantized, and of the float one
+            seconds += given.share * calibrating
+        samples = seen.samples + (given.samples if given is not seen else 0)
+        return cls(given.batch_seconds, seconds, samples, gathered)
+
+
+@attrs.frozen(eq=False)
+class _Some:
+    """Some samples of the first batch, which stand for all of the data.
+
+    Attributes:
+        data: these.
+        count: how many they are.
+        size: how many the batch has.
+        samples: how many the data has, about.
+        seconds: of the float model on these.
+    """
+
+    data: CalibrationData
+    count: int
+    size: int
+    samples: int
+    seconds: float
+
+    @property
+    def share(self) -> float:
+        """How many times as many there are in all."""
+        return self.samples / self.count
+
+    @property
+    def batch_seconds(self) -> float:
+        """Of the float model on the batch."""
+        return self.size / self.count * self.seconds
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, data: CalibrationData, first_run: Callable[[CalibrationData], None]
+    ) -> "_Some":
+        """Take as many as tell something, after a first run, of which nothing is counted."""
+        first = next(batch for batch in data.batches() if count_samples(batch))
+        size, device = count_samples(first), device_of(model)
+        least = 1
+        try:
+            first_run(_cut(data, first, least))
+        except CalibrationError:  # a model need not take a part of a batch
+            least = size
+            first_run(_cut(data, first, least))
+        some = _cut(data, first, least)
+        seconds = timed(lambda: _run(model, some), device)
+        several = min(size, max(least, int(PATIENCE / seconds)))
+        if several > least:
+            some = _cut(data, first, several)
+            seconds = _quickest(lambda: _run(model, some), device)
+        return cls(some, several, size, data.count(size), seconds)
+
+
+def _run(model: nn.Module, data: CalibrationData) -> None:
+    for _ in data.outputs(model):
+        pass
 
 
 @attrs.frozen(eq=False)

@@ -89,7 +89,7 @@ class GraphPlan(Generic[ModelT]):
         return self._kept._estimated(2)  # the graph is measured beside the model
 
     def run(self, *, progress: bool = True) -> GraphResult[ModelT]:
-        """Quantize the model layer by layer, write the graph, and measure it on the data.
+        """Quantize the model layer by layer, write the graph, and measure it.
 
         Args:
             progress: show progress bars where the output is a terminal.
@@ -104,11 +104,12 @@ class GraphPlan(Generic[ModelT]):
         """
         data = self._data.held()
         self._check_graph(data)
-        request = attrs.evolve(self._request, data=data)
+        request = attrs.evolve(self._request, data=data).held()
+        measured = request.evidence or data
         kept = attrs.evolve(self._kept, request=request).run(progress=progress)
         flow = integer_flow(kept.model)
         label = "measuring the graph" if progress else None
-        error = compare(data.outputs(self._model), data.outputs(flow.model, label))
+        error = compare(measured.outputs(self._model), measured.outputs(flow.model, label))
         report = with_output(kept.report, error.sqnr_db)
         report = attrs.evolve(
             report,

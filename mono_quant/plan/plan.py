@@ -10,7 +10,6 @@ from torch import nn
 from mono_quant.base import (
     Change,
     Container,
-    Correction,
     CorrectionContext,
     QuantizedModule,
     TransformContext,
@@ -193,18 +192,19 @@ class Plan(Generic[ModelT]):
             return plan.run(
                 in_place=in_place, sequential=sequential, resume=resume, progress=progress
             )
-        data = request.data.held() if request.data is not None else None
+        request = request.held()
+        data, measured = request.data, request.evidence
         todo = [weight for weight in self.weights if weight.recipe is not None]
         kept = Kept()
         self._check_unspent(todo)
         if in_place:
             self._check_in_place(todo)
-            if data is not None:
-                kept.add_all(data.outputs(self._model, label and "float outputs"))
+            if measured is not None:
+                kept.add_all(measured.outputs(self._model, label and "float outputs"))
         work = self._model if in_place else copy_structure(self._model)
         changes = transform(work, transforms_of(request, todo), todo, data, progress)
         chosen = Chosen.of(request, todo, in_place=in_place)
-        compared = data is not None or bool(chosen.corrections)
+        compared = measured is not None or bool(chosen.corrections)
         floats = copy_structure(work) if compared and not in_place else None
         if request.statistics is not None:
             request.statistics.check_turned(turned_in(work))
@@ -241,20 +241,28 @@ class Plan(Generic[ModelT]):
         changes = (*changes, *chosen.refused)
         found = _Evidence(rows, changes, tuple(estimated(rows.values())))
         if floats is not None:
-            found = self._beside(floats, work, found, data, chosen.corrections, label)
-        elif data is not None:
-            error = compare(kept, data.outputs(work, label and "measuring"))
+            with calling(floats, self._containers, by_layer(todo)):
+                outputs = StagedOutputs(work, todo, data) if data is not None else None
+                context = CorrectionContext(floats, self._model, outputs)
+                changes = (*changes, *correct(work, chosen.corrections, context))
+                found = attrs.evolve(found, changes=changes)
+                if measured is not None:
+                    found = self._beside(floats, work, found, measured, label)
+        elif measured is not None:
+            error = compare(kept, measured.outputs(work, label and "measuring"))
             found = attrs.evolve(found, output=error)
         if found.damages and request.on_damage != "warn":
-            amended = self._amended(found.damages, data)
+            amended = self._amended(found.damages, request)
             return amended.run(sequential=sequential, resume=resume, progress=progress)
         drawn = with_histograms(found.rows, todo, layers.packed, before)
         found = attrs.evolve(found, rows=drawn)
         if request.fold is not False:
-            fused = fuse_activations(work, TransformContext(data.outputs if data else None))
+            seen = data or measured
+            fused = fuse_activations(work, TransformContext(seen.outputs if seen else None))
             found = attrs.evolve(found, changes=(*found.changes, *fused))
-        report = self._report(work, found, data)
-        example = CalibrationData([data.first()], 1, data.forward) if data is not None else None
+        report = self._report(work, found, measured)
+        shown = measured if data is None else data
+        example = CalibrationData([shown.first()], 1, shown.forward) if shown is not None else None
         return QuantizationResult(work, report, self.outline, example, request.layers)
 
     def calibrate(self, *, progress: bool = True) -> CalibrationStatistics:
@@ -315,7 +323,7 @@ class Plan(Generic[ModelT]):
             return self
         sizes = (before.report.float_bytes, before.report.bytes)
         label = "measuring layers" if progress else None
-        example = faster.called_as(self._request.data)
+        example = faster.example.called_as(self._request.data)
         found = (
             measure_layers(floats, todo, example, self._containers, sizes, label) if todo else {}
         )
@@ -335,37 +343,30 @@ class Plan(Generic[ModelT]):
         floats: nn.Module,
         work: nn.Module,
         found: "_Evidence",
-        data: CalibrationData | None,
-        corrections: Iterable[Correction],
+        data: CalibrationData,
         label: str | None,
     ) -> "_Evidence":
-        """Correct the quantized model by its float twin, and return what shows beside it."""
+        """Return what data shows of the quantized model beside its float twin."""
         todo = [weight for weight in self.weights if weight.recipe is not None]
-        outputs = StagedOutputs(work, todo, data) if data is not None else None
-        with calling(floats, self._containers, dict.fromkeys(weight.path for weight in todo)):
-            context = CorrectionContext(floats, self._model, outputs)
-            changes = (*found.changes, *correct(work, corrections, context))
-            if data is None:
-                return attrs.evolve(found, changes=changes)
-            accumulated = Accumulated(work, len({weight.path for weight in todo}))
-            layers = LayerErrors(floats, work, InputUses(work), accumulated)
-            reference = layers.outputs(todo, data, label and "measuring layers")
-            if any(change.done for change in changes):  # then the twin is not the model given
-                both = zip(reference, data.outputs(self._model), strict=True)
-                reference = (given for _, given in both)
-            noted = Noted()
-            passing = noted.passing(reference)
-            others = accumulated.outputs(data, label and "measuring")
-            errors = tuple(compared(passing, others))
-            error = SquaredError.total(errors)
-            damages = diagnosed(floats, work, todo, layers.errors, data)
-            rows = with_outputs(found.rows, todo, layers)
-            rows = with_tried_groups(rows, floats, todo, data)
-            poor = not error.sqnr_db >= WARNING_DB and not damages
-            helps = relief(floats, work, layers.errors, errors, data, noted) if poor else None
-        return _Evidence(rows, changes, tuple(damages), error, helps)
+        accumulated = Accumulated(work, len(by_layer(todo)))
+        layers = LayerErrors(floats, work, InputUses(work), accumulated)
+        reference = layers.outputs(todo, data, label and "measuring layers")
+        if any(change.done for change in found.changes):  # then the twin is not the model given
+            both = zip(reference, data.outputs(self._model), strict=True)
+            reference = (given for _, given in both)
+        noted = Noted()
+        passing = noted.passing(reference)
+        others = accumulated.outputs(data, label and "measuring")
+        errors = tuple(compared(passing, others))
+        error = SquaredError.total(errors)
+        damages = diagnosed(floats, work, todo, layers.errors, data)
+        rows = with_outputs(found.rows, todo, layers)
+        rows = with_tried_groups(rows, floats, todo, data)
+        poor = not error.sqnr_db >= WARNING_DB and not damages
+        helps = relief(floats, work, layers.errors, errors, data, noted) if poor else None
+        return _Evidence(rows, found.changes, tuple(damages), error, helps)
 
-    def _amended(self, damages: Sequence[Damage], data: CalibrationData | None) -> "Plan[ModelT]":
+    def _amended(self, damages: Sequence[Damage], request: Request) -> "Plan[ModelT]":
         """Return the plan that keeps what does damage; what is left after it is warned of.
 
         Raises:
@@ -376,7 +377,7 @@ class Plan(Generic[ModelT]):
         return attrs.evolve(
             self,
             weights=amended(self.weights, damages, self._model),
-            request=attrs.evolve(self._request, on_damage="warn", data=data),
+            request=attrs.evolve(request, on_damage="warn"),
             measured=False,
         )
 
@@ -402,10 +403,15 @@ class Plan(Generic[ModelT]):
                 report,
                 output_sqnr_db=found.output.sqnr_db,
                 samples=sum(count_samples(batch) for batch in data.batches()),
-                notes=(*report.notes, *left_out(work, data)),
+                notes=(*report.notes, *self._apart(), *left_out(work, data)),
             )
         warned = (*warnings_of(report, found.damages, found.relief), *before.warnings)
         return attrs.evolve(report, warnings=warned)
+
+    def _apart(self) -> Iterable[str]:
+        """Yield that the data which was measured on is no other's, where there is other."""
+        if self._request.measured is not None and self._request.calibrated:
+            yield "measured on other data than it was calibrated on"
 
     def _check_unspent(self, todo: Iterable[WeightPlan]) -> None:
         for weight in todo:

@@ -31,12 +31,6 @@ class OnlyIfFaster:
     example: CalibrationData
     margin: float
 
-    def called_as(self, data: CalibrationData | None) -> CalibrationData:
-        """Return the example, run as the data is where it does not say how it is run."""
-        if self.example.forward is not None or data is None:
-            return self.example
-        return attrs.evolve(self.example, forward=data.forward)
-
 
 @attrs.frozen(eq=False)
 class Request:
@@ -54,7 +48,8 @@ class Request:
         fold: whether batch normalizations are folded first; None: where inputs are quantized.
         on_damage: "warn" of destroyed layers, "keep" what does the damage at 16 bits or its inputs
             in float, or take it for an "error".
-        data: batches to measure and calibrate on.
+        data: batches to calibrate on, and to measure on where there are no others for that.
+        measured: batches to measure on, where those are others.
         statistics: what calibration gathered before, in place of a pass over the data.
         faster: what keeps layers float that gain no speed; None: all are quantized.
     """
@@ -70,8 +65,20 @@ class Request:
     fold: bool | None = None
     on_damage: str = "warn"
     data: CalibrationData | None = None
+    measured: CalibrationData | None = None
     statistics: CalibrationStatistics | None = None
     faster: OnlyIfFaster | None = None
+
+    @property
+    def evidence(self) -> CalibrationData | None:
+        """What the result is measured on; None for nothing."""
+        return self.measured.called_as(self.data) if self.measured is not None else self.data
+
+    def held(self) -> "Request":
+        """Return this with its batches held in memory, so that every pass sees the same ones."""
+        data = self.data.held() if self.data is not None else None
+        measured = self.measured.called_as(data).held() if self.measured is not None else None
+        return attrs.evolve(self, data=data, measured=measured)
 
     @property
     def calibrated(self) -> bool:

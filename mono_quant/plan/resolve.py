@@ -36,8 +36,9 @@ def resolve(model: ModelT, request: Request, config: Config) -> Plan[ModelT]:
             that were asked for.
     """
     check_supported(model)
-    if request.data is not None:
-        check_tuple(model, request.data)
+    for data in (request.data, request.evidence):
+        if data is not None:
+            check_tuple(model, data)
     weights = _join_ties(model, _weights(model, request))
     todo = [weight for weight in weights if weight.recipe is not None]
     _check_roundings(todo)

@@ -135,6 +135,8 @@ def calls_of(request: Request) -> list[str]:
         calls.append(f"only_if_faster({_shown(request.faster.example.first())}{more})")
     if request.data is not None:
         calls.append(f"fit({_shown(request.data.source)})")
+    if request.measured is not None:
+        calls.append(f"measure_on({_shown(request.measured.source)})")
     if request.statistics is not None:
         calls.append(f"statistics(<{len(request.statistics.weights)} weights>)")
     return calls

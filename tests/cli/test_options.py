@@ -207,6 +207,7 @@ OPTIONS = {
     "scheme": "--scheme",
     "skip": "--skip",
     "statistics": "--statistics",
+    "measure_on": "--measure-on",
     "symmetric": "--symmetric",
     "transform": "--transform",
     "to_config": "--dump-config",

@@ -69,6 +69,22 @@ def test_a_model_with_data_is_measured_and_validated(folder: Path, monoquant: Mo
     assert report["output_sqnr_db"] == pytest.approx(decibels, abs=0.01)
 
 
+def test_a_model_is_measured_on_other_data(folder: Path, monoquant: Monoquant) -> None:
+    batches = torch.load("batches.pt", weights_only=True)
+    torch.save([3 * batches[0]], "apart.pt")
+    common = ("--factory", SMALL, "--measure-on", "apart.pt", "--json")
+    both = monoquant("quantize", *common, "--calibration", "batches.pt", "-o", "s.pt")
+    alone = monoquant("quantize", *common, "-o", "t.pt")
+    static, dynamic = both.json["report"], alone.json["report"]
+    assert isinstance(static, dict)
+    assert isinstance(dynamic, dict)
+    assert static["samples"] == dynamic["samples"] == len(batches[0])
+    assert static["output_sqnr_db"] < dynamic["output_sqnr_db"]  # its ranges are of quieter data
+    bare = monoquant("quantize", "model.pt", "--measure-on", "apart.pt", "-o", "u.pt")
+    assert bare.code == 2
+    assert "--measure-on runs the model" in bare.err
+
+
 def test_samples_end_the_data_early(folder: Path, monoquant: Monoquant) -> None:
     done = monoquant(
         "quantize", "--factory", SMALL, "--calibration", "batches.pt", "--samples", 17,

@@ -74,6 +74,11 @@ def test_runs_over_the_data_are_counted() -> None:
     gathered = static.plan(mlp()).calibrate()
     plan = static.statistics(gathered).plan(mlp())
     assert plan.estimate_time().data_seconds == 64
+    apart = Quantizer().bits(4).rounding(GPTQ()).fit(DATA).measure_on(DATA[:2]).plan(mlp())
+    found = apart.estimate_time()
+    assert (found.data_seconds, found.samples) == (64 * 3 + 32, 96)
+    alone = Quantizer().bits(4).measure_on(DATA[:2]).plan(mlp()).estimate_time()
+    assert (alone.data_seconds, alone.samples) == (32, 32)
 
 
 @pytest.mark.usefixtures("second")
