@@ -25,8 +25,8 @@ class GPTQ(Rounding):
     """Each column on the nearest grid point, its error taken over by the columns that come later.
 
     Minimizes the error of the layer's output on the inputs that calibration saw, greedily: with
-    ``H = E[x x^T]``, what column k misses is spread over the later ones by row k of the Cholesky
-    factor of ``H^-1``. Ranges are found first, from the weight as it was given, so that an order of
+    ``H = E[x x^T] = U D U^T``, what column k misses is spread over the later ones by row k of U,
+    which is upper triangular with ones on its diagonal. Ranges are found first, from the weight as it was given, so that an order of
     columns moves no group. No row comes out worse than by rounding to nearest: one that would is
     rounded to nearest.
 
@@ -37,7 +37,9 @@ class GPTQ(Rounding):
     it, quantized, make them.
 
     Source: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative
-    Pre-trained Transformers", https://arxiv.org/abs/2210.17323. Refinements: coordinate descent as
+    Pre-trained Transformers", https://arxiv.org/abs/2210.17323, which writes the same with factors
+    of ``H^-1``; that no inverse is needed, Chee et al. 2023, "QuIP",
+    https://arxiv.org/abs/2307.13304. Refinements: coordinate descent as
     in Behdin et al. 2023, "QuantEase", https://arxiv.org/abs/2309.01885.
 
     Attributes:
@@ -145,24 +147,23 @@ def _compensated(
 ) -> Tensor:
     """Return codes ``[G, out, in]``, of columns that make up for those before them."""
     order = factor.order
-    left = weight.gather(2, order.unsqueeze(1).expand_as(weight))  # [G, out, in], in order
-    on_grid, pivots = scheme.by_column(qparams, order), factor.upper.diagonal(dim1=1, dim2=2)
+    given = weight.gather(2, order.unsqueeze(1).expand_as(weight))  # [G, out, in], in order
+    left, on_grid = given.clone(), scheme.by_column(qparams, order)
     found: list[Tensor] = []
     length = weight.shape[2]
     for start in range(0, length, block):
         end = min(start + block, length)
         upper = factor.upper[:, start:end]  # [G, block, in]
         now = left[:, :, start:end].mT.contiguous()  # [G, block, out]
-        missed = torch.empty_like(now)
+        missed = given[:, :, start:end].mT.contiguous()
         for k in range(end - start):
             place = start + k
             codes, values = on_grid(now[:, k], place)
-            error = torch.sub(now[:, k], values, out=missed[:, k])
-            error /= pivots[:, place, None]
+            error = missed[:, k].sub_(values)
             later = upper[:, k, place + 1 : end].unsqueeze(2)
-            now[:, k + 1 :].baddbmm_(later, error.unsqueeze(1), alpha=-1)
+            now[:, k + 1 :].baddbmm_(later, error.unsqueeze(1))
             found.append(codes)
-        left[:, :, end:].baddbmm_(missed.mT, upper[:, :, end:], alpha=-1)
+        left[:, :, end:].baddbmm_(missed.mT, upper[:, :, end:])
     codes = torch.stack(found, dim=2)
     return codes.gather(2, order.argsort(dim=1).unsqueeze(1).expand_as(codes))
 

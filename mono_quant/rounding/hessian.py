@@ -15,6 +15,22 @@ _TRIES = 3
 """How often damping is multiplied by ten where rounding made a matrix indefinite."""
 
 
+_STRIP = 192
+"""Columns whose products with those after them are found at once."""
+
+
+def _products(rows: Tensor) -> Tensor:
+    """Return ``rows^T rows`` of ``[G, n, in]``; what lies below the diagonal is copied."""
+    matrices, _, length = rows.shape
+    found = rows.new_empty(matrices, length, length)
+    for start in range(0, length, _STRIP):
+        end = min(start + _STRIP, length)
+        strip = rows[:, :, start:end].mT @ rows[:, :, start:]
+        found[:, start:end, start:] = strip
+        found[:, end:, start:end] = strip[:, :, end - start :].mT
+    return found
+
+
 def check_count(count: int) -> None:
     """Refuse a number of rows that is none.
 
@@ -51,7 +67,7 @@ class HessianState:
         return moments
 
     def factor(self, damping: float, ordered: bool) -> "Factor":
-        """Return the factor of the inverse; weights that meet the same inputs share it.
+        """Return the factor; weights that meet the same inputs share it.
 
         Args:
             damping: share of the mean of the diagonal that is added to each of its elements.
@@ -68,10 +84,10 @@ class HessianState:
 
 @attrs.frozen(eq=False)
 class Factor:
-    """``U`` with ``(H + damping)^-1 = U^T U``, its rows and columns in some order.
+    """``U`` with ``H + damping = U D U^T``, D diagonal, rows and columns of H in some order.
 
     Attributes:
-        upper: ``float32 [G, in, in]``, upper triangular.
+        upper: ``float32 [G, in, in]``, upper triangular with ones on its diagonal.
         order: the column of the weight that each row belongs to, ``int64 [G, in]``.
     """
 
@@ -84,7 +100,7 @@ class Factor:
 
         An input that was always zero costs nothing: its place on the diagonal becomes one, so that
         its column is rounded to nearest and moves no other. With the order of rows reversed, the
-        Cholesky factor of the matrix is an upper triangular one, whose inverse is `upper`.
+        Cholesky factor of the matrix is an upper triangular one, ``U D^(1/2)``.
         """
         if not bool(torch.isfinite(moments).all()):
             raise ValueError("the second moments of its inputs are not finite")
@@ -106,11 +122,8 @@ class Factor:
             diagonal.add_(level * damping)
             lower, failed = torch.linalg.cholesky_ex(exact)
             if not bool(failed.any()):
-                eye = torch.eye(count, dtype=torch.float64, device=exact.device)
-                inverse = torch.linalg.solve_triangular(
-                    lower.flip(1, 2), eye.expand_as(exact), upper=True
-                )
-                return cls(inverse.to(torch.float32), order)
+                lower /= lower.diagonal(dim1=1, dim2=2).unsqueeze(1)
+                return cls(lower.to(torch.float32).flip(1, 2), order)
             damping *= 10
         raise ValueError(f"the second moments of its inputs are singular, damped by {damping:.2g}")
 
@@ -129,7 +142,7 @@ class Hessian(Statistic[HessianState]):
     def observe(self, x: Tensor) -> HessianState:
         """Return the sums over rows ``[n, in]``, or over ``[G, n, in]`` for a stack of matrices."""
         rows = (x if x.dim() == 3 else x.unsqueeze(0)).to(torch.float32)
-        return HessianState(rows.mT @ rows, rows.shape[1])
+        return HessianState(_products(rows), rows.shape[1])
 
     def merge(self, left: HessianState, right: HessianState) -> HessianState:
         """Return the sums over both."""

@@ -50,7 +50,7 @@ TABLES: Mapping[str, tuple[float, ...]] = {"nf4": NF4}
 
 _LEVELS = "levels"
 _GROUPS = PerGroup(64)
-_SAMPLED = 1 << 16  # values that a table is fitted to
+_SAMPLED = 1 << 15  # values that a table is fitted to
 _FITS = 3
 _STEPS = 30
 
