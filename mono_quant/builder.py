@@ -141,8 +141,8 @@ class Builder:
         block. `explain()` shows what that comes to.
 
         Args:
-            quality: "fast" rounds to nearest and needs no data; "balanced" takes GPTQ, refined
-                twice. "best" also turns the inputs of Linear layers first (`Rotate`), unless a
+            quality: "fast" rounds to nearest and needs no data; "balanced" takes GPTQ. "best"
+                refines it twice, turns the inputs of Linear layers first (`Rotate`), unless a
                 rounding or another transform is said, and in the end learns scales, biases and
                 norms by what the whole model returns (`TuneScales`), unless a rounding or a
                 correction is said, the weights are more than 512 MB in float32, or the model is

@@ -22,6 +22,7 @@ from mono_quant.numerics.values import Layout, QTensor
 
 _BETAS = (0.9, 0.95)
 _NEAR = 0.45
+_FLOAT_BITS = 16  # of codes that are floats themselves
 """How far from its grid point a weight begins at most, in steps: at a half it is another one.
 
 A weight that was put on a grid point further away begins right there.
@@ -167,6 +168,12 @@ class LearnedWeight:
         self.moved = torch.zeros(())
         self._values: Tensor | None = None
         self._size = self.moved
+
+    @property
+    def apart(self) -> float:
+        """How far levels lie apart, in distances of 16 that are spread over as wide a range."""
+        levels = 1 << (self._scheme.code_bits or _FLOAT_BITS)
+        return 15 / (levels - 1)
 
     def release(self, wanted: Tensor) -> None:
         """Let values leave their grid points, each from where the float stack is near it."""

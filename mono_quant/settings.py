@@ -61,12 +61,10 @@ class Quality:
     corrections: tuple[Correction, ...] = ()
 
 
-_COMPENSATED = GPTQ(damping=0.1, refinements=2)
-
 QUALITIES: Mapping[str, Quality] = {
     "fast": Quality(),
-    "balanced": Quality(_COMPENSATED),
-    "best": Quality(_COMPENSATED, (Rotate(),), (TuneScales(),)),
+    "balanced": Quality(GPTQ(damping=0.1)),
+    "best": Quality(GPTQ(damping=0.1, refinements=2), (Rotate(),), (TuneScales(),)),
 }
 """By the names that `quality` takes."""
 

@@ -45,8 +45,8 @@ def test_without_data_every_quality_rounds_to_nearest(quality: str) -> None:
 
 def test_with_data_the_better_ones_compensate() -> None:
     assert recipe(quality="fast").rounding == RoundToNearest()
-    for name in ("balanced", "best"):
-        assert recipe(quality=name).rounding == GPTQ(damping=0.1, refinements=2)
+    assert recipe(quality="balanced").rounding == GPTQ(damping=0.1)
+    assert recipe(quality="best").rounding == GPTQ(damping=0.1, refinements=2)
 
 
 def test_what_is_said_wins() -> None:

@@ -26,9 +26,9 @@ class GPTQ(Rounding):
 
     Minimizes the error of the layer's output on the inputs that calibration saw, greedily: with
     ``H = E[x x^T] = U D U^T``, what column k misses is spread over the later ones by row k of U,
-    which is upper triangular with ones on its diagonal. Ranges are found first, from the weight as it was given, so that an order of
-    columns moves no group. No row comes out worse than by rounding to nearest: one that would is
-    rounded to nearest.
+    which is upper triangular with ones on its diagonal. Ranges are found first, from the weight as
+    it was given, so that an order of columns moves no group. No row comes out worse than by
+    rounding to nearest: one that would is rounded to nearest.
 
     Refinements go on from there. Each fits the scales to the codes by least squares, then gives
     each weight in turn the grid point that is best beside all others.

@@ -104,17 +104,17 @@ class Factor:
         """
         if not bool(torch.isfinite(moments).all()):
             raise ValueError("the second moments of its inputs are not finite")
-        exact = moments.to(torch.float64)
-        diagonal = exact.diagonal(dim1=1, dim2=2)
-        count = exact.shape[1]
+        matrices, count, _ = moments.shape
         order = (
-            diagonal.argsort(dim=1, descending=True, stable=True)
+            moments.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
             if ordered
-            else torch.arange(count, device=exact.device).expand(exact.shape[0], count)
+            else torch.arange(count, device=moments.device).expand(matrices, count)
         )
         back = order.flip(1)
-        exact = exact.gather(1, back.unsqueeze(2).expand_as(exact))
-        exact = exact.gather(2, back.unsqueeze(1).expand_as(exact))
+        moments = moments.gather(1, back.unsqueeze(2).expand_as(moments))
+        moments = moments.gather(2, back.unsqueeze(1).expand_as(moments))
+        exact = moments.to(torch.float64)
+        del moments  # which may be large
         diagonal = exact.diagonal(dim1=1, dim2=2)  # a view
         level = diagonal.mean(1, keepdim=True)
         diagonal.masked_fill_(diagonal == 0, 1.0)

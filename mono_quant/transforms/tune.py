@@ -59,7 +59,9 @@ class TuneScales(Correction):
         steps: of one batch each.
         minutes: stop after this long; results then depend on the machine's speed. None for no
             limit.
-        scale_rate: rate of scales, as a share of them.
+        scale_rate: rate of scales of 16 levels, as a share of them. It is as many times higher for
+            fewer levels, and lower for more, as those lie further or less apart: what scales can
+            make up for grows with that.
         float_rate: rate of what stays float.
         seed: of the order of batches.
     """
@@ -101,10 +103,11 @@ class TuneScales(Correction):
 
     def _learn(self, trial: Trial, calls: "_Calls") -> tuple[str, str]:
         """Change what is learned in place; return the SQNR of the outputs before and after."""
-        groups = [
-            (self.scale_rate, [one.stretch for one in trial.weights.values() if one.scales]),
-            (self.float_rate, list(trial.floats.values())),
-        ]
+        stretches: dict[float, list[Tensor]] = {}
+        for one in trial.weights.values():
+            if one.scales:
+                stretches.setdefault(self.scale_rate * one.apart, []).append(one.stretch)
+        groups = [*stretches.items(), (self.float_rate, list(trial.floats.values()))]
         best = Best(trial, calls)
         before = best.error
         clock = Clock(self.steps, self.minutes)

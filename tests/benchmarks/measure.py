@@ -39,6 +39,11 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     print(flush=True)
 
 
+def first_sample(batches: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """Return a batch of the first sample alone."""
+    return [tuple(one[:1] for one in batches[0])]
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Run torch on one thread."""
