@@ -1,4 +1,4 @@
-"""llm-compressor: GPTQ, block after block, on MiniLM as transformers' BertModel.
+"""llm-compressor: GPTQ, block after block, on the models of transformers with the same weights.
 
 Texts are given one by one, so that none is padded. Its scales are kept in float32 here, and counted
 as the float16 that they are saved in with a model of that width.
@@ -6,8 +6,12 @@ as the float16 that they are saved in with a model of that width.
 
 import importlib
 import tempfile
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
+from torch import Tensor, nn
+
+from tests.benchmarks.weight_only import transformers_bert, transformers_llama
 from tests.benchmarks.weight_only.package import (
     Grid,
     Offer,
@@ -18,7 +22,41 @@ from tests.benchmarks.weight_only.package import (
     Task,
     Way,
 )
-from tests.benchmarks.weight_only.transformers_bert import bert, padding, texts, weights_of
+
+
+class _Twin(NamedTuple):
+    """A network as it is known to transformers.
+
+    Attributes:
+        build: makes it.
+        texts: returns the ids of each text.
+        weights_of: returns what became of its weights.
+        block: class of its blocks.
+        ignored: Linears that stay float.
+    """
+
+    build: Callable[[Task], nn.Module]
+    texts: Callable[[Task], list[Tensor]]
+    weights_of: Callable[[nn.Module, Task], Mapping[str, Tensor]]
+    block: str
+    ignored: tuple[str, ...] = ()
+
+
+_TWINS: Mapping[str, _Twin] = {
+    "minilm": _Twin(
+        transformers_bert.bert,
+        transformers_bert.texts,
+        transformers_bert.weights_of,
+        "BertLayer",
+    ),
+    "smollm2": _Twin(
+        transformers_llama.llama,
+        transformers_llama.rows,
+        transformers_llama.weights_of,
+        "LlamaDecoderLayer",
+        ("lm_head",),
+    ),
+}
 
 
 def _gptq(observer: str) -> Way:
@@ -26,9 +64,10 @@ def _gptq(observer: str) -> Way:
         llmcompressor: Any = importlib.import_module("llmcompressor")
         gptq: Any = importlib.import_module("llmcompressor.modifiers.gptq")
         datasets: Any = importlib.import_module("datasets")
-        model: Any = bert(task)
-        tokenizer = padding()
-        rows = [ids[0].tolist() for ids in texts(task)]
+        twin = _TWINS[task.network]
+        model: Any = twin.build(task)
+        tokenizer = transformers_bert.padding()
+        rows = [ids[0].tolist() for ids in twin.texts(task)]
         masks = [[1] * len(row) for row in rows]
         samples = datasets.Dataset.from_dict({"input_ids": rows, "attention_mask": masks})
         weights = {
@@ -40,7 +79,7 @@ def _gptq(observer: str) -> Way:
             "observer": observer,
         }
         group = {"targets": ["Linear"], "weights": weights}
-        modifier = gptq.GPTQModifier(config_groups={"all": group})
+        modifier = gptq.GPTQModifier(config_groups={"all": group}, ignore=list(twin.ignored))
 
         def quantize() -> Read:
             with tempfile.TemporaryDirectory(prefix="mono_quant_") as folder:
@@ -56,9 +95,9 @@ def _gptq(observer: str) -> Way:
                     batch_size=1,
                     shuffle_calibration_samples=False,
                     pipeline="sequential",
-                    sequential_targets=["BertLayer"],
+                    sequential_targets=[twin.block],
                 )
-            return lambda: Quantized(weights_of(model, task), grid.size(16 + grid.bits))
+            return lambda: Quantized(twin.weights_of(model, task), grid.size(16 + grid.bits))
 
         return quantize
 
@@ -69,7 +108,7 @@ PACKAGE = Package(
     "llm-compressor 0.14.0.1",
     ("llmcompressor==0.14.0.1", "transformers==5.17.0", "huggingface_hub==1.33.0"),
     {
-        "GPTQ": Offer(_gptq("memoryless_minmax"), networks=("minilm",)),
-        "GPTQ, MSE": Offer(_gptq("memoryless_mse"), networks=("minilm",)),
+        "GPTQ": Offer(_gptq("memoryless_minmax")),
+        "GPTQ, MSE": Offer(_gptq("memoryless_mse")),
     },
 )
