@@ -20,9 +20,9 @@ from mono_quant.numerics.extremes import all_finite
 from mono_quant.numerics.nested import tensors_in
 from mono_quant.numerics.values import Layout, QTensor
 
+_FLOAT_BITS = 16  # of codes that are floats themselves
 _BETAS = (0.9, 0.95)
 _NEAR = 0.45
-_FLOAT_BITS = 16  # of codes that are floats themselves
 """How far from its grid point a weight begins at most, in steps: at a half it is another one.
 
 A weight that was put on a grid point further away begins right there.

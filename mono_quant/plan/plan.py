@@ -260,7 +260,7 @@ class Plan(Generic[ModelT]):
             seen = data or measured
             fused = fuse_activations(work, TransformContext(seen.outputs if seen else None))
             found = attrs.evolve(found, changes=(*found.changes, *fused))
-        report = self._report(work, found, measured)
+        report = self._report(work, found, request)
         shown = measured if data is None else data
         example = CalibrationData([shown.first()], 1, shown.forward) if shown is not None else None
         return QuantizationResult(work, report, self.outline, example, request.layers)
@@ -385,8 +385,14 @@ class Plan(Generic[ModelT]):
     def _containers(self) -> tuple[Container, ...]:
         return (*self._request.containers, *BUILT_IN_CONTAINERS)
 
-    def _report(self, work: nn.Module, found: "_Evidence", data: CalibrationData | None) -> Report:
-        """Return the report of a finished model: transforms may have changed what there is."""
+    def _report(self, work: nn.Module, found: "_Evidence", request: Request) -> Report:
+        """Return the report of a finished model: transforms may have changed what there is.
+
+        Args:
+            work: the model.
+            found: what carrying the plan out showed.
+            request: what was asked for, its data held.
+        """
         before = self.outline.report
         floats = [weight for weight in self.weights if weight.recipe is None]
         after = account(work, floats, found.changes)
@@ -398,20 +404,18 @@ class Plan(Generic[ModelT]):
             changes=found.changes,
             original_bytes=before.float_bytes,
         )
-        if data is not None:
+        if request.evidence is not None:
+            notes = ["measured on other data than it was calibrated on"] if request.apart else []
+            for data in filter(None, (request.data, request.measured)):
+                notes += left_out(work, data)
             report = attrs.evolve(
                 report,
                 output_sqnr_db=found.output.sqnr_db,
-                samples=sum(count_samples(batch) for batch in data.batches()),
-                notes=(*report.notes, *self._apart(), *left_out(work, data)),
+                samples=sum(count_samples(batch) for batch in request.evidence.batches()),
+                notes=(*report.notes, *dict.fromkeys(notes)),
             )
         warned = (*warnings_of(report, found.damages, found.relief), *before.warnings)
         return attrs.evolve(report, warnings=warned)
-
-    def _apart(self) -> Iterable[str]:
-        """Yield that the data which was measured on is no other's, where there is other."""
-        if self._request.measured is not None and self._request.calibrated:
-            yield "measured on other data than it was calibrated on"
 
     def _check_unspent(self, todo: Iterable[WeightPlan]) -> None:
         for weight in todo:

@@ -74,6 +74,11 @@ class Request:
         """What the result is measured on; None for nothing."""
         return self.measured.called_as(self.data) if self.measured is not None else self.data
 
+    @property
+    def apart(self) -> bool:
+        """Whether it is measured on other data than it is calibrated on."""
+        return self.measured is not None and self.calibrated
+
     def held(self) -> "Request":
         """Return this with its batches held in memory, so that every pass sees the same ones."""
         data = self.data.held() if self.data is not None else None

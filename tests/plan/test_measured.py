@@ -128,6 +128,15 @@ def test_the_model_is_called_as_for_calibration_unless_it_says_how() -> None:
     assert same.output_sqnr_db == told.output_sqnr_db != own.output_sqnr_db
 
 
+def test_labels_of_either_data_are_named_once() -> None:
+    labels = torch.zeros(16)
+    pairs = [(x, labels) for x in CALIBRATION], [(x, labels) for x in APART]
+    quantizer = WAYS["static"]
+    for calibration, apart in (pairs, (pairs[0], APART), (CALIBRATION, pairs[1])):
+        found = quantizer.fit(calibration).measure_on(apart).apply(mlp(), progress=False)
+        assert sum("taken for labels" in note for note in found.report.notes) == 1
+
+
 def test_what_cannot_be_measured_on_is_refused() -> None:
     with pytest.raises(InputError, match="empty"):
         Quantizer().measure_on([])
