@@ -365,7 +365,7 @@ class _Reached(BaseException):
         self.output = output
 
 
-NOTED = 32_000_000
+NOTED = 16_000_000
 """Bytes of the first outputs that a report holds while it is made, to come back to."""
 
 _NOTED_BATCHES = 3

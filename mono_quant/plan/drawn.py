@@ -6,7 +6,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from mono_quant.base import PackedTensor, Scheme
+from mono_quant.base import QuantizedModule, Scheme
 from mono_quant.calibration import evaluating
 from mono_quant.evidence import Distribution, LayerReport
 from mono_quant.numerics.histogram import HistogramState, observe
@@ -70,7 +70,7 @@ def distribution(state: HistogramState, covered: tuple[float, float] | None = No
 def with_histograms(
     rows: Mapping[str, LayerReport],
     todo: Iterable[WeightPlan],
-    packed: Mapping[str, PackedTensor],
+    model: nn.Module,
     floats: nn.Module | None,
 ) -> Mapping[str, LayerReport]:
     """Return the rows, those that return least with their histograms and all others without.
@@ -78,7 +78,7 @@ def with_histograms(
     Args:
         rows: by the weights' names.
         todo: those weights.
-        packed: them on their grids.
+        model: the quantized one.
         floats: the model with the float weights; None where they are gone, and were looked at when
             they were rounded.
     """
@@ -91,13 +91,15 @@ def with_histograms(
             return attrs.evolve(row, histogram=None, inputs=inputs)
         if row.histogram is not None or floats is None:
             return row
-        return attrs.evolve(row, histogram=_of(plans[name], packed[name], floats))
+        return attrs.evolve(row, histogram=_of(plans[name], model, floats))
 
     return {name: drawn(name, row) for name, row in rows.items()}
 
 
-def _of(weight: WeightPlan, packed: PackedTensor, floats: nn.Module) -> Distribution | None:
-    layer = floats.get_submodule(weight.path)
+def _of(weight: WeightPlan, model: nn.Module, floats: nn.Module) -> Distribution | None:
+    layer, quantized = floats.get_submodule(weight.path), model.get_submodule(weight.path)
+    assert isinstance(quantized, QuantizedModule)  # its weight has a row
+    packed = quantized.packed_weights()[weight.name]
     with evaluating(layer):  # in train mode, reading a spectral_norm weight changes it
         stack = weight.maker.weights(layer)[weight.name].stack()
     return weight_histogram(stack, packed.scheme, packed.qparams)

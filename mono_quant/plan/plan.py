@@ -236,6 +236,7 @@ class Plan(Generic[ModelT]):
         )
         work, rows = layers.model, layers.rows
         changes = (*changes, *layers.changes)
+        del layers  # whose codes would be held beside what kernels make of them
         adapt_containers(work, self._containers)
         guard_saving(work)
         changes = (*changes, *chosen.refused)
@@ -254,7 +255,7 @@ class Plan(Generic[ModelT]):
         if found.damages and request.on_damage != "warn":
             amended = self._amended(found.damages, request)
             return amended.run(sequential=sequential, resume=resume, progress=progress)
-        drawn = with_histograms(found.rows, todo, layers.packed, before)
+        drawn = with_histograms(found.rows, todo, work, before)
         found = attrs.evolve(found, rows=drawn)
         if request.fold is not False:
             seen = data or measured

@@ -1,6 +1,8 @@
 """Plans carried out: what is refused, measured and left alone."""
 
 import copy
+import weakref
+from collections.abc import Sequence
 
 import attrs
 import pytest
@@ -22,6 +24,8 @@ from mono_quant import (
     TransformContext,
 )
 from mono_quant.base import WITHOUT_DATA
+from mono_quant.plan.request import WeightPlan
+from mono_quant.plan.run import LayerRun
 from tests.helpers import (
     Doubled,
     noise,
@@ -254,3 +258,25 @@ def test_a_plan_that_was_carried_out_in_place_is_spent(again: bool) -> None:
     plan.run(in_place=True, progress=False)
     with pytest.raises(InputError, match=r"'0' is quantized already.*make another with plan"):
         plan.run(in_place=again, progress=False)
+
+
+def test_what_was_rounded_is_not_held_while_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[weakref.ref[LayerRun[nn.Module]]] = []
+    held: list[bool] = []
+
+    class Watched(LayerRun[nn.Module]):
+        def __init__(self, model: nn.Module, todo: Sequence[WeightPlan], *, drawn: bool) -> None:
+            super().__init__(model, todo, drawn=drawn)
+            runs.append(weakref.ref(self))
+
+    def forward(model: nn.Module, batch: object) -> object:
+        held.append(any(run() is not None for run in runs))
+        found: object = model(batch)
+        return found
+
+    monkeypatch.setattr("mono_quant.plan.plan.LayerRun", Watched)
+    quantizer = Quantizer().bits(4).fit([noise(4, 128)], forward=forward)
+    assert quantizer.apply(mlp(), progress=False).report.quantized[0].histogram is not None
+    assert len(runs) == 1
+    assert held
+    assert not any(held)
