@@ -30,7 +30,7 @@ class Mend(Enum):
         "if it is called another way, say how with fit(data, forward=lambda model, batch: ...)"
     )
     OUTPUT = "return one with fit(data, forward=lambda model, batch: ...)"
-    BATCH = "leave it out of the data"
+    BATCH = "leave it out of what fit(data) or measure_on(data) is given"
     TUPLE = "write fit([(inputs, labels)]) for one batch, or fit(list(batches)) for several"
     DATA = "give some with fit(data)"
     DATA_OR_DYNAMIC = 'give some with fit(data), or say activations("dynamic")'
