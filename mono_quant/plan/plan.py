@@ -194,6 +194,7 @@ class Plan(Generic[ModelT]):
             )
         request = request.held()
         data, measured = request.data, request.evidence
+        seen = data or measured
         todo = [weight for weight in self.weights if weight.recipe is not None]
         kept = Kept()
         self._check_unspent(todo)
@@ -258,12 +259,10 @@ class Plan(Generic[ModelT]):
         drawn = with_histograms(found.rows, todo, work, before)
         found = attrs.evolve(found, rows=drawn)
         if request.fold is not False:
-            seen = data or measured
             fused = fuse_activations(work, TransformContext(seen.outputs if seen else None))
             found = attrs.evolve(found, changes=(*found.changes, *fused))
         report = self._report(work, found, request)
-        shown = measured if data is None else data
-        example = CalibrationData([shown.first()], 1, shown.forward) if shown is not None else None
+        example = CalibrationData([seen.first()], 1, seen.forward) if seen is not None else None
         return QuantizationResult(work, report, self.outline, example, request.layers)
 
     def calibrate(self, *, progress: bool = True) -> CalibrationStatistics:

@@ -39,8 +39,8 @@ class GPTQ(Rounding):
     Source: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative
     Pre-trained Transformers", https://arxiv.org/abs/2210.17323, which writes the same with factors
     of ``H^-1``; that no inverse is needed, Chee et al. 2023, "QuIP",
-    https://arxiv.org/abs/2307.13304. Refinements: coordinate descent as
-    in Behdin et al. 2023, "QuantEase", https://arxiv.org/abs/2309.01885.
+    https://arxiv.org/abs/2307.13304. Refinements: coordinate descent as in Behdin et al. 2023,
+    "QuantEase", https://arxiv.org/abs/2309.01885.
 
     Attributes:
         damping: share of the mean of H's diagonal that is added to it, against singular H.

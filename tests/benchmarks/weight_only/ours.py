@@ -91,11 +91,12 @@ def _tables(rounding: Rounding) -> Callable[[Grid], Quantizer]:
     return lambda grid: Quantizer().bits(grid.bits).quality("balanced").rounding(rounding)
 
 
-def _chosen(quality: str) -> Offer:
+def _chosen(quality: str, *, measured: bool = False) -> Offer:
     def quantizer(grid: Grid) -> Quantizer:
         return Quantizer().bits(grid.bits).quality(quality)
 
-    return Offer(_way(quantizer, with_data=QUALITIES[quality].rounding is not None), TABLES)
+    learns = QUALITIES[quality].rounding is not None
+    return Offer(_way(quantizer, with_data=learns, measured=measured), TABLES)
 
 
 PACKAGE = Package(
@@ -123,9 +124,7 @@ PACKAGE = Package(
         "GPTQ refined twice": Offer(
             _way(_tables(GPTQ(damping=0.1, refinements=2)), with_data=True), TABLES
         ),
-        "quality('balanced'), measured on all of the data": Offer(
-            _way(_tables(GPTQ(damping=0.1)), with_data=True, measured=True), TABLES
-        ),
+        "quality('balanced'), measured on all of the data": _chosen("balanced", measured=True),
         "scales learned, 16 steps": Offer(
             _way(
                 _tables(LearnedRounding(steps=16, rounding_rate=0.0, scale_rate=3e-3)),

@@ -46,12 +46,11 @@ def llama(task: Task) -> nn.Module:
         use_cache=False,
     )
     model: nn.Module = transformers.LlamaForCausalLM(config)
-    model.load_state_dict(
-        {
-            f"{_named(name)}.weight": _moved(name, value, _apart())
-            for name, value in _owned(task.model.state_dict()).items()
-        }
-    )
+    state = {}
+    for key, value in task.model.state_dict().items():
+        name = key.removesuffix(".weight")
+        state[f"{_named(name)}.weight"] = _moved(name, value, _apart())
+    model.load_state_dict(state)
     return model.eval()
 
 
@@ -67,10 +66,6 @@ def weights_of(model: nn.Module, task: Task) -> Mapping[str, Tensor]:
         f"{name}.weight": _moved(name, model.get_parameter(f"{_named(name)}.weight").detach(), back)
         for name in task.names
     }
-
-
-def _owned(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    return {name.removesuffix(".weight"): value for name, value in state.items()}
 
 
 def _named(name: str) -> str:
