@@ -67,8 +67,10 @@ class Scheme(Configurable, ABC):
     def __init_subclass__(cls) -> None:
         """Let no class inherit a shorter way past a `quantize` or `dequantize` of its own."""
         super().__init_subclass__()
-        if {"quantize", "dequantize"} & vars(cls).keys() and "by_column" not in vars(cls):
-            cls.by_column = Scheme.by_column  # type: ignore[method-assign]  # as a subclass would
+        own = vars(cls).keys()
+        if own & {"quantize", "dequantize"}:
+            for shorter in {"by_column", "approximate"} - own:
+                setattr(cls, shorter, getattr(Scheme, shorter))
 
     @property
     @abstractmethod
@@ -289,6 +291,14 @@ class Scheme(Configurable, ABC):
     def fake_quantize(self, x: Tensor, qparams: QParams) -> Tensor:
         """Return `x` on the grid: quantized and dequantized, in float32."""
         return self.dequantize(self.quantize(x, qparams))
+
+    def approximate(self, x: Tensor, qparams: QParams) -> Tensor:
+        """Return nearly what `fake_quantize` does: a search compares ranges by the error it leaves.
+
+        The same by default. A scheme overrides it where some level near a value is found much
+        faster than the nearest one; with a `quantize` of its own, an inherited one is not used.
+        """
+        return self.fake_quantize(x, qparams)
 
     @final
     def bits_per_weight(self, shape: Shape) -> float:

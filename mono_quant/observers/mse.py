@@ -84,7 +84,7 @@ class MSE(CountingObserver):
             factor = factors[tried]
             ends = ((end * factor).clamp_(-_LARGEST, _LARGEST) for end in (low, high))
             qparams = scheme.calculate_qparams(*ends, block_size=block_size)
-            missed = scheme.fake_quantize(x, qparams) - x
+            missed = scheme.approximate(x, qparams) - x
             error = block_sum(missed.to(exact).square_(), block_size)
             better = error < best
             torch.where(better, error, best, out=best)

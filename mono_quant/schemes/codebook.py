@@ -11,9 +11,10 @@ from torch import Tensor
 from mono_quant.base import RangeEstimator
 from mono_quant.configurable import as_dtype, is_count, register
 from mono_quant.errors import ConfigurationError
-from mono_quant.numerics.blocks import block_range, to_blocks
+from mono_quant.numerics.blocks import block_range, meet, to_blocks
 from mono_quant.numerics.granularity import Granularity, PerGroup, Shape
 from mono_quant.numerics.tables import Levels, fitted, spread_levels
+from mono_quant.numerics.values import QParams
 from mono_quant.schemes.scaled import (
     Scaled,
     check_granularity,
@@ -59,9 +60,27 @@ def _as_table(levels: str | Iterable[float]) -> str | tuple[float, ...]:
     return levels if isinstance(levels, str) else tuple(map(float, levels))
 
 
+class _Tables(Scaled):
+    """Grids whose table is of ascending levels, and codes their places."""
+
+    __slots__ = ()
+
+    def encoder(
+        self, extra: Mapping[str, Tensor], device: torch.device
+    ) -> Callable[[Tensor], Tensor]:
+        """Return what finds the place of the nearest level of each value."""
+        return Levels(self.table(extra, device)).nearest
+
+    def approximate(self, x: Tensor, qparams: QParams) -> Tensor:
+        """Return a level near each value times its scale; about halfway it may be either."""
+        levels = Levels(self.table(qparams.extra, x.device))
+        values, scale = meet(x.to(torch.float32), qparams.block_size, self.scales(qparams))
+        return levels.on_grid(values, scale).reshape(x.shape)
+
+
 @register
 @attrs.frozen
-class Codebook(Scaled):
+class Codebook(_Tables):
     """``value = table[code] * scale``, ``scale = max|x|``: the nearest of 4 to 256 levels.
 
     Halfway between two levels, a value goes to the lower one, as in bitsandbytes.
@@ -124,12 +143,6 @@ class Codebook(Scaled):
         """Return the table."""
         return torch.tensor(self._numbers, dtype=torch.float32, device=device)
 
-    def encoder(
-        self, extra: Mapping[str, Tensor], device: torch.device
-    ) -> Callable[[Tensor], Tensor]:
-        """Return what finds the place of the nearest level of each value."""
-        return Levels(self.table(extra, device)).nearest
-
     def describe(self) -> str:
         """Return the table, the granularity and uncommon scales."""
         bits = self.code_bits
@@ -144,7 +157,7 @@ def _check_bits(_: object, __: object, bits: object) -> None:
 
 @register
 @attrs.frozen
-class FittedCodebook(Scaled):
+class FittedCodebook(_Tables):
     """``value = table[code] * scale``, with a table of ``2 ** bits`` levels fitted to each weight.
 
     A scale is ``max|x|`` with the sign of that value, which thus lies at 1 whatever its sign; the
@@ -191,12 +204,6 @@ class FittedCodebook(Scaled):
     def table(self, extra: Mapping[str, Tensor], device: torch.device) -> Tensor:
         """Return the fitted table."""
         return extra[_LEVELS].to(torch.float32)
-
-    def encoder(
-        self, extra: Mapping[str, Tensor], device: torch.device
-    ) -> Callable[[Tensor], Tensor]:
-        """Return what finds the place of the nearest level of each value."""
-        return Levels(self.table(extra, device)).nearest
 
     def shared(self, x: Tensor, observer: RangeEstimator, block_size: Shape) -> dict[str, Tensor]:
         """Return the table, fitted to some blocks of `x`, and of 8-bit scales the global one."""

@@ -293,6 +293,10 @@ class Held(Scheme):
         """Return what the scheme does."""
         return self.of.dequantize(q)
 
+    def approximate(self, x: Tensor, qparams: QParams) -> Tensor:
+        """Return what the scheme does."""
+        return self.of.approximate(x, qparams)
+
 
 def _divisor(scale: Tensor) -> Tensor:
     """Return what values are divided by, ones in place of zeros."""

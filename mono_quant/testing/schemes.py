@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mono_quant.base import PackedTensor, RangeEstimator, Scheme
 from mono_quant.errors import InputError
-from mono_quant.numerics.blocks import block_counts, block_range, spread, to_blocks
+from mono_quant.numerics.blocks import block_counts, block_range, block_sum, spread, to_blocks
 from mono_quant.numerics.granularity import Granularity, Shape
 from mono_quant.numerics.values import Layout, QParams, QTensor
 from mono_quant.observers import MSE, MinMax
@@ -27,6 +27,9 @@ from mono_quant.testing.models import fill, noise
 
 _LENGTHS = (8, 16, 32, 64, 96, 128, 256, 512, 1024, 4096)
 _TINY = torch.finfo(torch.float32).tiny
+_NONE = torch.finfo(torch.float64).tiny
+_MANY = 1 << 14
+"""Values for which shorter ways are taken that a few are not worth."""
 
 
 def stack_of(scheme: Scheme) -> Shape:
@@ -274,6 +277,24 @@ def extreme_values_stay_finite_or_are_refused(scheme: Scheme) -> None:
         expect(finite, f"values near {magnitude:g} come back as NaN or infinity")
 
 
+def approximations_leave_about_the_same_error(scheme: Scheme) -> None:
+    """Where it has an `approximate` of its own, each block's squared error is the exact one's."""
+    if type(scheme).approximate is Scheme.approximate:
+        raise DoesNotApply("it does not override approximate")
+    matrices, rows, length = stack_of(scheme)
+    shape = (matrices, rows * max(1, _MANY // (matrices * rows * length)), length)
+    if (refusal := scheme.refuse(shape)) is not None:
+        raise DoesNotApply(f"it refuses {shape}: {refusal}")
+    for x in (noise(*shape), noise(*shape) ** 3 * 1e-3, noise(*shape).clamp(-3, 3) * 1e-38):
+        qparams = scheme.choose_qparams(x, MinMax())
+        found, exact = (
+            block_sum((values - x).to(torch.float64).square_(), qparams.block_size)
+            for values in (scheme.approximate(x, qparams), scheme.fake_quantize(x, qparams))
+        )
+        worst = float(((found - exact).abs() / exact.clamp(min=_NONE)).max())
+        expect(worst <= 0.1, f"the error of a block is off by {worst:.3g} of what it is")
+
+
 def what_is_not_finite_is_refused(scheme: Scheme) -> None:
     """NaN and infinity, in a stack or a range, are an `InputError`."""
     x = noise(*stack_of(scheme))
@@ -404,6 +425,7 @@ LAWS = Laws(
         *map(on_any_stack, ON_ANY_STACK),
         zeros_come_back_as_zeros,
         extreme_values_stay_finite_or_are_refused,
+        approximations_leave_about_the_same_error,
         what_is_not_finite_is_refused,
         empty_stacks_stay_empty,
         bytes_are_those_foretold,

@@ -63,6 +63,33 @@ def test_halfway_between_two_levels_is_the_lower_one() -> None:
     assert nearest(x[:3], levels).tolist() == [0, 1, 2]
 
 
+@given(levels=TABLES, scale=st.sampled_from([1.0, -0.37, 3e-20, 7e12]))
+def test_what_a_search_looks_up_is_a_level_next_to_the_nearest_at_most(
+    levels: Tensor, scale: float
+) -> None:
+    x = awkward(levels)[:-5] * scale
+    found = Levels(levels).on_grid(x, torch.tensor([scale])) / scale
+    values = (x / scale).to(torch.float64)
+    missed = (found - values).abs()
+    least = (levels.to(torch.float64) - values.unsqueeze(1)).abs().amin(1)
+    cell = float(levels[-1] - levels[0]) / 4096
+    assert (missed <= least + 1.1 * cell + 1e-6).all(), "half a cell beyond halfway, from both"
+    apart = (levels.to(torch.float64) - found.to(torch.float64).unsqueeze(1)).abs().amin(1)
+    assert (apart <= 1e-6).all(), "every value is a level"
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-44, 1e38])
+def test_scales_at_the_ends_of_float32_are_looked_up_alike(scale: float) -> None:
+    levels = torch.linspace(-1, 1, 16)
+    x = noise(4, MANY).clamp(-1, 1) * scale
+    scales = torch.tensor([scale, 1.0, scale, 1.0]).unsqueeze(1)
+    found = Levels(levels).on_grid(x, scales)
+    exact = look_up(Levels(levels).nearest(x / scales.masked_fill(scales == 0, 1.0)), levels)
+    off = (found - exact * scales).abs()
+    assert (off <= 0.14 * scales.abs()).all(), "a neighbouring level at most"
+    assert float((off != 0).to(torch.float32).mean()) < 1e-2
+
+
 @given(levels=TABLES)
 def test_levels_come_back_from_their_places(levels: Tensor) -> None:
     places = nearest(levels, levels)

@@ -1,7 +1,9 @@
 """Tables: the published one, and fits that gain."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
+import attrs
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from mono_quant import (
     PerChannel,
     PerGroup,
     PerTensor,
+    QParams,
+    QTensor,
     Quantizer,
     Scheme,
     sqnr_db,
@@ -210,3 +214,40 @@ def test_they_describe_themselves(scheme: Scheme, words: str) -> None:
     quantizer = Quantizer().scheme(scheme)
     written: object = eval(repr(quantizer), {**vars(torch), **globals(), "torch": torch})
     assert repr(written) == repr(quantizer)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("tail", [1, 3])
+def test_a_search_by_levels_nearby_finds_what_the_exact_one_does(
+    monkeypatch: pytest.MonkeyPatch, bits: int, tail: int
+) -> None:
+    x = noise(1, 64, 512) ** tail
+    scheme = FittedCodebook(bits)
+
+    def missed() -> float:
+        return sqnr_db(x, scheme.fake_quantize(x, scheme.choose_qparams(x, MSE())))
+
+    found = missed()
+    monkeypatch.setattr(FittedCodebook, "approximate", Scheme.approximate)
+    exact = missed()
+    assert found == pytest.approx(exact, abs=0.02), "dB"
+
+
+@attrs.frozen
+class Even(FittedCodebook):
+    """A table of every other level: its own way to quantize is what counts."""
+
+    kind: ClassVar[str] = "tests.even_levels"
+
+    def quantize(self, x: Tensor, qparams: QParams) -> QTensor:
+        q = super().quantize(x, qparams)
+        return QTensor(q.codes // 2 * 2, qparams, q.dtype)
+
+
+def test_a_table_with_a_quantize_of_its_own_is_searched_by_it() -> None:
+    x, scheme = noise(1, 64, 512), Even(4)
+    qparams = scheme.choose_qparams(x, MinMax())
+    assert same_bits(scheme.approximate(x, qparams), scheme.fake_quantize(x, qparams))
+    assert not torch.equal(
+        scheme.approximate(x, qparams), FittedCodebook(4).approximate(x, qparams)
+    )

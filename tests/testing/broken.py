@@ -172,6 +172,14 @@ class Hasty(Affine):
 
 
 @attrs.frozen
+class Vague(Affine):
+    kind: ClassVar[str] = "tests.vague"
+
+    def approximate(self, x: Tensor, qparams: QParams) -> Tensor:
+        return 1.1 * self.fake_quantize(x, qparams)
+
+
+@attrs.frozen
 class OneScale(Affine):
     kind: ClassVar[str] = "tests.one_scale"
 

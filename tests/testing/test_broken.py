@@ -41,6 +41,7 @@ from tests.testing.broken import (
     Trusting,
     Uneven,
     Unhashable,
+    Vague,
     WholeRange,
     Writing,
 )
@@ -94,6 +95,7 @@ BROKEN: list[tuple[object, str, str]] = [
     (Numb(4), "the_dtype_of_the_weight_is_remembered", "became a QTensor of torch.float32"),
     (Halved(4), "rows_are_decoded_alone", "decode otherwise"),
     (Hasty(4, granularity=PerGroup(4)), "columns_are_quantized_as_in_the_whole", "has other"),
+    (Vague(4), "approximations_leave_about_the_same_error", "the error of a block is off by"),
     (OneScale(4), "there_is_one_scale_for_each_block", "the scale is"),
     (Uneven(), "granularities_cut_without_remainder", "do not tile"),
     (Averaged(), "merging_is_associative", "differ"),
