@@ -77,9 +77,9 @@ class GPTQ(Rounding):
         return f"GPTQ, block after block, in about three runs of the model over the data{more}"
 
     def work_bytes(self, shape: Shape) -> int:
-        """Return the bytes of second moments, of their factor, and of what float64 takes for it."""
+        """Return the bytes of second moments, of what float64 takes, and of their factor, twice."""
         matrices, _, length = shape
-        return matrices * length * length * (4 + 4 + 3 * 8)
+        return matrices * length * length * (4 + 8 + 2 * 4)
 
     @property
     def needs(self) -> tuple[AnyStatistic, ...]:

@@ -78,7 +78,7 @@ class HessianState:
         """
         key = (damping, ordered)
         if key not in self._factors:
-            self._factors[key] = Factor.of(self.mean, damping, ordered)
+            self._factors[key] = Factor.of(self, damping, ordered)
         return self._factors[key]
 
 
@@ -95,37 +95,40 @@ class Factor:
     order: Tensor
 
     @classmethod
-    def of(cls, moments: Tensor, damping: float, ordered: bool) -> "Factor":
-        """Return the factor of `moments`, ``float32 [G, in, in]``.
+    def of(cls, state: HessianState, damping: float, ordered: bool) -> "Factor":
+        """Return the factor of second moments.
 
         An input that was always zero costs nothing: its place on the diagonal becomes one, so that
         its column is rounded to nearest and moves no other. With the order of rows reversed, the
         Cholesky factor of the matrix is an upper triangular one, ``U D^(1/2)``.
         """
-        if not bool(torch.isfinite(moments).all()):
+        gram = state.gram
+        if not bool(torch.isfinite(gram).all()):
             raise ValueError("the second moments of its inputs are not finite")
-        matrices, count, _ = moments.shape
+        matrices, count, _ = gram.shape
         order = (
-            moments.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+            gram.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
             if ordered
-            else torch.arange(count, device=moments.device).expand(matrices, count)
+            else torch.arange(count, device=gram.device).expand(matrices, count)
         )
-        back = order.flip(1)
-        moments = moments.gather(1, back.unsqueeze(2).expand_as(moments))
-        moments = moments.gather(2, back.unsqueeze(1).expand_as(moments))
-        exact = moments.to(torch.float64)
-        del moments  # which may be large
-        diagonal = exact.diagonal(dim1=1, dim2=2)  # a view
-        level = diagonal.mean(1, keepdim=True)
-        diagonal.masked_fill_(diagonal == 0, 1.0)
-        for _ in range(_TRIES):
-            diagonal.add_(level * damping)
-            lower, failed = torch.linalg.cholesky_ex(exact)
+        failed = torch.empty(matrices, dtype=torch.int32, device=gram.device)
+        for added in (damping * 10**power for power in range(_TRIES)):
+            moments = _rearranged(gram, order.flip(1)).div_(max(1, state.count))
+            diagonal = moments.diagonal(dim1=1, dim2=2)  # a view
+            level = diagonal.mean(1, keepdim=True)
+            diagonal.masked_fill_(diagonal == 0, 1.0).add_(level * added)
+            lower = moments.mT  # in whose order of values the factor takes the matrix's place
+            torch.linalg.cholesky_ex(lower, out=(lower, failed))
             if not bool(failed.any()):
-                lower /= lower.diagonal(dim1=1, dim2=2).unsqueeze(1)
+                lower /= lower.diagonal(dim1=1, dim2=2).unsqueeze(1).clone()
                 return cls(lower.to(torch.float32).flip(1, 2), order)
-            damping *= 10
-        raise ValueError(f"the second moments of its inputs are singular, damped by {damping:.2g}")
+        raise ValueError(f"the second moments of its inputs are singular, damped by {added:.2g}")
+
+
+def _rearranged(gram: Tensor, order: Tensor) -> Tensor:
+    """Return symmetric matrices with rows and columns in some order, ``float64 [G, in, in]``."""
+    rows = gram.gather(1, order.unsqueeze(2).expand_as(gram))
+    return rows.gather(2, order.unsqueeze(1).expand_as(gram)).to(torch.float64)
 
 
 @register
