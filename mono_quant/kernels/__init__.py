@@ -39,6 +39,7 @@ from mono_quant.kernels.fp16_sequences import (
     Fp16Sequences,
 )
 from mono_quant.kernels.int4 import INT4, PANEL_BLOCKS, PANEL_BYTES, Int4, PanelBlocks, PanelBytes
+from mono_quant.kernels.int8 import INT8, Int8
 from mono_quant.kernels.integer import INTEGER, Integer
 from mono_quant.kernels.ops import followed, gradient_asked, untraced
 from mono_quant.kernels.outliers import DECOMPOSED, DECOMPOSED_TRACED, Decomposed
@@ -63,6 +64,7 @@ KERNELS: tuple[Kernel, ...] = (
     FBGEMM_LINEAR,
     PACKED_CONVOLUTION,
     INTEGER_CONVOLUTION,
+    INT8,
     INT4,
     PANEL_BLOCKS,
     PANEL_BYTES,
@@ -294,6 +296,7 @@ __all__ = [
     "Fp16",
     "Fp16Sequences",
     "Int4",
+    "Int8",
     "Integer",
     "IntegerConvolution",
     "IntegerSteps",

@@ -1,7 +1,8 @@
 """FBGEMM's product of 8-bit weights and floats that it quantizes on the way, typed.
 
 Without VNNI it adds two products in 16 bits, which saturate unless codes of inputs are at most 128.
-There each code is written as two halves: twice the rows, and exact sums all the same.
+There each code of 8 bits is written as two halves: twice the rows, and exact sums all the same.
+Codes of fewer bits need no halves.
 
 Quantized tensors, by way of which a weight is packed, are deprecated since torch 2.13: where torch
 has none any more, `refuse` says so, and other kernels have their turn.
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from mono_quant.kernels.ops import engine_refusal
 from mono_quant.kernels.trial import refusal
+
+TOP = 255
+"""The largest code of 8 bits."""
 
 _ROWS, _COLUMNS = 48, 512
 
@@ -51,8 +55,10 @@ def unpack(packed: torch.ScriptObject) -> Tensor:
     return cast("Tensor", torch.ops.quantized.linear_unpack(packed)[0].int_repr())
 
 
-def linear(x: Tensor, scale: float, zero: int, packed: torch.ScriptObject) -> Tensor:
-    """Return ``x @ weight.T`` as ``float32 [..., out]``, `x` on a grid of 8 bits; sums are exact.
+def linear(
+    x: Tensor, scale: float, zero: int, packed: torch.ScriptObject, top: int = TOP
+) -> Tensor:
+    """Return ``x @ weight.T`` as ``float32 [..., out]``, `x` on a grid; sums are exact.
 
     Codes are those of ``torch.quantize_per_tensor``: the zero point is added, and the value
     rounded, in one step.
@@ -60,10 +66,18 @@ def linear(x: Tensor, scale: float, zero: int, packed: torch.ScriptObject) -> Te
     Args:
         x: ``float32 [..., in]`` of two dimensions or more, contiguous, finite.
         scale: of the grid.
-        zero: the code that means zero, 0 to 255.
+        zero: the code that means zero, 0 to `top`.
         packed: by `pack`.
+        top: the largest code: 255, or of grids of fewer bits 127 at most.
     """
-    return _of_halves(x, scale, zero, packed) if saturates() else _product(x, scale, zero, packed)
+    halved = saturates()
+    if top < TOP:  # which the operator does not clamp to
+        x = x.clamp(-zero * scale, (top - zero) * scale)
+        if halved:  # so are the weight's scales
+            x, scale = x.mul_(2), 2 * scale
+    elif halved:
+        return _of_halves(x, scale, zero, packed)
+    return _product(x, scale, zero, packed)
 
 
 def _product(x: Tensor, scale: float, zero: int, packed: torch.ScriptObject) -> Tensor:
@@ -83,14 +97,14 @@ def _of_halves(x: Tensor, scale: float, zero: int, packed: torch.ScriptObject) -
         return torch.cat(
             [_of_halves(part, scale, zero, packed) for part in torch.split(x, _AT_ONCE)]
         )
-    inside = x.clamp(-zero * scale, (_TOP - zero) * scale)
+    inside = x.clamp(-zero * scale, (TOP - zero) * scale)
     aside = _ASIDE if x.dim() == 2 else _ASIDE.view(2, *[1] * x.dim())
     halves = torch.add(inside, aside, alpha=scale)  # [2, ..., in]
     low, high = _product(halves, 2 * scale, (zero + 1) // 2, packed).unbind()
     return torch.add(low, high)
 
 
-_TOP, _AT_ONCE = 255, 512
+_AT_ONCE = 512
 _ASIDE = torch.tensor([-0.5, 0.5], device="cpu").view(2, 1, 1)
 
 

@@ -12,14 +12,13 @@ from mono_quant.base import Activation, Arranged, ArrangingKernel, KernelSpec, P
 from mono_quant.kernels import fbgemm
 from mono_quant.kernels.blocks import BLOCKS
 from mono_quant.kernels.codes import flat, refuse, shaped
-from mono_quant.kernels.digits import SIGN, are_finite, grids_of_few, one_grid
+from mono_quant.kernels.digits import are_finite, grids_of_few, one_grid
 from mono_quant.kernels.integer import refuse_inputs, refuse_weight
 from mono_quant.kernels.ops import unfollowed
 from mono_quant.schemes import Affine
 
 _PIECE = 1 << 26  # codes that are packed at once, copied on the way: 64 MB
 _PANEL = 48  # rows of a piece are a multiple of it, so that only the last one is filled up
-_BITS = 8
 _PADDING = 0.15  # of the weight's bytes, the most that filling up may take
 _ALONE = 0.35  # the most where no other kernel packs weights of 8 bits: rows of 384 are filled up
 _USUAL = (1e-25, 1e25)  # between these a scale of inputs can be multiplied by one of a weight
@@ -67,21 +66,23 @@ class FbgemmRows(Arranged):
         tensors = {**self.weight.tensors, "codes": self.canonical()}
         return replace(self.weight, tensors=tensors)
 
-    def times(self, rows: Tensor, scale: float, zero: int) -> Tensor:
-        """Return ``rows @ weight.T``, ``float32 [..., out]``, the rows on a grid of 8 bits."""
+    def times(self, rows: Tensor, scale: float, zero: int, top: int) -> Tensor:
+        """Return ``rows @ weight.T``, ``float32 [..., out]``; see `fbgemm.linear` for the rest."""
         if len(self.pieces) == 1:
-            return fbgemm.linear(rows, scale, zero, self.pieces[0])
-        return torch.cat([fbgemm.linear(rows, scale, zero, piece) for piece in self.pieces], -1)
+            return fbgemm.linear(rows, scale, zero, self.pieces[0], top)
+        return torch.cat(
+            [fbgemm.linear(rows, scale, zero, piece, top) for piece in self.pieces], -1
+        )
 
 
 @final
 class FbgemmLinear(ArrangingKernel[FbgemmRows]):
-    """Multiplies 8-bit weights and 8-bit codes of inputs, which one call of FBGEMM rounds itself.
+    """Multiplies 8-bit weights and codes of inputs, which one call of FBGEMM rounds itself.
 
     Sums are exact. Inputs that lie half-way between two codes, as closely as float32 tells, may
     become the other code than those of `Activation.fake_quantize`: the zero point is added and the
-    value rounded in one step here, as ``torch.quantize_per_tensor`` does. Without VNNI rows are
-    multiplied as halves of their codes, which takes twice as long and is as exact.
+    value rounded in one step here, as ``torch.quantize_per_tensor`` does. Without VNNI rows of 8
+    bits are multiplied as halves of their codes, which takes twice as long and is as exact.
 
     Where each row has a grid of its own, rows are divided by their scales before, which puts all on
     one grid, and what their zero points add is a float product.
@@ -98,7 +99,7 @@ class FbgemmLinear(ArrangingKernel[FbgemmRows]):
         return FbgemmRows
 
     def supports(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Return why it cannot: 8-bit weights, per channel or tensor, and 8-bit inputs on a CPU."""
+        """Return why it cannot: 8-bit weights, per channel or tensor, and inputs on a grid."""
         reason = refuse(spec, device, dtype)
         if reason is None:
             reason = refuse_weight(spec) or _refuse_activation(spec.activation)
@@ -146,7 +147,7 @@ class FbgemmLinear(ArrangingKernel[FbgemmRows]):
         grids = _own_grids(rows, activation)
         if grids is None:
             return BLOCKS(spec, x, weight.unpacked(), bias)
-        return shaped(_of_own(rows, grids, weight, bias), None, x)
+        return shaped(_of_own(rows, grids, activation, weight, bias), None, x)
 
 
 def of_alike(
@@ -167,7 +168,8 @@ def of_alike(
     grid = one_grid(rows, activation)
     if grid is None or not _USUAL[0] < grid[0] < _USUAL[1]:
         return None
-    out = weight.times(rows, grid[0], SIGN if _is_symmetric(activation) else grid[1])
+    middle, top = _middle_and_top(activation)
+    out = weight.times(rows, grid[0], middle if _is_symmetric(activation) else grid[1], top)
     return out if bias is None else out.add_(bias)
 
 
@@ -178,7 +180,8 @@ class _Grids:
     Attributes:
         unit: scales, ``float32 [M or 1, 1]``.
         inverse: their reciprocals.
-        offset: the codes that mean zero, less `SIGN`, ``float32 [M or 1, 1]``; None where all do.
+        offset: the codes that mean zero, less the middle one, ``float32 [M or 1, 1]``; None where
+            all do.
     """
 
     unit: Tensor
@@ -189,24 +192,27 @@ class _Grids:
 def _own_grids(rows: Tensor, activation: Activation) -> _Grids | None:
     """Return the grids of ``rows [M, in]``; None where there is no row or one is not finite."""
     few, symmetric = grids_of_few(rows, activation), _is_symmetric(activation)
+    middle, _ = _middle_and_top(activation)
     if few is not None:
         unit, inverse, zero = few.unbind()
-        return _Grids(unit, inverse, None if symmetric else zero.sub_(SIGN))
+        return _Grids(unit, inverse, None if symmetric else zero.sub_(middle))
     qparams = activation.qparams(rows)
     if not are_finite(rows, activation, qparams):
         return None
     scale, codes = qparams.scale, qparams.zero_point
     assert scale is not None  # an Affine has one
-    offset = codes.to(torch.float32).sub_(SIGN) if codes is not None else None
+    offset = codes.to(torch.float32).sub_(middle) if codes is not None else None
     return _Grids(scale, scale.reciprocal(), offset)
 
 
-def _of_own(rows: Tensor, grids: _Grids, weight: FbgemmRows, bias: Tensor | None) -> Tensor:
+def _of_own(
+    rows: Tensor, grids: _Grids, activation: Activation, weight: FbgemmRows, bias: Tensor | None
+) -> Tensor:
     """Return the product with ``float32 [M, in]`` rows, and the bias, ``float32 [M, out]``."""
     steps = rows * grids.inverse
     if grids.offset is not None:
         steps.add_(grids.offset)
-    out = weight.times(steps, 1.0, SIGN)
+    out = weight.times(steps, 1.0, *_middle_and_top(activation))
     if grids.offset is not None:
         out.addcmul_(grids.offset, weight.sums, value=-1)
     if bias is None:
@@ -214,17 +220,19 @@ def _of_own(rows: Tensor, grids: _Grids, weight: FbgemmRows, bias: Tensor | None
     return torch.addcmul(bias.to(torch.float32), out, grids.unit, out=out)
 
 
+def _middle_and_top(activation: Activation) -> tuple[int, int]:
+    """Return the code that means zero on a symmetric grid, from 0 on, and the largest one."""
+    middle = 1 << (activation.scheme.code_bits or 8) - 1
+    return middle, 2 * middle - 1
+
+
 def _is_symmetric(activation: Activation) -> bool:
     return isinstance(activation.scheme, Affine) and activation.scheme.symmetric
 
 
 def _refuse_activation(activation: Activation | None) -> str | None:
-    """Return why inputs cannot be put on a grid by FBGEMM, or None: affine ones of 8 bits can."""
-    if activation is None:
-        return "inputs are float"
-    if reason := refuse_inputs(activation):
-        return reason
-    return None if activation.scheme.code_bits == _BITS else f"inputs are {activation.describe()}"
+    """Return why inputs cannot be put on a grid by FBGEMM, or None: affine ones can."""
+    return "inputs are float" if activation is None else refuse_inputs(activation)
 
 
 def _places(rows: int, length: int) -> Iterator[slice]:

@@ -17,6 +17,9 @@ SHORTEST_ROW = 32
 LONGEST_ROW = 1 << 15
 """Up to here no sum of products of two bytes leaves 32 bits, corrections included."""
 
+INT8_COLUMNS = 64
+"""What the rows of `int8_mm` are multiples of."""
+
 _TRIAL = """
 import torch
 for rows in (1, 3, 17, 64):
@@ -141,6 +144,38 @@ def int_mm_columns(left: Tensor, columns: Tensor) -> Tensor:
 def int_mm_refusal() -> str | None:
     """Return why `int_mm` cannot be used by this torch on this machine, or None."""
     return refusal("the integer product", _TRIAL)
+
+
+def int8_mm(x: Tensor, codes: Tensor) -> Tensor:
+    """Return ``x @ codes.T`` as ``bfloat16 [M, out]``, summed in float32.
+
+    Args:
+        x: ``bfloat16 [M, in]``. Float32 ones are computed one value at a time, and far slower.
+        codes: ``int8 [out, in]``, `in` a multiple of `INT8_COLUMNS`. The operator reads beyond rows
+            that are none, and may end the process.
+    """
+    ones = torch.ones(codes.shape[0], dtype=torch.bfloat16, device=codes.device)
+    product: Tensor = torch.ops.aten._weight_int8pack_mm(x, codes, ones)
+    return product
+
+
+@untraced
+def int8_mm_refusal() -> str | None:
+    """Return why `int8_mm` cannot be used by this torch on this machine, or None."""
+    return refusal("the 8-bit product in bfloat16", _INT8_TRIAL)
+
+
+_INT8_TRIAL = """
+import torch
+for rows, length in ((96, 512), (1, 576), (33, 64), (7, 128)):
+    weight = torch.randint(-128, 128, (rows, length), dtype=torch.int8)
+    for count in (1, 2, 3, 17, 130):
+        x = torch.randint(-8, 9, (count, length)).to(torch.bfloat16)
+        found = torch.ops.aten._weight_int8pack_mm(x, weight, torch.ones(rows).to(x.dtype))
+        exact = x.double() @ weight.double().t()
+        assert found.dtype == torch.bfloat16
+        assert ((found - exact).abs() <= 2.0**-8 * exact.abs()).all(), "a product is wrong"
+"""
 
 
 def int4_mm(x: Tensor, panels: Tensor, group: int, pairs: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ OURS = {
     "symmetric weights": DYNAMIC,
     "asymmetric weights": DYNAMIC.asymmetric(),
     "asymmetric, MSE weights": DYNAMIC.asymmetric().observer(weights="mse"),
+    "7-bit inputs": Quantizer().activations("dynamic", bits=7),
     "inputs turned": DYNAMIC.transform(Rotate()),
 }
 

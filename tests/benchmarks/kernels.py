@@ -41,6 +41,7 @@ TURNED = (1024, 4096)
 SETTINGS = {
     "INT8, dynamic asymmetric inputs": Quantizer(),
     "INT8, dynamic symmetric inputs": Quantizer().activations("dynamic", symmetric=True),
+    "INT8, dynamic inputs of 7 bits": Quantizer().activations("dynamic", bits=7),
     "INT8, static inputs": Quantizer().activations("static"),
     "INT8, float inputs": Quantizer().activations(None),
     "INT4 g64, float inputs": Quantizer().bits(4),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mono_quant import QuantizedLayer
 from mono_quant.base import Activation
 from mono_quant.kernels import fbgemm, onednn
-from mono_quant.kernels.digits import SIGN, digits_of_inputs, grids_of_few, one_grid
+from mono_quant.kernels.digits import digits_of_inputs, grids_of_few, one_grid
 from mono_quant.kernels.ops import int_mm
 from mono_quant.modules import kernels_run
 from tests.benchmarks.kernels import BATCHES, REPEATS, SETTINGS, SIZE
@@ -82,11 +82,14 @@ def _machine() -> Machine:
         lambda: torch.mv(next(turn), row),
         lambda: next(turn).sum(),
         lambda: torch.mm(hot, hot),
-        lambda: int_mm(left, codes),
     ]
-    if onednn.refuse_linear() is None:
+    if onednn.refuse_linear() is None:  # else `int_mm` takes one value at a time
         packed, scale = onednn.pack_linear(codes), torch.ones(_HOT)
+        calls.append(lambda: int_mm(left, codes))
         calls.append(lambda: onednn.linear(left, (1.0, 0, 255), packed, scale, None, None))
+    if fbgemm.refuse() is None:
+        panels = fbgemm.pack(codes, torch.ones(_HOT), None)
+        calls.append(lambda: fbgemm.linear(hot, 1.0, 64, panels, 127))
     for call in calls:
         call()
     product, total, floats, *integers = least_seconds(calls, _TURNS)
@@ -137,7 +140,7 @@ def _parts() -> Iterator[tuple[str, ...]]:
         layers = [copy.deepcopy(layer) for _ in range(_copies(SIZE * SIZE))]
         activation = layer.activations()["weight"]
         stored = [one.packed_weights()["weight"].tensors["codes"][0].clone() for one in layers]
-        products = _products(stored)
+        products = _products(stored, (1 << (activation.scheme.code_bits or 8)) - 1)
         for batch in BATCHES:
             x = torch.randn(batch, SIZE)
             with kernels_run() as ran:
@@ -177,15 +180,20 @@ class _Bare(NamedTuple):
     rounds: bool
 
 
-def _products(stored: Sequence[Tensor]) -> Mapping[str, _Bare]:
-    """Return the bare operators of kernels for 8-bit weights, by the kernel's name."""
+def _products(stored: Sequence[Tensor], top: int) -> Mapping[str, _Bare]:
+    """Return the bare operators of kernels for 8-bit weights, by the kernel's name.
+
+    Args:
+        stored: the weights.
+        top: the largest code of inputs.
+    """
     bare = {"integer": _Bare(int_mm, stored, rounds=False)}
     if not onednn.refuse_linear():
         packed = [onednn.pack_linear(codes) for codes in stored]
         bare["onednn"] = _Bare(_packed, packed, rounds=False)
     if not fbgemm.refuse():
         panels = [fbgemm.pack(codes, _NO_SCALE, None) for codes in stored]
-        bare["fbgemm"] = _Bare(_panels, panels, rounds=True)
+        bare["fbgemm"] = _Bare(partial(_panels, top), panels, rounds=True)
     return bare
 
 
@@ -193,8 +201,8 @@ def _packed(codes: Tensor, weight: Tensor) -> Tensor:
     return onednn.linear(codes, (1.0, 0, 255), weight, _NO_SCALE, None, None)
 
 
-def _panels(x: Tensor, weight: torch.ScriptObject) -> Tensor:
-    return fbgemm.linear(x, 1.0, SIGN, weight)
+def _panels(top: int, x: Tensor, weight: torch.ScriptObject) -> Tensor:
+    return fbgemm.linear(x, 1.0, (top + 1) // 2, weight, top)
 
 
 def _product(

@@ -27,6 +27,7 @@ DYNAMIC = Quantizer().activations("dynamic")
 STATIC = (
     Quantizer().activations("static"),
     Quantizer().activations("static", symmetric=True),
+    Quantizer().activations("static", bits=7),
 )
 INTEGERS = {
     "dynamic": DYNAMIC,

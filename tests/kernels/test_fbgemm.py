@@ -10,14 +10,18 @@ from mono_quant.kernels.fbgemm_linear import FbgemmRows
 from mono_quant.kernels.store import STORE
 from mono_quant.modules.weight import kernel_bytes
 from tests.helpers import noise, same_bits
-from tests.kernels.cases import CPU, EPS, FLOATS, INTEGERS, ROWS, layer, run, spec_of
+from tests.kernels.cases import CPU, EPS, FLOATS, INTEGERS, ROWS, STATIC, layer, run, spec_of
 
 FBGEMM = FbgemmLinear()
 SHAPES = {"wide": (95, 1010), "long": (47, 10237)}
 """As odd as may be without much to fill up."""
 
 GRIDS = {
-    **{name: one for name, one in INTEGERS.items() if "4-bit" not in name},
+    **INTEGERS,
+    "dynamic 7-bit": Quantizer().activations("dynamic", bits=7),
+    "dynamic symmetric 7-bit": Quantizer().activations("dynamic", bits=7, symmetric=True),
+    "7-bit per tensor": Quantizer().activations("dynamic", bits=7, granularity="tensor"),
+    "static 7-bit": STATIC[2],
     "per tensor": Quantizer().activations("dynamic", granularity="tensor"),
     "asymmetric weight, symmetric inputs": Quantizer()
     .asymmetric()
@@ -33,11 +37,13 @@ def _able() -> None:
         pytest.skip(why)
 
 
-def codes_of(x: Tensor, scale: float, zero: int) -> Tensor:
+def codes_of(x: Tensor, scale: float, zero: int, top: int) -> Tensor:
     """Return codes, ``float64``, of which values on a half are rounded as the kernel does it."""
-    if not fbgemm.saturates():
-        return torch.quantize_per_tensor(x, scale, zero, torch.quint8).int_repr().double()
-    inside = x.clamp(-zero * scale, (255 - zero) * scale)
+    inside = x.clamp(-zero * scale, (top - zero) * scale)
+    if top < 255 or not fbgemm.saturates():
+        codes = torch.quantize_per_tensor(inside, scale, zero, torch.quint8).int_repr().double()
+        assert float(codes.max()) <= top
+        return codes
     low, high = (
         torch.quantize_per_tensor(inside + half * scale, 2 * scale, (zero + 1) // 2, torch.quint8)
         for half in (-0.5, 0.5)
@@ -50,22 +56,26 @@ def expected_of(made: QuantizedLayer, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the product in float64 without bias, and what it may be off by.
 
     Codes are those of `codes_of` for rows on one grid. Otherwise the row in steps of its scale, its
-    zero point less 128 added, is what is put on a grid of ones.
+    zero point less the middle code added, is what is put on a grid of ones.
     """
     packed, activation = made.packed_weights()["weight"], made.activations()["weight"]
     qparams = activation.qparams(x)
     scale, zero = qparams.scale, qparams.zero_point
     assert scale is not None
-    middle = zero.float() if zero is not None else torch.full_like(scale, 128)
+    half = 1 << (activation.scheme.code_bits or 8) - 1
+    top = 2 * half - 1
+    middle = zero.float() if zero is not None else torch.full_like(scale, half)
     if scale.numel() == 1:
-        codes = codes_of(x, float(scale), int(middle))
+        codes = codes_of(x, float(scale), int(middle), top)
     else:
-        codes = codes_of(x * scale.reciprocal() + (middle - 128), 1.0, 128)
+        codes = codes_of(x * scale.reciprocal() + (middle - half), 1.0, half, top)
     weight = packed.dequantize().double()
     sums = (codes - middle) @ weight.t() * scale
-    parts = (codes - (middle if scale.numel() == 1 else 128)) @ weight.t() * scale
-    offsets = (128 - middle) * weight.sum(1) * scale
-    odd = (codes + (middle if scale.numel() == 1 else 128)) % 2 * fbgemm.saturates()
+    parts = (codes - (middle if scale.numel() == 1 else half)) @ weight.t() * scale
+    offsets = (half - middle) * weight.sum(1) * scale
+    odd = (
+        (codes + (middle if scale.numel() == 1 else half)) % 2 * (fbgemm.saturates() and top == 255)
+    )
     apart = odd @ weight.t() * scale  # by which what the halves of codes come to may differ
     room = 6 * EPS * (sums.abs() + parts.abs() + offsets.abs() + apart.abs())
     return sums, room + 1e-37
@@ -211,7 +221,7 @@ def test_an_input_of_the_wrong_width_is_refused() -> None:
     ("quantizer", "shape", "why"),
     [
         (Quantizer().bits(4), (96, 1024), "4-bit"),
-        (INTEGERS["dynamic 4-bit"], (96, 1024), "inputs are dynamic 4-bit"),
+        (Quantizer().activations("dynamic", dtype="float8_e4m3fn"), (96, 1024), "inputs are dyn"),
         (FLOATS["8-bit"], (96, 1024), "inputs are float"),
         (INTEGERS["dynamic"], (160, 640), "filled up by 92%"),
         (INTEGERS["dynamic"], (64, 64), "too few"),

@@ -14,6 +14,7 @@ Way = Callable[[Task], Made]
 _WIDTHS = {
     "INT8, dynamic": Quantizer().activations("dynamic"),
     "INT8, dynamic symmetric": Quantizer().activations("dynamic", symmetric=True),
+    "INT8, dynamic of 7 bits": Quantizer().activations("dynamic", bits=7),
     "INT8, weights alone": Quantizer().activations(None),
     "INT4 g64, weights alone": Quantizer().bits(4).group_size(64),
     "INT4 g64, dynamic": Quantizer().bits(4).group_size(64).activations("dynamic"),
