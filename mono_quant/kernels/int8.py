@@ -6,7 +6,7 @@ from torch import Tensor
 from mono_quant.base import KernelSpec, PackedTensor
 from mono_quant.kernels import onednn
 from mono_quant.kernels.blocks import BLOCKS
-from mono_quant.kernels.codes import constants, flat, has_finite_sum, refuse, shaped
+from mono_quant.kernels.codes import flat, has_finite_sum, refuse, shaped
 from mono_quant.kernels.integer import refuse_grid
 from mono_quant.kernels.ops import INT8_COLUMNS, int8_mm, int8_mm_refusal
 from mono_quant.schemes import Affine
@@ -48,8 +48,8 @@ class Int8:
     ) -> Tensor:
         """Return ``x @ weight.T + bias``, ``[..., out]`` in the dtype of `x`."""
         rows = flat(x, spec.layout.stack[2], torch.bfloat16)
-        found = int8_mm(rows, weight.tensors["codes"][0]).to(torch.float32)
-        out = found.mul_(constants(weight).scale)
+        out = int8_mm(rows, weight.tensors["codes"][0]).to(torch.float32)
+        out.mul_(weight.tensors["scale"].reshape(-1))
         return shaped(out, bias, x) if has_finite_sum(out) else BLOCKS(spec, x, weight, bias)
 
 
