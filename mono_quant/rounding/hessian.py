@@ -120,7 +120,7 @@ class Factor:
             lower = moments.mT  # in whose order of values the factor takes the matrix's place
             torch.linalg.cholesky_ex(lower, out=(lower, failed))
             if not bool(failed.any()):
-                lower /= lower.diagonal(dim1=1, dim2=2).unsqueeze(1).clone()
+                lower /= lower.diagonal(dim1=1, dim2=2).unsqueeze(1).clone()  # which becomes ones
                 return cls(lower.to(torch.float32).flip(1, 2), order)
         raise ValueError(f"the second moments of its inputs are singular, damped by {added:.2g}")
 
