@@ -134,8 +134,8 @@ LAYERS = [
     ),
 ]
 
-ROUNDS = {"int4": 2.0**-9, "int4-bytes": 2.0**-8}
-"""Kernels that say that they round, and by how much: to bfloat16, to an 8-bit grid of each row."""
+ROUNDS = {"int4": 2.0**-9, "int4-bytes": 2.0**-8, "int8": 2.0**-9}
+"""Kernels that say that they round, and by how much: to bfloat16, or to 8 bits of each row."""
 
 
 @parametrize_with_checks([*SCHEMES, *GRANULARITIES, PerToken()])
