@@ -153,8 +153,8 @@ def pyright(session: nox.Session) -> None:
 def minimums(session: nox.Session) -> None:
     """Run the fast tests of `USES` with the oldest attrs, safetensors and tqdm that are allowed.
 
-    By them models are planned, quantized, saved and loaded, and every class keeps its laws, but for
-    kernels, which use none of the three.
+    By them models are planned, quantized, saved and loaded, and every class keeps its laws. Those
+    of kernels are left out: products are a matter of torch, and trying them takes long.
     """
     older = oldest() | {"torch": pins()["torch"]}
     install(session, "-e", ".", *group("tests"), older=older)

@@ -20,3 +20,8 @@ def stored_scale(scale: Tensor, dtype: torch.dtype, step: float) -> Tensor:
     error = (stored.to(torch.float32) - scale).abs()
     allowed = max(torch.finfo(dtype).eps, step)
     return stored if bool((error <= scale.abs() * allowed).all()) else scale
+
+
+def divisor_of(scale: Tensor) -> Tensor:
+    """Return what values are divided by, ones in place of scales that are zero."""
+    return scale.masked_fill(scale == 0, 1.0)

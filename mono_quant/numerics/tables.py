@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from mono_quant.numerics.scales import divisor_of
+
 _CELLS = 1 << 12
 """Even cells that a table is laid over, to find a value's neighbourhood without a search."""
 
@@ -62,7 +64,7 @@ class Levels:
         Returns:
             float32, shaped like `x`.
         """
-        divisor = scale.masked_fill(scale == 0, 1.0)
+        divisor = divisor_of(scale)
         per_cell = 1 / (divisor * self._width)
         if not self._in_cells or x.numel() < _CELLS or not bool(per_cell.isfinite().all()):
             return look_up(self.nearest(x / divisor), self._levels).mul_(scale)

@@ -17,7 +17,7 @@ from mono_quant.numerics.columns import ByColumn, per_column
 from mono_quant.numerics.granularity import Granularity, Shape
 from mono_quant.numerics.minifloat import FORMATS, POWERS, power_below
 from mono_quant.numerics.packing import packed_length
-from mono_quant.numerics.scales import stored_scale
+from mono_quant.numerics.scales import divisor_of, stored_scale
 from mono_quant.numerics.tables import look_up
 from mono_quant.numerics.values import QParams, QTensor
 
@@ -180,7 +180,7 @@ class Scaled(Scheme):
         """Return the code of the nearest level to each value over its scale, in float32."""
         values = x if x.dtype in _PLAIN else x.to(torch.float32)
         values, scale = meet(values, qparams.block_size, self.scales(qparams))
-        values = (values / _divisor(scale)).reshape(x.shape)  # in float32, as scales are
+        values = (values / divisor_of(scale)).reshape(x.shape)  # in float32, as scales are
         return QTensor(self.encoder(qparams.extra, x.device)(values), qparams, x.dtype)
 
     def dequantize(self, q: QTensor) -> Tensor:
@@ -193,7 +193,7 @@ class Scaled(Scheme):
         """Return what quantizes single columns, with a table and divisors that are found once."""
         scale = self.scales(qparams)
         scales, divisors = (
-            per_column(part, qparams.block_size, order) for part in (scale, _divisor(scale))
+            per_column(part, qparams.block_size, order) for part in (scale, divisor_of(scale))
         )
         encode = self.encoder(qparams.extra, scale.device)
         table = self.table(qparams.extra, scale.device)
@@ -296,11 +296,6 @@ class Held(Scheme):
     def approximate(self, x: Tensor, qparams: QParams) -> Tensor:
         """Return what the scheme does."""
         return self.of.approximate(x, qparams)
-
-
-def _divisor(scale: Tensor) -> Tensor:
-    """Return what values are divided by, ones in place of zeros."""
-    return scale.masked_fill(scale == 0, 1.0)
 
 
 def check_scale_dtype(dtype: torch.dtype, *others: torch.dtype) -> None:

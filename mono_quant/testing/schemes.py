@@ -278,7 +278,7 @@ def extreme_values_stay_finite_or_are_refused(scheme: Scheme) -> None:
 
 
 def approximations_leave_about_the_same_error(scheme: Scheme) -> None:
-    """Where it has an `approximate` of its own, each block's squared error is the exact one's."""
+    """An `approximate` of its own leaves each block about the squared error of the exact values."""
     if type(scheme).approximate is Scheme.approximate:
         raise DoesNotApply("it does not override approximate")
     matrices, rows, length = stack_of(scheme)
