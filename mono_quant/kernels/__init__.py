@@ -15,7 +15,7 @@ from torch import Tensor
 from mono_quant.base import ArrangingKernel, Kernel, KernelSpec
 from mono_quant.kernels.blocks import BLOCKS, Blocks
 from mono_quant.kernels.choice import fastest, order_of
-from mono_quant.kernels.codes import remembered_bytes
+from mono_quant.kernels.codes import SUMS, remembered_bytes, sums_of
 from mono_quant.kernels.convolution import INTEGER_CONVOLUTION, IntegerConvolution
 from mono_quant.kernels.cuda import (
     CUDA_DECODED,
@@ -51,7 +51,13 @@ from mono_quant.kernels.sequences import INTEGER_STEPS, IntegerSteps
 from mono_quant.kernels.store import STORE
 from mono_quant.kernels.switches import Switch, memory
 from mono_quant.kernels.timing import bucket
-from mono_quant.kernels.traced import INTEGER_TRACED, ROW_TRACED
+from mono_quant.kernels.traced import (
+    INT4_TRACED,
+    INTEGER_TRACED,
+    PANELS_TRACED,
+    ROW_TRACED,
+    most_rows,
+)
 from mono_quant.operations import Convolution
 from mono_quant.recurrence import Recurrence, WholeSequence
 
@@ -212,14 +218,25 @@ def _traceable(
     rows: int,
     others: tuple[Tensor | None, ...],
 ) -> Kernel:
-    """Return the kernel for a trace that is compiled; the reference for one that is exported."""
+    """Return the kernel for a trace that is compiled; the reference for one that is exported.
+
+    Whether 4-bit codes may be in panels, which the one of those wants, is the caller's to see.
+    """
     exporting = getattr(torch.compiler, "is_exporting", None)  # torch 2.6 has none
     if exporting is None or exporting() or gradient_asked(*others) or not _fastest_wanted():
         return REFERENCE
-    traced: tuple[Kernel, ...] = (INTEGER_TRACED, DECOMPOSED_TRACED, CUDA_INTEGER, CUDA_FLOAT8)
-    kernels = (*traced, ROW_TRACED) if rows == 1 else traced
+    kernels = (ROW_TRACED, *_TRACED) if rows == 1 else _TRACED
     able = (kernel for kernel in kernels if kernel.supports(spec, device, dtype) is None)
     return next(able, REFERENCE)
+
+
+_TRACED: tuple[Kernel, ...] = (
+    INTEGER_TRACED,
+    DECOMPOSED_TRACED,
+    INT4_TRACED,
+    CUDA_INTEGER,
+    CUDA_FLOAT8,
+)
 
 
 @untraced
@@ -282,8 +299,11 @@ def _fastest_whole(
 
 
 __all__ = [
+    "INT4_TRACED",
     "KERNELS",
+    "PANELS_TRACED",
     "REFERENCE",
+    "SUMS",
     "VARIABLE",
     "Blocks",
     "CudaDecoded",
@@ -308,8 +328,10 @@ __all__ = [
     "Row",
     "Site",
     "memory",
+    "most_rows",
     "remembered_bytes",
     "row_of",
     "select",
+    "sums_of",
     "use",
 ]

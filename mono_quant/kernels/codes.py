@@ -21,6 +21,11 @@ _KNOWN: MutableMapping[Tensor, _Known] = WeakIdKeyDictionary()
 A thousandth of the size of the codes.
 """
 
+SUMS = "sums"
+"""Among the tensors of a weight in a compiled trace, where they are known: sums of rows of codes,
+``int32 [1, out]``.
+"""
+
 SMALLEST = 1 << 16
 """Weights of fewer values are left to the reference, where a kernel takes no fewer calls."""
 
@@ -143,7 +148,12 @@ def constants(weight: PackedTensor) -> Constants:
 
 
 def _constants(codes: Tensor, scale: Tensor) -> Constants:
-    return Constants(codes.sum(-1, dtype=torch.int32), scale.to(torch.float32, copy=True).flatten())
+    return Constants(sums_of(codes), scale.to(torch.float32, copy=True).flatten())
+
+
+def sums_of(codes: Tensor) -> Tensor:
+    """Return the sum of each row of ``int8 [1, out, in]`` codes, ``int32 [1, out]``."""
+    return codes.sum(-1, dtype=torch.int32)
 
 
 def remembered_bytes(codes: Tensor) -> int:

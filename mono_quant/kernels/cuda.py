@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mono_quant.base import KernelSpec, PackedTensor, Scheme
-from mono_quant.kernels.codes import constants, flat, refuse, shaped
+from mono_quant.kernels.codes import SUMS, constants, flat, refuse, shaped, sums_of
 from mono_quant.kernels.digits import Factor
 from mono_quant.kernels.integer import refuse_grid, refuse_inputs, refuse_weight
 from mono_quant.kernels.ops import untraced
@@ -72,7 +72,7 @@ def _factor(weight: PackedTensor, bias: Tensor | None) -> Factor:
     tensors = weight.tensors
     codes, scale = tensors["codes"], tensors["scale"]
     if torch.compiler.is_compiling():
-        sums = codes.sum(-1, dtype=torch.int32)
+        sums = tensors[SUMS] if SUMS in tensors else sums_of(codes)
     else:
         known = constants(weight)
         sums, scale = known.sums, known.scale

@@ -113,19 +113,26 @@ class Factor:
         of_rows = x.digits.sum(1, keepdim=True, dtype=torch.int32)
         return sums.addcmul_(of_rows, self.zero, value=-1)
 
-    def of_sums(self, sums: Tensor, codes: Tensor, zero: Tensor | None, unit: Tensor) -> Tensor:
+    def of_sums(
+        self, sums: Tensor, codes: Tensor, zero: Tensor | None, unit: Tensor, places: int = 1
+    ) -> Tensor:
         """Return the product from sums of codes, which it leaves alone: for traces and devices.
 
         Args:
-            sums: ``codes @ self.codes.T``, ``int32 [M, out]``.
-            codes: of the inputs, ``[M, in]``.
+            sums: ``codes @ self.codes.T``, ``int32 [places * M, out]``.
+            codes: of the inputs, ``[places * M, in]``.
             zero: the code that means zero, ``int32 [M or 1, 1]``; None for 0.
-            unit: what a code of 1 stands for, ``float32 [M or 1, 1]``.
+            unit: what a (lowest) code of 1 stands for, ``float32 [M or 1, 1]``.
+            places: how many codes a value has, as `Digits`.
         """
         if self.zero is not None:
             sums = _less_product(sums, codes.sum(1, keepdim=True, dtype=torch.int32), self.zero)
         if zero is not None:
             sums = _less_product(sums, zero, self.sums)
+        if places > 1:
+            *lower, sums = sums.to(torch.float32).view(places, -1, sums.shape[1]).unbind()
+            for digit in reversed(lower):
+                sums = sums * 256.0 + digit
         out = sums * self.scale  # before the unit of a huge input, which alone could overflow
         return out * unit if self.bias is None else torch.addcmul(self.bias, out, unit)
 
@@ -330,15 +337,31 @@ def are_finite(rows: Tensor, activation: Activation | None, qparams: QParams | N
 
 def digits_of_floats(rows: Tensor) -> Digits:
     """Return three digits of each of ``rows [M, in]``."""
-    _, exponent = torch.frexp(rows.abs().amax(1, keepdim=True))  # |x| < 2^exponent, [M, 1]
+    peak = rows.abs().amax(1, keepdim=True).view(torch.int32)
+    exponent = peak.bitwise_right_shift(23) - 126  # |x| < 2^exponent, [M, 1]
     exponent = exponent.clamp(min=-100) - 22  # of the last digit's unit
     values = (rows * _power_of_two(-exponent)).round_().to(torch.int32)  # below 2^22
-    digits = rows.new_empty(_PLACES, *rows.shape, dtype=torch.int8)
+    bytes_ = _bytes_in_trace if torch.compiler.is_compiling() else _bytes_of
+    return Digits(bytes_(values), _MIDDLE, _power_of_two(exponent), _PLACES)
+
+
+def _bytes_of(values: Tensor) -> Tensor:
+    """Return signed digits of ``int32 [M, in]`` as `Digits` has them; `values` are overwritten."""
+    digits = values.new_empty(_PLACES, *values.shape, dtype=torch.int8)
     for digit in digits.unbind():
         digit.copy_(values)  # the lowest byte, as a signed one
         values.add_(SIGN).bitwise_right_shift_(8)
-    unsigned = digits.view(torch.uint8).bitwise_xor_(SIGN).view(-1, rows.shape[1])
-    return Digits(unsigned, _MIDDLE, _power_of_two(exponent), _PLACES)
+    return digits.view(torch.uint8).bitwise_xor_(SIGN).view(-1, values.shape[1])
+
+
+def _bytes_in_trace(values: Tensor) -> Tensor:
+    """Return what `_bytes_of` does, without writing into parts, which compilers make slow."""
+    digits = []
+    for _ in range(_PLACES):
+        values = values + SIGN
+        digits.append((values & 255).to(torch.uint8))
+        values = values >> 8
+    return torch.cat(digits)
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:

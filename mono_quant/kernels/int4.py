@@ -25,7 +25,7 @@ _ROWS = 256  # of the weight that are multiplied at once as bytes
 _LONGEST, _WIDE = 2048, 64  # of what is decoded at once: 512 KB, which stay in a core's cache
 
 
-class _OnPanels(ArrangingKernel[Panels]):
+class OnPanels(ArrangingKernel[Panels]):
     """What kernels on panels have in common.
 
     Attributes:
@@ -72,7 +72,7 @@ class _OnPanels(ArrangingKernel[Panels]):
         return Panels(codes, pairs, weight.tensors["scale"][0], _kept(weight, zeros))
 
 
-class Int4(_OnPanels):
+class Int4(OnPanels):
     """Multiplies by torch's own 4-bit product, which reads weights in panels.
 
     Inputs, scales and offsets are bfloat16 inside, and so is the result; sums are float32. Inputs
@@ -88,8 +88,7 @@ class Int4(_OnPanels):
 
     def product(self, spec: KernelSpec, x: Tensor, weight: Panels, bias: Tensor | None) -> Tensor:
         """Return ``x @ weight.T + bias``, ``[..., out]`` in the dtype of `x`."""
-        length = spec.layout.stack[2]
-        group = length // weight.pairs.shape[0]
+        length, group = spec.layout.stack[2], weight.group
         if spec.activation is None:
             rows = flat(x, length, torch.bfloat16)
             found = int4_mm(rows, weight.codes, group, weight.pairs).to(torch.float32)
@@ -102,7 +101,7 @@ class Int4(_OnPanels):
         return shaped(found.mul_(inputs.unit), bias, x)
 
 
-class PanelBlocks(_OnPanels):
+class PanelBlocks(OnPanels):
     """Decodes some panels of a weight into a buffer, multiplies, and goes on with the next ones.
 
     What `Blocks` does, on the order that `Int4` reads: values are those of the reference, in
@@ -147,7 +146,7 @@ class PanelBlocks(_OnPanels):
         return shaped(out, bias, x)
 
 
-class PanelBytes(_OnPanels):
+class PanelBytes(OnPanels):
     """Puts half panels of a weight on an 8-bit grid of each row, and multiplies integers.
 
     For many rows of quantized inputs, which it is twice as fast for as a float product. What is

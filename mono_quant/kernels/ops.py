@@ -193,9 +193,14 @@ def int4_mm(x: Tensor, panels: Tensor, group: int, pairs: Tensor) -> Tensor:
     return product
 
 
-@cache
+@untraced
 def int4_panel() -> int | str:
     """Return half the rows of a panel of `int4_mm`, or why it cannot be used on this machine."""
+    return _int4_panel()
+
+
+@cache
+def _int4_panel() -> int | str:
     why: str | None = None
     for half in (32, 16):
         name = f"the 4-bit product in panels of {2 * half} rows"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mono_quant.base import Arranged
 
+_CENTRE = 8  # the code that means zero where there are no zero points
 _CHUNK = 1 << 20  # bytes that are turned round at once
 
 
@@ -37,6 +38,11 @@ class Panels(Arranged):
     zeros: Tensor | None
 
     @property
+    def group(self) -> int:
+        """How many columns share a scale and an offset in `pairs`."""
+        return self.codes.shape[1] // self.pairs.shape[0]
+
+    @property
     def beside(self) -> int:
         """Bytes of what the canonical weight does not have."""
         own = self.zeros is not None and not self.zeros.is_floating_point()
@@ -45,6 +51,16 @@ class Panels(Arranged):
     def canonical(self) -> Tensor:
         """Return the codes as `PackedTensor` has them, ``uint8 [1, out, in / 2]``."""
         return to_rows(self.codes)
+
+    def decoded(self) -> Tensor:
+        """Return the weight turned, ``float32 [in, out]``; traces make one pass of it."""
+        count, length, half = self.codes.shape
+        scale, stored = self.scale.to(torch.float32), self.codes.transpose(0, 1)
+        runs = scale.shape[1]
+        nibbles = torch.stack([stored & 15, stored >> 4], 2)  # [in, panels, 2, half]
+        values = nibbles.reshape(runs, length // runs, 2 * half * count).to(torch.float32)
+        zeros = self.zeros.to(torch.float32).t()[:, None] if self.zeros is not None else _CENTRE
+        return ((values - zeros) * scale.t()[:, None]).view(length, -1)
 
     @property
     def nbytes(self) -> int:

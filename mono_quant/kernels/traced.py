@@ -1,31 +1,34 @@
 """Products that `torch.compile` makes fast code of: plain torch, as a trace wants it."""
 
+import sys
+
 import torch
 from torch import Tensor
 
-from mono_quant.base import KernelSpec, PackedTensor
-from mono_quant.kernels.codes import flat, refuse, shaped
-from mono_quant.kernels.digits import Factor, digits_of_codes
+from mono_quant.base import Activation, KernelSpec, PackedTensor
+from mono_quant.kernels.codes import SUMS, flat, refuse, shaped
+from mono_quant.kernels.digits import Digits, Factor, digits_of_codes, digits_of_floats
+from mono_quant.kernels.int4 import INT4, PANEL_BLOCKS, OnPanels
 from mono_quant.kernels.integer import INTEGER, refuse_weight
-from mono_quant.kernels.ops import int_mm
+from mono_quant.kernels.ops import int4_mm, int_mm
+from mono_quant.kernels.panels import Panels
+from mono_quant.kernels.timing import LARGEST_BATCH, seconds
 from mono_quant.schemes import FloatCast
 
 
 class TracedInteger:
-    """What `Integer` does for quantized inputs, without a loop or a branch on values.
+    """What `Integer` does, without a loop or a branch on values.
 
     Compilers fuse what goes before the product with what follows it. Sums of the weight's codes
-    are products with ones, so that nothing has to be kept for a compiled layer.
+    are products with ones where the weight does not come with them.
 
-    A row with NaN is NaN.
+    A row with NaN is NaN, and one of float inputs that holds infinity.
     """
 
     name = INTEGER.name
 
     def supports(self, spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Return why it cannot: what `Integer` does for quantized inputs is what it can."""
-        if spec.activation is None:
-            return "inputs are float"
+        """Return why it cannot: what `Integer` does is what it can."""
         return INTEGER.supports(spec, device, dtype)
 
     def __call__(
@@ -34,15 +37,13 @@ class TracedInteger:
         """Return ``x @ weight.T + bias``, ``[..., out]`` in the dtype of `x`."""
         rows, tensors = flat(x, spec.layout.stack[2]), weight.tensors
         activation, codes = spec.activation, tensors["codes"][0]
-        assert activation is not None  # `supports` saw to it
-        digits = digits_of_codes(rows, activation.scheme, activation.qparams(rows), None)
-        ones = digits.digits.new_ones(1, digits.digits.shape[1])
-        products, sums = int_mm(digits.digits, codes), int_mm(ones, codes)
+        digits = _digits(rows, activation)
+        products, sums = int_mm(digits.digits, codes), tensors.get(SUMS)
+        if sums is None:
+            sums = int_mm(digits.digits.new_ones(1, digits.digits.shape[1]), codes)
         factor = Factor.of(codes, sums, tensors["scale"], tensors.get("zero_point"), bias)
-        out = factor.of_sums(products, digits.digits, digits.zero, digits.unit)
-        if activation.mode == "static":  # the scale of another one is NaN where an input is
-            out = out.masked_fill(rows.amax(1, keepdim=True).isnan(), float("nan"))
-        return shaped(out, None, x)
+        out = factor.of_sums(products, digits.digits, digits.zero, digits.unit, digits.places)
+        return shaped(_with_nan(out, rows, activation), None, x)
 
 
 class TracedRow:
@@ -75,4 +76,66 @@ class TracedRow:
         return shaped(sums[None], bias, x)
 
 
+class TracedInt4(OnPanels):
+    """What `Int4` does: one operator, which a compiler calls as it is. A row with NaN is NaN."""
+
+    name = INT4.name
+
+    def product(self, spec: KernelSpec, x: Tensor, weight: Panels, bias: Tensor | None) -> Tensor:
+        """Return ``x @ weight.T + bias``, ``[..., out]`` in the dtype of `x`."""
+        rows, activation = flat(x, spec.layout.stack[2]), spec.activation
+        left, unit = rows.to(torch.bfloat16), None
+        if activation is not None:
+            digits = digits_of_codes(rows, activation.scheme, activation.qparams(rows), None)
+            left = (digits.digits.to(torch.int16) - digits.zero).to(torch.bfloat16)
+            unit = digits.unit
+        out = int4_mm(left, weight.codes, weight.group, weight.pairs).to(torch.float32)
+        out = out if unit is None else _with_nan(out * unit, rows, activation)
+        return shaped(out, bias, x)
+
+
+class TracedPanels(OnPanels):
+    """What `PanelBlocks` does, all panels at once: a compiler decodes them in one pass."""
+
+    name = PANEL_BLOCKS.name
+
+    def product(self, spec: KernelSpec, x: Tensor, weight: Panels, bias: Tensor | None) -> Tensor:
+        """Return ``x @ weight.T + bias``, ``[..., out]`` in the dtype of `x`."""
+        rows = flat(x, spec.layout.stack[2])
+        if spec.activation is not None:
+            rows = spec.activation.fake_quantize(rows)
+        return shaped(torch.mm(rows, weight.decoded()), bias, x)
+
+
+def most_rows(spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> int:
+    """Return for how many rows of inputs `Int4` is at least as fast as `PanelBlocks` here."""
+    most = 0
+    for rows in _TIMED:
+        taken = seconds((INT4, PANEL_BLOCKS), spec, device, dtype, rows)
+        if taken[INT4.name] > taken[PANEL_BLOCKS.name]:
+            return most
+        most = rows
+    return sys.maxsize
+
+
+_TIMED = (1, 8, 64, LARGEST_BATCH)
+
+
+def _digits(rows: Tensor, activation: Activation | None) -> Digits:
+    """Return inputs as integers, whether they are on a grid or not."""
+    if activation is None:
+        return digits_of_floats(rows)
+    return digits_of_codes(rows, activation.scheme, activation.qparams(rows), None)
+
+
+def _with_nan(out: Tensor, rows: Tensor, activation: Activation | None) -> Tensor:
+    """Return a product of integers, NaN where an input is: the scales of dynamic ones are so."""
+    if activation is not None and activation.mode != "static":
+        return out
+    peak = rows.amax(1, keepdim=True) if activation is not None else rows.abs().amax(1, True)
+    lost = peak.isnan() if activation is not None else ~peak.isfinite()
+    return out.masked_fill(lost, float("nan"))
+
+
 INTEGER_TRACED, ROW_TRACED = TracedInteger(), TracedRow()
+INT4_TRACED, PANELS_TRACED = TracedInt4(), TracedPanels()

@@ -20,8 +20,18 @@ from mono_quant.base import (
     PackedTensor,
     QuantizedModule,
 )
-from mono_quant.kernels import REFERENCE, Site, row_of, select
+from mono_quant.kernels import (
+    INT4_TRACED,
+    PANELS_TRACED,
+    REFERENCE,
+    Site,
+    most_rows,
+    row_of,
+    select,
+)
+from mono_quant.kernels.ops import untraced
 from mono_quant.modules.weight import QuantizedInput, QuantizedWeight, Short
+from mono_quant.operations import MatrixProduct
 
 _SITES = "_sites"
 """Where a layer keeps what was chosen for its products, by weight."""
@@ -154,11 +164,9 @@ class QuantizedLayer(QuantizedModule):
         return short.row(x, held.held_codes, held.held_grid, bias)
 
     def _result(self, operation: Operation, x: Tensor, bias: Tensor | None, name: str) -> Tensor:
-        held = self._holder(name)
         if torch.compiler.is_compiling():
-            spec = KernelSpec(operation, held.scheme, held.layout, self._activation(name))
-            kernel = select(spec, x.device, x.dtype, operation.count(x), x, bias)
-            return kernel(spec, x, held.peek(), bias)
+            return self._traced(operation, x, bias, name)
+        held = self._holder(name)
         site = self._site(operation, held, name)
         spec, rows = site.spec, operation.count(x)
         kernel = site.kernel(x.device, x.dtype, rows, (x, bias), held.is_arrangeable)
@@ -174,6 +182,24 @@ class QuantizedLayer(QuantizedModule):
         if rows == 1:
             self._shorten(kernel, spec, weight, held, name)
         return kernel(spec, x, weight, bias)
+
+    def _traced(self, operation: Operation, x: Tensor, bias: Tensor | None, name: str) -> Tensor:
+        """Return the result as a trace computes it."""
+        held = self._holder(name)
+        spec, rows = self._spec(operation, name), operation.count(x)
+        kernel = select(spec, x.device, x.dtype, rows, x, bias)
+        if kernel is INT4_TRACED:
+            panels = held.panels()
+            if panels is None:
+                return REFERENCE(spec, x, held.peek(), bias)
+            decoded = rows > self._most_rows(name, x.dtype)
+            return (PANELS_TRACED if decoded else INT4_TRACED).product(spec, x, panels, bias)
+        return kernel(spec, x, held.peek() if kernel is REFERENCE else held.summed(), bias)
+
+    @untraced
+    def _most_rows(self, name: str, dtype: torch.dtype) -> int:
+        """Return what `most_rows` does; called while a trace is made, and no part of it."""
+        return most_rows(self._spec(MatrixProduct(), name), torch.device("cpu"), dtype)
 
     def _shorten(
         self,
@@ -200,9 +226,12 @@ class QuantizedLayer(QuantizedModule):
             same = same and (spec.operation is operation or spec.operation == operation)
             if same and self._is_met_by(spec.activation, name):
                 return site
-        spec = KernelSpec(operation, held.scheme, held.layout, self._activation(name))
-        site = self.__dict__[_SITES][name] = Site(spec)
+        site = self.__dict__[_SITES][name] = Site(self._spec(operation, name))
         return site
+
+    def _spec(self, operation: Operation, name: str) -> KernelSpec:
+        held = self._holder(name)
+        return KernelSpec(operation, held.scheme, held.layout, self._activation(name))
 
     def note(self, name: str, kernel: Kernel) -> None:
         """Tell those who listen which kernel computes with the weight of that name."""

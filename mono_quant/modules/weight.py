@@ -18,15 +18,17 @@ from mono_quant.base import (
     Operation,
     PackedTensor,
 )
-from mono_quant.kernels import Row, memory, remembered_bytes
+from mono_quant.kernels import INT4_TRACED, SUMS, Row, memory, remembered_bytes, sums_of
 from mono_quant.kernels.ops import untraced
+from mono_quant.kernels.panels import Panels
 from mono_quant.modules.fixed import Fixed
+from mono_quant.operations import MatrixProduct
 
 _LOCK = threading.RLock()
 """Held while codes change their order, so that nobody finds a weight without any."""
 
 _SCALES = ("scale", "zero_point")
-_MATRIX = 2
+_MATRIX, _STACK = 2, 3
 
 _OPAQUE: "weakref.WeakSet[QuantizedWeight]" = weakref.WeakSet()
 """Weights that were held in an order that `torch.compile` cannot trace."""
@@ -85,11 +87,13 @@ class QuantizedWeight(Fixed):
         self.scheme = packed.scheme
         self.layout = packed.layout
         self._held: _Held | None = None
+        self._summed: Tensor | None = None
         self.short: Short | None = None
         self._pinned = False
         device = packed.tensors["codes"].device
         like = torch.empty(0, dtype=packed.dtype, device=device)
         self.register_buffer("_like", like, persistent=False)  # follows the model's dtype
+        self.register_buffer("_sums", None, persistent=False)
 
     @property
     def packed(self) -> PackedTensor:
@@ -141,6 +145,48 @@ class QuantizedWeight(Fixed):
             source = None if torch.compiler.is_compiling() else held.source()
             codes = held.arranged.canonical() if source is None else source
         return self._with(codes)
+
+    def summed(self) -> PackedTensor:
+        """Return the weight for a compiled trace, with sums of its rows if it is 8-bit codes.
+
+        They are found while the trace is made, and anew when a state is loaded. A trace of other
+        codes than the layer's own, as `torch.func.functional_call` makes one, goes without.
+        """
+        self._sum_up()
+        weight = self.peek()
+        sums, codes = cast("Tensor | None", self._sums), weight.tensors["codes"]
+        if sums is None or self._summed is not codes:
+            return weight
+        tensors = {**weight.tensors, SUMS: sums}
+        return PackedTensor(tensors, weight.scheme, weight.layout, weight.dtype)
+
+    def panels(self) -> Panels | None:
+        """Return the weight for a compiled trace in panels, or None where it may not be so.
+
+        They are made while the trace is. A state that is asked for puts codes back, and the next
+        call then traces anew.
+        """
+        held = self._held if self._put_in_panels() else None
+        arranged = held.arranged if held is not None else None
+        return arranged if isinstance(arranged, Panels) else None
+
+    @untraced
+    def _put_in_panels(self) -> bool:
+        """Put codes in panels if they may be; called while a trace is made, and no part of it."""
+        with _LOCK:
+            if not self.is_arrangeable():
+                return False
+            self.arranged(INT4_TRACED, KernelSpec(MatrixProduct(), self.scheme, self.layout, None))
+        return True
+
+    @untraced
+    def _sum_up(self) -> bool:
+        """Find the sums of rows of codes; called while a trace is made, and no part of it."""
+        with _LOCK, torch.inference_mode(False), torch.no_grad():
+            codes = self._restored()
+            if codes.dtype == torch.int8 and codes.dim() == _STACK and self._summed is not codes:
+                self._summed, self._buffers["_sums"] = codes, sums_of(codes)
+        return True
 
     def pin(self) -> PackedTensor:
         """Return `packed`, and keep codes canonical from now on: rows are looked up in them."""
@@ -200,6 +246,8 @@ class QuantizedWeight(Fixed):
         """Bytes that kernels keep of this weight beside codes, scales and zero points."""
         codes, held = self._buffers["codes"], self._held
         kept = remembered_bytes(codes) if codes is not None else 0
+        sums = self._buffers["_sums"]
+        kept += sums.nbytes if sums is not None else 0
         if held is not None:
             kept += held.arranged.beside + (held.arranged.nbytes if codes is not None else 0)
         return kept
@@ -283,6 +331,7 @@ class QuantizedWeight(Fixed):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         with _LOCK:
             self._settle()
+            self._summed = self._buffers["_sums"] = None
             return super()._apply(fn, recurse)
 
     def named_modules(
@@ -308,6 +357,9 @@ class QuantizedWeight(Fixed):
         with _LOCK:
             self._settle()
             super()._load_from_state_dict(state_dict, prefix, *rest)
+            sums, codes = self._buffers["_sums"], self._buffers["codes"]
+            if sums is not None and codes is not None and self._summed is codes:
+                sums.copy_(sums_of(codes))  # in the place that compiled traces read
 
     def _save_to_state_dict(
         self, destination: dict[str, Tensor], prefix: str, keep_vars: bool
@@ -320,8 +372,9 @@ class QuantizedWeight(Fixed):
         """Return what copies and pickles hold: canonical codes alone."""
         with _LOCK:
             codes = self.peek().tensors["codes"]
-            buffers = {**self._buffers, "codes": codes}
-            return {**self.__dict__, "_buffers": buffers, "_held": None, "short": None}
+            buffers = {**self._buffers, "codes": codes, "_sums": None}
+            left = {"_held": None, "_summed": None, "short": None}
+            return {**self.__dict__, **left, "_buffers": buffers}
 
 
 def kernel_bytes(model: nn.Module) -> int:

@@ -1,16 +1,10 @@
 """Small models in which codes flow past additions, joins, pads and pools."""
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mono_quant import Quantizer
-from mono_quant.kernels import onednn
-
-_WHY = onednn.refuse_conv() or onednn.refuse_linear()
-needs_integers = pytest.mark.skipif(_WHY is not None, reason=str(_WHY))
-"""For what integers alone show: without VNNI oneDNN's sums saturate, and layers stay in float."""
 
 
 class Padding(nn.Conv2d):

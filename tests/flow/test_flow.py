@@ -13,7 +13,8 @@ from mono_quant.flow import integer_flow
 from mono_quant.flow.arithmetic import add
 from mono_quant.flow.layer import IntegerLayer
 from mono_quant.numerics.metrics import sqnr_db
-from tests.flow.models import Joined, Padding, ResNet, needs_integers, static
+from tests.flow.marks import needs_integers
+from tests.flow.models import Joined, Padding, ResNet, static
 
 
 def layers(model: nn.Module) -> list[IntegerLayer]:

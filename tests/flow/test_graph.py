@@ -22,7 +22,8 @@ from mono_quant import (
 )
 from mono_quant.configurable import Json
 from mono_quant.numerics.metrics import sqnr_db
-from tests.flow.models import Joined, Padding, ResNet, alive, needs_integers
+from tests.flow.marks import needs_integers
+from tests.flow.models import Joined, Padding, ResNet, alive
 from tests.test_quantizer import CALLS, Call
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from mono_quant import Quantizer, integer_flow, load_model
 from mono_quant.numerics.metrics import sqnr_db
-from tests.flow.models import needs_integers
+from tests.flow.marks import needs_integers
 from tests.models import AssetUnavailable, efficientnet_lite0
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]

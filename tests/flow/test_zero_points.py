@@ -11,7 +11,8 @@ from mono_quant.flow import integer_flow
 from mono_quant.flow.arithmetic import signed_codes
 from mono_quant.flow.layer import IntegerLayer
 from mono_quant.numerics.metrics import sqnr_db
-from tests.flow.models import Joined, ResNet, alive, needs_integers, static
+from tests.flow.marks import needs_integers
+from tests.flow.models import Joined, ResNet, alive, static
 
 ASYMMETRIC = Quantizer().asymmetric()
 CONVOLUTIONS = {

@@ -215,11 +215,11 @@ def test_a_machine_without_the_product_is_told_so(monkeypatch: pytest.MonkeyPatc
 
 def test_an_order_that_is_not_known_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "refusal", lambda name, program: f"{name} failed")
-    int4_panel.cache_clear()
+    ops._int4_panel.cache_clear()
     try:
         assert int4_panel() == "the 4-bit product in panels of 32 rows failed"
     finally:
-        int4_panel.cache_clear()
+        ops._int4_panel.cache_clear()
     monkeypatch.undo()
     if isinstance(int4_panel(), int):
         wrong = f"half = {48 - int(int4_panel())}\n{ops._INT4_TRIAL}"

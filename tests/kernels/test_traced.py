@@ -1,15 +1,22 @@
 """Products that are compiled: the integer product, and rows by themselves, as plain torch."""
 
 import copy
+import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
-from mono_quant import FloatCast, QuantizedLayer, Quantizer, kernels
-from mono_quant.kernels.ops import int_mm_refusal
+from mono_quant import FloatCast, QuantizedLayer, Quantizer, kernel_bytes, kernels
+from mono_quant.base import Kernel
+from mono_quant.kernels import traced
+from mono_quant.kernels.int4 import INT4, PANEL_BLOCKS
+from mono_quant.kernels.integer import INTEGER
+from mono_quant.kernels.ops import int4_panel, int_mm_refusal
 from mono_quant.kernels.traced import INTEGER_TRACED, ROW_TRACED
+from mono_quant.modules import layer as layer_module
 from tests.helpers import noise, same_bits
 from tests.kernels.cases import CPU, EPS, FLOATS, INTEGERS, STATIC, exact, layer, run, spec_of
 
@@ -43,6 +50,23 @@ def test_sums_of_codes_are_exact(grid: str, shape: tuple[int, int]) -> None:
         assert ((found - expected).abs() <= 3.1 * EPS * expected.abs() + 1e-37).all()
 
 
+@pytest.mark.parametrize("grid", FLOATS)
+def test_float_inputs_are_the_digits_of_integer(grid: str) -> None:
+    made = layer(FLOATS[grid], *SHAPE)
+    for size in (1e-40, 1e-30, 1.0, 1e35):
+        x = noise(5, 1040).clamp(-1, 1) * size
+        found, expected = run(INTEGER_TRACED, made, x), run(INTEGER, made, x)
+        assert torch.equal(found.isfinite(), expected.isfinite())
+        here = expected.isfinite()
+        assert ((found - expected)[here].abs() <= 3.1 * EPS * expected[here].abs()).all()
+    for lost in (float("nan"), float("inf"), -float("inf")):
+        x = noise(3, 1040)
+        x[1, 7] = lost
+        found = run(INTEGER_TRACED, made, x)
+        assert found[1].isnan().all()
+        assert same_bits(found[::2], run(INTEGER_TRACED, made, x[::2]))
+
+
 @pytest.mark.parametrize("grid", BY_ROW)
 def test_a_row_is_multiplied_and_summed_in_float32(grid: str) -> None:
     made = layer(BY_ROW[grid], *SHAPE)
@@ -60,8 +84,7 @@ def test_what_they_cannot() -> None:
     four, floats = layer(Quantizer().bits(4), 64, 1024), layer(FLOATS["8-bit"], *SHAPE)
     dynamic = layer(INTEGERS["dynamic"], *SHAPE)
     for made, kernel, why in (
-        (floats, INTEGER_TRACED, "inputs are float"),
-        (four, INTEGER_TRACED, "inputs are float"),
+        (four, INTEGER_TRACED, "not 8-bit"),
         (four, ROW_TRACED, "not 8-bit"),
         (dynamic, ROW_TRACED, "inputs are dynamic"),
     ):
@@ -81,8 +104,8 @@ def test_compiled_layers_use_them(grid: str, compiled: Compile) -> None:
         for x in (noise(1, 1040), noise(1, 1, 1040), noise(1040)):
             assert same_bits(call(x), run(kernel, made, x, bias))
         several = noise(3, 1040)
-        if grid in INTEGERS:
-            assert same_bits(call(several), run(kernel, made, several, bias))
+        if grid in INTEGERS or grid in FLOATS:
+            assert same_bits(call(several), run(INTEGER_TRACED, made, several, bias))
             assert call(several[:0]).shape == (0, 65)
         else:
             with kernels.use("reference"):
@@ -105,6 +128,130 @@ def test_compiled_layers_see_other_weights(grid: str, compiled: Compile) -> None
         after = call(x)
         assert same_bits(after, run(kernel, made, x, made.get_parameter("bias")))
         assert not same_bits(after, before)
+
+
+def test_sums_of_codes_are_kept_for_a_trace_and_follow_what_is_loaded() -> None:
+    torch.compiler.reset()
+    counter = CompileCounter()
+    made, other = (layer(INTEGERS["dynamic"], *SHAPE) for _ in range(2))
+    other.packed_weights()["weight"].tensors["codes"].neg_()
+    x, bias = noise(3, 1040), made.get_parameter("bias")
+    call, others = torch.compile(made, fullgraph=True, backend=counter), other.state_dict()
+    with torch.no_grad():
+        assert same_bits(call(x), run(INTEGER_TRACED, made, x, bias))
+        assert kernel_bytes(made) == 4 * 65
+        assert kernel_bytes(copy.deepcopy(made)) == 0
+        made.load_state_dict(others)
+        expected = run(INTEGER_TRACED, other, x, bias)
+        assert same_bits(call(x), expected)
+        assert counter.frame_count == 1, "sums are found anew where they were"
+        made.load_state_dict(copy.deepcopy(others), assign=True)
+        assert same_bits(call(x), expected)
+        assert made.double().float() is made
+        assert kernel_bytes(made) == 0
+        assert same_bits(call(x), expected)
+
+
+def test_a_trace_of_other_codes_than_the_layers_own_goes_without_their_sums() -> None:
+    torch.compiler.reset()
+    made = layer(INTEGERS["dynamic"], *SHAPE)
+    x, bias = noise(3, 1040), made.get_parameter("bias")
+    state = {f"_orig_mod.{name}": one.clone() for name, one in made.state_dict().items()}
+    state["_orig_mod.quantized_weights.weight.codes"].neg_()
+    call = torch.compile(made, fullgraph=True, backend="eager")
+    assert isinstance(call, nn.Module)
+    with torch.no_grad():
+        own = run(INTEGER_TRACED, made, x, bias)
+        for _ in range(2):
+            assert same_bits(call(x), own)
+            negated = torch.func.functional_call(call, state, x)
+            assert torch.allclose(negated - bias, bias - own, rtol=1e-5, atol=1e-6)
+
+
+FOUR = {
+    "float": Quantizer().bits(4),
+    "float, symmetric": Quantizer().bits(4).symmetric(),
+    "float, per channel": Quantizer().bits(4).granularity("channel"),
+    "float, float zero points": Quantizer().bits(4).float_zero_point(),
+    "dynamic": Quantizer().bits(4).activations("dynamic"),
+    "dynamic symmetric": Quantizer().bits(4).activations("dynamic", symmetric=True),
+}
+PANELS = (128, 1024)
+needs_panels = pytest.mark.skipif(isinstance(int4_panel(), str), reason=str(int4_panel()))
+
+
+@needs_panels
+@pytest.mark.parametrize("grid", FOUR)
+@pytest.mark.parametrize("decoded", [False, True])
+def test_four_bits_are_compiled_from_panels(
+    grid: str, decoded: bool, compiled: Compile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_module, "most_rows", lambda *spec: 0 if decoded else sys.maxsize)
+    made = layer(FOUR[grid], *PANELS)
+    call, bias = compiled(made), made.get_parameter("bias")
+    eager: Kernel = PANEL_BLOCKS if decoded else INT4
+    with torch.no_grad():
+        for x in (noise(1, 1024), noise(1024), noise(2, 3, 1024)):
+            found = call(x)
+            with kernels.use(eager.name):
+                expected = made(x)
+            assert found.shape == expected.shape
+            room = 1e-5 if decoded else 2.0**-8
+            assert (found - expected).abs().max() <= room * (expected - bias).abs().max()
+            if not decoded and grid.startswith("float"):
+                assert same_bits(found, expected)
+        assert call(noise(1, 1024)[:0]).shape == (0, 128)
+        assert call(noise(2, 1024).to(torch.bfloat16)).dtype == torch.bfloat16
+        lost = noise(2, 1024)
+        lost[0, 3] = float("nan")
+        assert call(lost).isnan().any(1).tolist() == [True, False]
+
+
+@needs_panels
+def test_panels_of_a_trace_follow_the_layer(compiled: Compile) -> None:
+    made, other = (layer(FOUR["float"], *PANELS) for _ in range(2))
+    other.packed_weights()["weight"].tensors["codes"].bitwise_xor_(3)
+    call, x = compiled(made), noise(2, 1024)
+    with torch.no_grad(), kernels.use("int4"):
+        before, after = made(x), other(x)
+    with torch.no_grad():
+        assert same_bits(call(x), before)
+        made.state_dict()  # puts canonical codes back
+        assert same_bits(call(x), before)
+        made.load_state_dict(other.state_dict())
+        assert same_bits(call(x), after)
+        with kernels.use("reference"):
+            expected = other(x)
+            torch.compiler.reset()
+            assert same_bits(compiled(made)(x), expected)
+
+
+@needs_panels
+def test_what_may_not_be_in_panels_is_the_reference_in_a_trace(compiled: Compile) -> None:
+    made = layer(FOUR["float"], *PANELS)
+    made.packed_weights()["weight"].tensors["codes"].share_memory_()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    x = noise(2, 1024)
+    with torch.no_grad():
+        found = compiled(made)(x)
+        with kernels.use("reference"):
+            assert same_bits(found, made(x))
+
+
+@needs_panels
+def test_few_rows_are_multiplied_at_once_as_long_as_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, slow_from = layer(FOUR["float"], *PANELS), [0]
+
+    def seconds(pair: object, spec: object, device: object, dtype: object, rows: int) -> object:
+        return {INT4.name: 1.0, PANEL_BLOCKS.name: 0.5 if rows >= slow_from[0] else 2.0}
+
+    monkeypatch.setattr(traced, "seconds", seconds)
+    found = []
+    for first in (1, 8, 64, 512, 1024):
+        slow_from[0] = first
+        found.append(traced.most_rows(spec_of(made), CPU, torch.float32))
+    assert found == [0, 1, 8, 64, sys.maxsize]
 
 
 @pytest.mark.slow
@@ -147,6 +294,26 @@ def test_inductor_computes_the_same(grid: str) -> None:
             expected, size = exact(made, x)
             found = call(x)
             assert ((found - expected - bias).abs() <= 64 * EPS * (size + bias.abs())).all()
+
+
+@needs_panels
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within torch
+@pytest.mark.parametrize("grid", ["float", "dynamic"])
+@pytest.mark.parametrize("decoded", [False, True])
+def test_inductor_computes_from_panels(
+    grid: str, decoded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_module, "most_rows", lambda *spec: 0 if decoded else sys.maxsize)
+    made = layer(FOUR[grid], *PANELS)
+    torch.compiler.reset()
+    call = torch.compile(made, fullgraph=True)
+    with torch.no_grad():
+        for rows in (1, 3):
+            x = noise(rows, 1024)
+            found = call(x)
+            with kernels.use((PANEL_BLOCKS if decoded else INT4).name):
+                torch.testing.assert_close(found, made(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+_MOST_COMPILED = 128  # ways of a package, each for each of its shapes
+
 Run = Callable[..., Tensor]
 
 
@@ -63,7 +65,13 @@ class Package(NamedTuple):
 
 
 def compiled(model: Run) -> Run:
-    """Return a model as torch.compile makes it, anew for each shape."""
+    """Return a model as torch.compile makes it, anew for each shape.
+
+    Ways of one package share their forward, which torch would compile eight times, and then run as
+    it is: here it raises instead.
+    """
+    torch._dynamo.config.recompile_limit = _MOST_COMPILED
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     run: Run = torch.compile(model, dynamic=False)
     return run
 
