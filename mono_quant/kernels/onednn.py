@@ -5,6 +5,7 @@ Sums of another dtype than the result's are misread in silence, so they have to 
 weights are opaque: they can be neither copied nor pickled, and are made anew where needed.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import cast
 
@@ -19,20 +20,27 @@ Numbers = tuple[float, int, int]
 Place = tuple[IntTuple, IntTuple, IntTuple, int]
 """Stride, padding (with real zeros) and dilation of both sides of a convolution, and its groups."""
 
-_SOME_GRID = (1.0, 1)  # only whether the zero point is none decides how a weight is packed
+_SOME_SCALE = 0.5  # of inputs: it is no matter for how a weight is packed
+_SOME_ZERO = 1
 
 
-def pack_conv(codes: Tensor, scale: Tensor, place: Place) -> Tensor:
+def pack_conv(
+    codes: Tensor, scale: Tensor, place: Place, inputs: tuple[Sequence[int], int] | None = None
+) -> Tensor:
     """Return the weight of a 2d convolution as `conv` takes it, for inputs on any grid.
 
-    Its ``to_dense()`` is `codes` again.
+    Its ``to_dense()`` is `codes` again. torch 2.13 keeps the order that it found first for a
+    convolution and inputs of a shape, whatever zero point others have that follow.
 
     Args:
         codes: ``int8 [out, in / groups, height, width]``.
         scale: ``float32 [out]``.
         place: of the convolution.
+        inputs: shape ``[N, C, H, W]`` and zero point of those that it will meet most; others take
+            longer.
     """
-    packed = torch.ops.onednn.qconv_prepack(codes, scale, *_SOME_GRID, *place, None)
+    shape, zero_point = (None, _SOME_ZERO) if inputs is None else inputs
+    packed = torch.ops.onednn.qconv_prepack(codes, scale, _SOME_SCALE, zero_point, *place, shape)
     return cast("Tensor", packed)
 
 
@@ -129,9 +137,9 @@ for channels, groups, taps, side in ((1, 1, 1, 2), (64, 1, 3, 9), (64, 64, 3, 9)
     weight = torch.randint(-128, 128, shape, dtype=torch.int8)
     place = ((1, 1), (taps // 2, taps // 2), (1, 1), groups)
     scale, zeros = torch.full((channels,), 0.5), torch.zeros(channels, dtype=torch.int32)
-    packed = onednn.qconv_prepack(weight, scale, 1.0, 1, *place, None)
-    assert torch.equal(packed.to_dense(), weight), "a weight does not come back"
-    for zero in (0, 3):
+    for zero, sizes in ((0, None), (3, None), (0, list(x.shape)), (3, list(x.shape))):
+        packed = onednn.qconv_prepack(weight, scale, 1.0, 1, *place, sizes)
+        assert torch.equal(packed.to_dense(), weight), "a weight does not come back"
         head = (x, 0.25, zero, packed, scale, zeros)
         exact = conv2d(x.double() - zero, weight.double(), None, *place) / 8
         done = onednn.qconv_pointwise(*head, None, *place, 1.0, 0, torch.float32, "none", [], "")

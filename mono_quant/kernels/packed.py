@@ -14,10 +14,18 @@ from torch import Tensor
 from mono_quant.kernels import onednn
 from mono_quant.kernels.onednn import Numbers, Place
 
+_Met = tuple[torch.Size, bool]
+"""Height and width of inputs, and whether their zero point is 0."""
 
-@attrs.frozen(eq=False)
+
+@attrs.define(eq=False)
 class PackedWeight:
     """One weight for one operator; opaque, so it can be neither copied nor pickled.
+
+    oneDNN orders the weight of a convolution by the size of its inputs and by whether their zero
+    point is 0, and puts one of another order right at each call, which may take longer than the
+    product. So it is packed anew for the first inputs, and later for others that come twice in a
+    row.
 
     Attributes:
         weight: of signed codes.
@@ -33,6 +41,10 @@ class PackedWeight:
     place: Place | None
     zeros: Tensor | None = None
     ones: Tensor | None = None
+    _met: _Met | None = attrs.field(default=None, init=False)
+    """The inputs that the weight is packed for; None for no known ones."""
+    _last: _Met | None = attrs.field(default=None, init=False)
+    """Those that came last."""
 
     @classmethod
     def of(
@@ -74,7 +86,7 @@ class PackedWeight:
         """
         if self.place is None:
             return onednn.linear(x, inputs, self.weight, self.scale, bias, output)
-        head = (x, inputs, self.weight, self.scale, bias)
+        head = (x, inputs, self._taps(x, inputs), self.scale, bias)
         return onednn.conv(*head, self.place, output)
 
     def sum_with(
@@ -88,7 +100,7 @@ class PackedWeight:
     ) -> Tensor:
         """Return a convolution's `product` with the codes `sums` added, which are overwritten."""
         assert self.place is not None  # a matrix has no such operator
-        head = (x, inputs, self.weight, self.scale, bias)
+        head = (x, inputs, self._taps(x, inputs), self.scale, bias)
         return onednn.conv(*head, self.place, output, (sums, grid))
 
     def corrected(self, x: Tensor, inputs: Numbers, bias: Tensor, unit: float = 1.0) -> Tensor:
@@ -107,13 +119,25 @@ class PackedWeight:
             sums = x.sum(-1, keepdim=True, dtype=torch.int32).sub_(x.shape[-1] * zero_point)
             y = onednn.linear(x, inputs, self.weight, scale, bias, None)
             return y.addcmul_(sums * step, zeros)
-        head, groups = (x, inputs), self.place[3]
+        head, groups, taps = (x, inputs), self.place[3], self._taps(x, inputs)
         if groups == len(scale):  # each channel has a sum of its own
             sums = onednn.conv(*head, self.ones, zeros, None, self.place, None)
             added = (sums, (1.0, 0, 0))
-            return onednn.conv(*head, self.weight, scale, bias, self.place, None, added)
+            return onednn.conv(*head, taps, scale, bias, self.place, None, added)
         sums = onednn.conv(*head, self.ones, scale.new_ones(groups), None, self.place, None)
-        y = onednn.conv(*head, self.weight, scale, bias, self.place, None)
+        y = onednn.conv(*head, taps, scale, bias, self.place, None)
         by_group = y.view(len(y), groups, -1, *y.shape[2:])  # [N, groups, out / groups, H, W]
         by_group.addcmul_(sums.unsqueeze(2), zeros.view(groups, -1, 1, 1))
         return y
+
+    def _taps(self, x: Tensor, inputs: Numbers) -> Tensor:
+        """Return the weight of a convolution, packed for inputs such as `x` where that pays."""
+        assert self.place is not None  # of a matrix there is one order
+        zero_point = inputs[1]
+        met, last = (x.shape[2:], zero_point == 0), self._last
+        self._last = met
+        if met != self._met and (self._met is None or met == last):
+            codes = self.weight.to_dense()
+            self.weight = onednn.pack_conv(codes, self.scale, self.place, (x.shape, zero_point))
+            self._met = met
+        return self.weight
