@@ -41,7 +41,7 @@ from mono_quant.kernels.fp16_sequences import (
 from mono_quant.kernels.int4 import INT4, PANEL_BLOCKS, PANEL_BYTES, Int4, PanelBlocks, PanelBytes
 from mono_quant.kernels.int8 import INT8, Int8
 from mono_quant.kernels.integer import INTEGER, Integer
-from mono_quant.kernels.ops import followed, gradient_asked, untraced
+from mono_quant.kernels.ops import followed, gradient_asked, is_exported, untraced
 from mono_quant.kernels.outliers import DECOMPOSED, DECOMPOSED_TRACED, Decomposed
 from mono_quant.kernels.packed_convolution import PACKED_CONVOLUTION, PackedConvolution
 from mono_quant.kernels.packed_linear import PACKED_LINEAR, PackedLinear
@@ -222,8 +222,7 @@ def _traceable(
 
     Whether 4-bit codes may be in panels, which the one of those wants, is the caller's to see.
     """
-    exporting = getattr(torch.compiler, "is_exporting", None)  # torch 2.6 has none
-    if exporting is None or exporting() or gradient_asked(*others) or not _fastest_wanted():
+    if is_exported() or gradient_asked(*others) or not _fastest_wanted():
         return REFERENCE
     kernels = (ROW_TRACED, *_TRACED) if rows == 1 else _TRACED
     able = (kernel for kernel in kernels if kernel.supports(spec, device, dtype) is None)

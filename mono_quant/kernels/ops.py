@@ -325,6 +325,12 @@ def followed(*tensors: Tensor | None) -> bool:
     return gradient_asked(*tensors)
 
 
+def is_exported() -> bool:
+    """Return whether a trace that is made is one of `torch.export`, or torch cannot tell."""
+    exporting = getattr(torch.compiler, "is_exporting", None)  # torch 2.6 has none
+    return exporting is None or bool(exporting())
+
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from mono_quant.base import KernelSpec, PackedTensor
+from mono_quant.numerics.blocks import met
 
 
 class Reference:
@@ -28,5 +29,5 @@ class Reference:
             return spec.operation(x, weight, bias)
         one = spec.activation.mode == "static"  # and so `x` may lie in memory as it likes
         rows = x if one else spec.operation.rows(x)
-        on_grid = spec.activation.fake_quantize(rows).reshape(x.shape)
+        on_grid = met(spec.activation.fake_quantize(rows), x.shape)
         return spec.operation(on_grid, weight, bias).to(x.dtype)

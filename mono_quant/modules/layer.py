@@ -29,7 +29,7 @@ from mono_quant.kernels import (
     row_of,
     select,
 )
-from mono_quant.kernels.ops import untraced
+from mono_quant.kernels.ops import is_exported, untraced
 from mono_quant.modules.weight import QuantizedInput, QuantizedWeight, Short
 from mono_quant.operations import MatrixProduct
 
@@ -186,6 +186,8 @@ class QuantizedLayer(QuantizedModule):
     def _traced(self, operation: Operation, x: Tensor, bias: Tensor | None, name: str) -> Tensor:
         """Return the result as a trace computes it."""
         held = self._holder(name)
+        if not is_exported():
+            held.sum_up()
         spec, rows = self._spec(operation, name), operation.count(x)
         kernel = select(spec, x.device, x.dtype, rows, x, bias)
         if kernel is INT4_TRACED:

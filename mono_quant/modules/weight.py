@@ -28,7 +28,8 @@ _LOCK = threading.RLock()
 """Held while codes change their order, so that nobody finds a weight without any."""
 
 _SCALES = ("scale", "zero_point")
-_MATRIX, _STACK = 2, 3
+_MATRIX = 2
+_BYTE = 8
 
 _OPAQUE: "weakref.WeakSet[QuantizedWeight]" = weakref.WeakSet()
 """Weights that were held in an order that `torch.compile` cannot trace."""
@@ -147,12 +148,10 @@ class QuantizedWeight(Fixed):
         return self._with(codes)
 
     def summed(self) -> PackedTensor:
-        """Return the weight for a compiled trace, with sums of its rows if it is 8-bit codes.
+        """Return the weight for a compiled trace, with the sums that `sum_up` found.
 
-        They are found while the trace is made, and anew when a state is loaded. A trace of other
-        codes than the layer's own, as `torch.func.functional_call` makes one, goes without.
+        A trace of other codes than those, as `torch.func.functional_call` makes one, goes without.
         """
-        self._sum_up()
         weight = self.peek()
         sums, codes = cast("Tensor | None", self._sums), weight.tensors["codes"]
         if sums is None or self._summed is not codes:
@@ -180,11 +179,16 @@ class QuantizedWeight(Fixed):
         return True
 
     @untraced
-    def _sum_up(self) -> bool:
-        """Find the sums of rows of codes; called while a trace is made, and no part of it."""
+    def sum_up(self) -> bool:
+        """Find the sums of rows of 8-bit codes; called while a trace is made, and no part of it.
+
+        Before the trace has read any buffer. They are found anew when a state is loaded.
+        """
+        if self.scheme.code_bits != _BYTE:
+            return False
         with _LOCK, torch.inference_mode(False), torch.no_grad():
             codes = self._restored()
-            if codes.dtype == torch.int8 and codes.dim() == _STACK and self._summed is not codes:
+            if codes.dtype == torch.int8 and self._summed is not codes:
                 self._summed, self._buffers["_sums"] = codes, sums_of(codes)
         return True
 

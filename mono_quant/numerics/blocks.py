@@ -54,6 +54,15 @@ def meet(x: Tensor, block_size: Shape, *per_block: Tensor) -> tuple[Tensor, ...]
     return (to_blocks(x, block_size), *map(spread, per_block))
 
 
+def met(values: Tensor, shape: Shape) -> Tensor:
+    """Return what came of views that `meet` in the shape that it had before.
+
+    Where it has that shape it is left as it lies: a view of it that torch makes of a batch of one
+    image in channels_last is in channels_last no more.
+    """
+    return values if values.shape == shape else values.reshape(shape)
+
+
 def block_range(x: Tensor, block_size: Shape) -> tuple[Tensor, Tensor]:
     """Return the smallest and the largest value of each block; zeros for empty blocks.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from mono_quant.base import Scheme
 from mono_quant.configurable import as_dtype, dtype_name, is_count, register
 from mono_quant.errors import ConfigurationError, InputError
-from mono_quant.numerics.blocks import AT_ONCE, block_counts, block_range, meet
+from mono_quant.numerics.blocks import AT_ONCE, block_counts, block_range, meet, met
 from mono_quant.numerics.columns import ByColumn, per_column
 from mono_quant.numerics.granularity import Granularity, PerChannel, Shape
 from mono_quant.numerics.packing import packed_length
@@ -251,7 +251,7 @@ class Affine(Scheme):
         scale, *zero_point = self._parts(qparams)
         values = x.to(torch.float32)
         values, scale, *zero_point = meet(values, qparams.block_size, scale, *zero_point)
-        found = self._rounded(values, scale.reciprocal(), *zero_point).reshape(x.shape)
+        found = met(self._rounded(values, scale.reciprocal(), *zero_point), x.shape)
         return QTensor(self._coded(found), qparams, x.dtype)
 
     def _rounded(self, values: Tensor, reciprocal: Tensor, *zero_point: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ class Affine(Scheme):
         scale, *zero_point = self._parts(q.qparams)
         codes = q.codes.to(torch.float32)
         values, scale, *zero_point = meet(codes, q.qparams.block_size, scale, *zero_point)
-        return _decoded(values, scale, *zero_point).reshape(q.codes.shape)
+        return met(_decoded(values, scale, *zero_point), q.codes.shape)
 
     def by_column(self, qparams: QParams, order: Tensor) -> ByColumn:
         """Return what quantizes single columns, with reciprocals that are found once."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from mono_quant.base import RangeEstimator, Scheme
 from mono_quant.configurable import dtype_name
 from mono_quant.errors import ConfigurationError, InputError
-from mono_quant.numerics.blocks import block_counts, block_range, meet
+from mono_quant.numerics.blocks import block_counts, block_range, meet, met
 from mono_quant.numerics.columns import ByColumn, per_column
 from mono_quant.numerics.granularity import Granularity, Shape
 from mono_quant.numerics.minifloat import FORMATS, POWERS, power_below
@@ -180,14 +180,14 @@ class Scaled(Scheme):
         """Return the code of the nearest level to each value over its scale, in float32."""
         values = x if x.dtype in _PLAIN else x.to(torch.float32)
         values, scale = meet(values, qparams.block_size, self.scales(qparams))
-        values = (values / divisor_of(scale)).reshape(x.shape)  # in float32, as scales are
+        values = met(values / divisor_of(scale), x.shape)  # in float32, as scales are
         return QTensor(self.encoder(qparams.extra, x.device)(values), qparams, x.dtype)
 
     def dequantize(self, q: QTensor) -> Tensor:
         """Return the level of each code times its scale, in float32."""
         values = self.decoded(q.codes, q.qparams.extra)
         values, scale = meet(values, q.qparams.block_size, self.scales(q.qparams))
-        return values.mul_(scale).reshape(q.codes.shape)
+        return met(values.mul_(scale), q.codes.shape)
 
     def by_column(self, qparams: QParams, order: Tensor) -> ByColumn:
         """Return what quantizes single columns, with a table and divisors that are found once."""
