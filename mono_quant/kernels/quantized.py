@@ -14,7 +14,7 @@ from mono_quant.kernels.trial import refusal
 
 
 def codes(x: Tensor, scale: float, zero: int) -> Tensor:
-    """Return the codes 0 to 255 of floats on one grid, ``uint8``, lying in memory as `x` does.
+    """Return the codes 0 to 255 of floats on one grid, ``uint8``, channels last where `x` is.
 
     Zero points are added to what was rounded, so a value that lies nearly on a half may become the
     neighbour of the code that `Affine.quantize` finds, which is as near.

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from mono_quant import QuantizedLayer, Quantizer, kernels
 from mono_quant.base import KernelSpec
-from mono_quant.kernels import IntegerConvolution, PackedConvolution
+from mono_quant.kernels import IntegerConvolution, PackedConvolution, quantized
 from mono_quant.kernels.convolution import Taps
 from mono_quant.kernels.digits import Digits, Factor
 from mono_quant.kernels.onednn import refuse_conv
@@ -377,6 +377,37 @@ def test_what_was_compiled_holds_canonical_codes_from_then_on() -> None:
         assert same_bits(run(case.made, case.x, "onednn"), expected)
         holder(case.made).packed.tensors["codes"].neg_()
         assert same_bits(compiled(case.x), run(case.made, case.x, "reference"))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "mode"),
+    [
+        ("reference", "static"),
+        ("integer", "static"),
+        ("integer", "dynamic"),
+        pytest.param("onednn", "static", marks=needs_packed),
+        pytest.param("onednn", "dynamic", marks=needs_packed),
+    ],
+)
+def test_a_single_image_stays_channels_last(kernel: str, mode: str) -> None:
+    """Whose strides torch's views forget."""
+    case = Case.of("2d", INTEGERS[mode])
+    x = case.x[:1].contiguous(memory_format=torch.channels_last)
+    found = run(case.made, x, kernel)
+    assert found.stride() == case.source(x).stride()
+    assert run(case.made, x.contiguous(), kernel).is_contiguous()
+
+
+@needs_packed
+def test_codes_found_by_several_operators_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    for mode in ("static", "static symmetric", "dynamic"):
+        case = Case.of("2d", INTEGERS[mode])
+        x = case.x[:1]
+        found = run(case.made, x, "onednn")
+        with monkeypatch.context() as patch:
+            patch.setattr(quantized, "refuse", lambda: "no such luck")
+            expected = run(case.made, x, "onednn")
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_fastest_is_measured_against_the_float_convolution() -> None:
