@@ -325,8 +325,12 @@ def followed(*tensors: Tensor | None) -> bool:
     return gradient_asked(*tensors)
 
 
+@untraced
 def is_exported() -> bool:
-    """Return whether a trace that is made is one of `torch.export`, or torch cannot tell."""
+    """Return whether a trace that is made is one of `torch.export`, or torch cannot tell.
+
+    Untraced, since torch up to 2.11 says within any trace that it is.
+    """
     exporting = getattr(torch.compiler, "is_exporting", None)  # torch 2.6 has none
     return exporting is None or bool(exporting())
 
