@@ -226,6 +226,22 @@ def test_a_compiled_model_computes_the_same(name: str) -> None:
         assert decibels(torch.compile(model)(x), expected) > 30
 
 
+@pytest.mark.parametrize(("name", "product"), [("INT8 dynamic", "_int_mm"), ("FP8", "_scaled_mm")])
+def test_a_compiled_model_multiplies_codes(name: str, product: str) -> None:
+    source, x = case("dense")
+    model = PLAIN[name].apply(source.to(GPU), progress=False).model
+    calls: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        calls.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(model, fullgraph=True, backend=backend)(x.to(GPU))
+    assert sum(product in call for call in calls) == 3, calls
+
+
 def test_models_move_between_devices() -> None:
     source, x = case("dense")
     model = Quantizer().bits(4).apply(source, progress=False).model
