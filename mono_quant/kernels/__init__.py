@@ -54,8 +54,8 @@ from mono_quant.kernels.timing import bucket
 from mono_quant.kernels.traced import (
     INT4_TRACED,
     INTEGER_TRACED,
-    PANELS_TRACED,
     ROW_TRACED,
+    for_many,
     most_rows,
 )
 from mono_quant.operations import Convolution
@@ -300,7 +300,6 @@ def _fastest_whole(
 __all__ = [
     "INT4_TRACED",
     "KERNELS",
-    "PANELS_TRACED",
     "REFERENCE",
     "SUMS",
     "VARIABLE",
@@ -326,6 +325,7 @@ __all__ = [
     "Reference",
     "Row",
     "Site",
+    "for_many",
     "memory",
     "most_rows",
     "remembered_bytes",

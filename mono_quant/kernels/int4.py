@@ -20,7 +20,6 @@ _GROUPS = (256, 128, 64, 32)
 _CENTRE = 8  # the code that torch's product takes for zero
 _SIXTEEN = 16  # what a high nibble weighs, where it stays in its place
 _LOW, _HIGH = 0x0F0F0F0F0F0F0F0F, -0x0F0F0F0F0F0F0F10  # nibbles of eight bytes
-_LARGEST, _TOP = 15, 127  # codes of 4 and of 8 bits
 _ROWS = 256  # of the weight that are multiplied at once as bytes
 _LONGEST, _WIDE = 2048, 64  # of what is decoded at once: 512 KB, which stay in a core's cache
 
@@ -220,8 +219,7 @@ class _Bytes:
         scale = scale.expand(2 * half * count, scale.shape[1])
         zeros = weight.zeros.to(torch.float32) if weight.zeros is not None else float(_CENTRE)
         below = scale * zeros
-        reach = torch.maximum(below, scale * _LARGEST - below).amax(1, keepdim=True)
-        step = reach.div_(_TOP).masked_fill_(reach == 0, 1.0)
+        step = weight.byte_step().expand(len(scale))[:, None]
         codes = weight.codes.new_empty(2, length * half)
         return cls(
             weight,

@@ -15,6 +15,7 @@ from torch import Tensor
 from mono_quant.base import Arranged
 
 _CENTRE = 8  # the code that means zero where there are no zero points
+_LARGEST, _TOP = 15, 127  # codes of 4 and of 8 bits
 _CHUNK = 1 << 20  # bytes that are turned round at once
 
 
@@ -51,6 +52,14 @@ class Panels(Arranged):
     def canonical(self) -> Tensor:
         """Return the codes as `PackedTensor` has them, ``uint8 [1, out, in / 2]``."""
         return to_rows(self.codes)
+
+    def byte_step(self) -> Tensor:
+        """Return the step of an 8-bit grid that covers what groups can hold, ``[out or 1]``."""
+        scale = self.scale.to(torch.float32)
+        zeros = self.zeros.to(torch.float32) if self.zeros is not None else float(_CENTRE)
+        below = scale * zeros
+        reach = torch.maximum(below, scale * _LARGEST - below).amax(1)
+        return (reach / _TOP).masked_fill(reach == 0, 1.0)
 
     def decoded(self) -> Tensor:
         """Return the weight turned, ``float32 [in, out]``; traces make one pass of it."""

@@ -8,9 +8,9 @@ from torch import Tensor
 from mono_quant.base import Activation, KernelSpec, PackedTensor
 from mono_quant.kernels.codes import SUMS, flat, refuse, shaped
 from mono_quant.kernels.digits import Digits, Factor, digits_of_codes, digits_of_floats
-from mono_quant.kernels.int4 import INT4, PANEL_BLOCKS, OnPanels
+from mono_quant.kernels.int4 import INT4, PANEL_BLOCKS, PANEL_BYTES, OnPanels
 from mono_quant.kernels.integer import INTEGER, refuse_weight
-from mono_quant.kernels.ops import int4_mm, int_mm
+from mono_quant.kernels.ops import int4_mm, int_mm, int_mm_refusal
 from mono_quant.kernels.panels import Panels
 from mono_quant.kernels.timing import LARGEST_BATCH, seconds
 from mono_quant.schemes import FloatCast
@@ -107,12 +107,36 @@ class TracedPanels(OnPanels):
         return shaped(torch.mm(rows, weight.decoded()), bias, x)
 
 
+class TracedBytes(OnPanels):
+    """What `PanelBytes` does, all panels at once. A row with NaN is NaN."""
+
+    name = PANEL_BYTES.name
+
+    def product(self, spec: KernelSpec, x: Tensor, weight: Panels, bias: Tensor | None) -> Tensor:
+        """Return ``x @ weight.T + bias``, ``[..., out]`` in the dtype of `x`."""
+        rows, activation = flat(x, spec.layout.stack[2]), spec.activation
+        digits, values = _digits(rows, activation), weight.decoded()
+        step = weight.byte_step().expand(values.shape[1])
+        codes = (values / step).round().to(torch.int8)  # [in, out]
+        products, sums = int_mm(digits.digits, codes.t()), codes.sum(0, True, dtype=torch.int32)
+        added = bias.to(torch.float32) if bias is not None else None
+        factor = Factor(codes.t(), sums, None, step, added)
+        out = factor.of_sums(products, digits.digits, digits.zero, digits.unit)
+        return shaped(_with_nan(out, rows, activation), None, x)
+
+
+def for_many(spec: KernelSpec) -> TracedPanels | TracedBytes:
+    """Return what computes many rows of inputs from panels: quantized ones as bytes, if it can."""
+    return PANELS_TRACED if spec.activation is None or int_mm_refusal() else BYTES_TRACED
+
+
 def most_rows(spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> int:
-    """Return for how many rows of inputs `Int4` is at least as fast as `PanelBlocks` here."""
+    """Return for how many rows of inputs `Int4` is at least as fast here as what is for many."""
+    many = PANEL_BYTES if for_many(spec) is BYTES_TRACED else PANEL_BLOCKS
     most = 0
     for rows in _TIMED:
-        taken = seconds((INT4, PANEL_BLOCKS), spec, device, dtype, rows)
-        if taken[INT4.name] > taken[PANEL_BLOCKS.name]:
+        taken = seconds((INT4, many), spec, device, dtype, rows)
+        if taken[INT4.name] > taken[many.name]:
             return most
         most = rows
     return sys.maxsize
@@ -138,4 +162,4 @@ def _with_nan(out: Tensor, rows: Tensor, activation: Activation | None) -> Tenso
 
 
 INTEGER_TRACED, ROW_TRACED = TracedInteger(), TracedRow()
-INT4_TRACED, PANELS_TRACED = TracedInt4(), TracedPanels()
+INT4_TRACED, PANELS_TRACED, BYTES_TRACED = TracedInt4(), TracedPanels(), TracedBytes()

@@ -22,9 +22,9 @@ from mono_quant.base import (
 )
 from mono_quant.kernels import (
     INT4_TRACED,
-    PANELS_TRACED,
     REFERENCE,
     Site,
+    for_many,
     most_rows,
     row_of,
     select,
@@ -194,8 +194,8 @@ class QuantizedLayer(QuantizedModule):
             panels = held.panels()
             if panels is None:
                 return REFERENCE(spec, x, held.peek(), bias)
-            decoded = rows > self._most_rows(name, x.dtype)
-            return (PANELS_TRACED if decoded else INT4_TRACED).product(spec, x, panels, bias)
+            many = rows > self._most_rows(name, x.dtype)
+            return (for_many(spec) if many else INT4_TRACED).product(spec, x, panels, bias)
         return kernel(spec, x, held.peek() if kernel is REFERENCE else held.summed(), bias)
 
     @untraced

@@ -15,10 +15,21 @@ from mono_quant.kernels import traced
 from mono_quant.kernels.int4 import INT4, PANEL_BLOCKS
 from mono_quant.kernels.integer import INTEGER
 from mono_quant.kernels.ops import int4_panel, int_mm_refusal
-from mono_quant.kernels.traced import INTEGER_TRACED, ROW_TRACED
+from mono_quant.kernels.traced import BYTES_TRACED, INTEGER_TRACED, ROW_TRACED
 from mono_quant.modules import layer as layer_module
-from tests.helpers import noise, same_bits
-from tests.kernels.cases import CPU, EPS, FLOATS, INTEGERS, STATIC, exact, layer, run, spec_of
+from tests.helpers import noise, same_bits, stack_and_step
+from tests.kernels.cases import (
+    CPU,
+    EPS,
+    FLOATS,
+    INTEGERS,
+    STATIC,
+    exact,
+    layer,
+    on_grid,
+    run,
+    spec_of,
+)
 
 pytestmark = pytest.mark.skipif(int_mm_refusal() is not None, reason=str(int_mm_refusal()))
 
@@ -180,6 +191,34 @@ PANELS = (128, 1024)
 needs_panels = pytest.mark.skipif(isinstance(int4_panel(), str), reason=str(int4_panel()))
 
 
+def of_bytes(made: QuantizedLayer, x: Tensor) -> Tensor:
+    """Return what the product of bytes makes of a layer."""
+    spec, weight = spec_of(made), made.packed_weights()["weight"]
+    panels = BYTES_TRACED.arrange(spec, weight)
+    return BYTES_TRACED.product(spec, x, panels, made.get_parameter("bias"))
+
+
+@needs_panels
+@pytest.mark.parametrize("grid", [name for name in FOUR if name.startswith("dynamic")])
+def test_many_rows_are_products_with_the_nearest_bytes(grid: str) -> None:
+    made = layer(FOUR[grid], *PANELS)
+    spec, weight = spec_of(made), made.packed_weights()["weight"]
+    panels = BYTES_TRACED.arrange(spec, weight)
+    step, values = panels.byte_step().double(), stack_and_step(weight, 1024)[0][0].t()
+    codes = (panels.decoded() / panels.byte_step()).round().double()
+    assert codes.abs().max() <= 127
+    assert ((codes * step - values).abs() <= (0.5 + 1e-4) * step).all()
+    x = noise(7, 1024)
+    assert spec.activation is not None
+    exact = on_grid(spec.activation, x) @ (codes * step)
+    with torch.no_grad():
+        found = BYTES_TRACED.product(spec, x, panels, None)
+        assert ((found - exact).abs() <= 3.1 * EPS * exact.abs() + 1e-37).all()
+        x[3, 5] = float("nan")
+        lost = BYTES_TRACED.product(spec, x, panels, None)
+    assert lost.isnan().all(1).tolist() == [False] * 3 + [True] + [False] * 3
+
+
 @needs_panels
 @pytest.mark.parametrize("grid", FOUR)
 @pytest.mark.parametrize("decoded", [False, True])
@@ -190,11 +229,14 @@ def test_four_bits_are_compiled_from_panels(
     made = layer(FOUR[grid], *PANELS)
     call, bias = compiled(made), made.get_parameter("bias")
     eager: Kernel = PANEL_BLOCKS if decoded else INT4
+    as_bytes = decoded and grid.startswith("dynamic")
     with torch.no_grad():
         for x in (noise(1, 1024), noise(1024), noise(2, 3, 1024)):
             found = call(x)
             with kernels.use(eager.name):
                 expected = made(x)
+            if as_bytes:
+                expected = of_bytes(made, x)
             assert found.shape == expected.shape
             room = 1e-5 if decoded else 2.0**-8
             assert (found - expected).abs().max() <= room * (expected - bias).abs().max()
@@ -313,7 +355,8 @@ def test_inductor_computes_from_panels(
             x = noise(rows, 1024)
             found = call(x)
             with kernels.use((PANEL_BLOCKS if decoded else INT4).name):
-                torch.testing.assert_close(found, made(x), rtol=1e-4, atol=1e-4)
+                expected = of_bytes(made, x) if decoded and grid == "dynamic" else made(x)
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
