@@ -24,6 +24,7 @@ SIGN = 128
 _SUMS = 1 << 18  # that a thread works on at once: they stay in its core's cache
 _MIDDLE = torch.full((1, 1), SIGN, dtype=torch.int32, device="cpu")
 _PLACES = 3
+_USUAL = (1e-25, 1e25)
 _FEW = 16
 """Rows whose grids Python finds sooner than operators do."""
 
@@ -198,7 +199,7 @@ def one_grid(rows: Tensor, activation: Activation) -> tuple[float, int] | None:
     """Return scale and zero point (0 without one) that rows share, or None.
 
     Args:
-        rows: ``float32 [M, in]``, or one row of any more dimensions.
+        rows: ``float32 [M, in]``, or samples of any more dimensions.
         activation: how they are quantized.
 
     Returns:
@@ -214,6 +215,11 @@ def one_grid(rows: Tensor, activation: Activation) -> tuple[float, int] | None:
         low, high = torch.aminmax(rows)
         return scheme.cover_one(low.item(), high.item())
     return None
+
+
+def is_usual(scale: float) -> bool:
+    """Return whether a scale of inputs may be inverted and multiplied by one of a weight."""
+    return _USUAL[0] < scale < _USUAL[1]
 
 
 def on_one_grid(rows: Tensor, activation: Activation) -> OneGrid | None:

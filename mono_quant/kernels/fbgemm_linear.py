@@ -12,7 +12,7 @@ from mono_quant.base import Activation, Arranged, ArrangingKernel, KernelSpec, P
 from mono_quant.kernels import fbgemm
 from mono_quant.kernels.blocks import BLOCKS
 from mono_quant.kernels.codes import flat, refuse, shaped
-from mono_quant.kernels.digits import are_finite, grids_of_few, one_grid
+from mono_quant.kernels.digits import are_finite, grids_of_few, is_usual, one_grid
 from mono_quant.kernels.integer import refuse_inputs, refuse_weight
 from mono_quant.kernels.ops import unfollowed
 from mono_quant.schemes import Affine
@@ -21,7 +21,6 @@ _PIECE = 1 << 26  # codes that are packed at once, copied on the way: 64 MB
 _PANEL = 48  # rows of a piece are a multiple of it, so that only the last one is filled up
 _PADDING = 0.15  # of the weight's bytes, the most that filling up may take
 _ALONE = 0.35  # the most where no other kernel packs weights of 8 bits: rows of 384 are filled up
-_USUAL = (1e-25, 1e25)  # between these a scale of inputs can be multiplied by one of a weight
 
 
 @final
@@ -166,7 +165,7 @@ def of_alike(
         so coarse that its scale cannot be multiplied by the weight's.
     """
     grid = one_grid(rows, activation)
-    if grid is None or not _USUAL[0] < grid[0] < _USUAL[1]:
+    if grid is None or not is_usual(grid[0]):
         return None
     middle, top = _middle_and_top(activation)
     out = weight.times(rows, grid[0], middle if _is_symmetric(activation) else grid[1], top)

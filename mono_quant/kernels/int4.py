@@ -118,10 +118,9 @@ class PanelBlocks(OnPanels):
         scale = weight.scale.to(torch.float32)
         runs, size = scale.shape[1], length // scale.shape[1]
         scale = scale.expand(2 * half * count, runs)
-        zeros = weight.zeros.to(torch.float32) if weight.zeros is not None else float(_CENTRE)
         # what the codes of zero make of the sums of inputs; products with codes are added to it
         sums = rows.reshape(-1, runs, size).sum(-1)
-        out = torch.mm(sums, (scale * zeros).mT).neg_()
+        out = torch.mm(sums, (scale * weight.centres()).mT).neg_()
         scales = scale.mT.contiguous()  # [runs, out]
         scales.view(runs, count, 2, half)[:, :, 1] /= _SIXTEEN  # high nibbles stay in their place
         at_once, longest = max(1, _WIDE // (2 * half)), min(_LONGEST, length)
@@ -217,8 +216,7 @@ class _Bytes:
         count, length, half = weight.codes.shape
         scale = weight.scale.to(torch.float32)
         scale = scale.expand(2 * half * count, scale.shape[1])
-        zeros = weight.zeros.to(torch.float32) if weight.zeros is not None else float(_CENTRE)
-        below = scale * zeros
+        below = scale * weight.centres()
         step = weight.byte_step().expand(len(scale))[:, None]
         codes = weight.codes.new_empty(2, length * half)
         return cls(

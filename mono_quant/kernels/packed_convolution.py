@@ -7,23 +7,21 @@ import attrs
 import torch
 from torch import Tensor
 
-from mono_quant.base import Arranged, ArrangingKernel, KernelSpec, PackedTensor, Scheme
+from mono_quant.base import Activation, Arranged, ArrangingKernel, KernelSpec, PackedTensor
 from mono_quant.kernels import onednn, quantized
 from mono_quant.kernels.codes import has_finite_sum
 from mono_quant.kernels.convolution import Frame, in_reference, of_samples, refuse_convolution
-from mono_quant.kernels.digits import Digits, digits_of_codes
+from mono_quant.kernels.digits import SIGN, Digits, digits_of_codes, is_usual, one_grid
 from mono_quant.kernels.integer import refuse_grid
 from mono_quant.kernels.onednn import Place
 from mono_quant.kernels.ops import unfollowed
 from mono_quant.kernels.packed import PackedWeight
 from mono_quant.numerics.granularity import Shape
-from mono_quant.numerics.values import QParams
 from mono_quant.operations import Convolution, IntTuple
 from mono_quant.schemes import Affine
 
 _SMALLEST = 1 << 8  # weights of fewer values gain nothing
 _TOP = 255
-_USUAL = (1e-25, 1e25)  # scales whose reciprocal is one of float32 too
 _HUGE = 1e30  # a scale beyond it times a sum of codes could overflow where the result does not
 
 
@@ -131,28 +129,26 @@ def _inputs(spec: KernelSpec, batch: Tensor, weight: PackedTaps) -> Digits | Non
     assert activation is not None  # `supports` saw to it
     if weight.pack.place != _place(_convolution(spec), spec.layout.native):
         return None
-    if not has_finite_sum(batch):
-        return None
-    qparams = of_samples(activation, batch)
-    found = _at_once(batch, activation.scheme, qparams)
+    found = _at_once(batch, activation)
     if found is None:
-        found = digits_of_codes(batch, activation.scheme, qparams, None)
+        if not has_finite_sum(batch):
+            return None
+        found = digits_of_codes(batch, activation.scheme, of_samples(activation, batch), None)
     return found if found.unit.amax().item() < _HUGE else None
 
 
-def _at_once(batch: Tensor, scheme: Scheme, qparams: QParams) -> Digits | None:
-    """Return the codes of inputs on one grid of 256 codes, found in one pass, or None."""
-    scale, zero = qparams.scale, qparams.zero_point
-    assert scale is not None  # an Affine has one
+def _at_once(batch: Tensor, activation: Activation) -> Digits | None:
+    """Return the codes of finite inputs on one grid of 256 codes, found in one pass, or None."""
+    scheme = activation.scheme
     if not isinstance(scheme, Affine) or scheme.quant_max - scheme.quant_min != _TOP:
         return None
-    if scale.numel() != 1 or quantized.refuse() is not None:
+    grid = one_grid(batch, activation) if quantized.refuse() is None else None
+    if grid is None or not is_usual(grid[0]):
         return None
-    if not _USUAL[0] < (unit := scale.item()) < _USUAL[1]:
-        return None
-    middle = int(zero.item()) if zero is not None else -scheme.quant_min
+    unit, zero = grid
+    middle = SIGN if scheme.symmetric else zero
     codes = quantized.codes(batch, unit, middle)
-    return Digits(codes, torch.full((1, 1), middle, dtype=torch.int32), scale)
+    return Digits(codes, torch.full((1, 1), middle, dtype=torch.int32), torch.full((1, 1), unit))
 
 
 def _convolve(codes: Tensor, inputs: Digits, pack: PackedWeight, bias: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ from mono_quant.kernels.digits import (
     digits_of_codes,
     digits_of_few,
     digits_of_floats,
+    is_usual,
     on_one_grid,
     parts,
     rows_of,
@@ -29,7 +30,6 @@ from mono_quant.kernels.ops import unfollowed
 
 _MIDDLE = 128  # what is taken off codes of inputs whose rows have zero points of their own
 _TOP = 255
-_USUAL = (1e-25, 1e25)  # between these a scale of inputs can be multiplied by one of a weight
 
 
 @final
@@ -153,7 +153,7 @@ def of_one_grid(inputs: OneGrid, weight: PackedRows, bias: Tensor | None) -> Ten
         bias: ``[out]``, or None.
     """
     codes, zero, unit = inputs
-    if not _USUAL[0] < unit < _USUAL[1]:
+    if not is_usual(unit):
         found = Digits(codes, torch.full((1, 1), zero, dtype=torch.int32), torch.full((1, 1), unit))
         return _product(found, weight, bias.to(torch.float32) if bias is not None else None)
     added = bias.to(torch.float32) if bias is not None else None

@@ -53,11 +53,16 @@ class Panels(Arranged):
         """Return the codes as `PackedTensor` has them, ``uint8 [1, out, in / 2]``."""
         return to_rows(self.codes)
 
+    def centres(self) -> Tensor:
+        """Return what of the codes means zero, ``float32``, ``[out or 1, runs]`` or one for all."""
+        if self.zeros is None:
+            return self.scale.new_full((1, 1), _CENTRE, dtype=torch.float32)
+        return self.zeros.to(torch.float32)
+
     def byte_step(self) -> Tensor:
         """Return the step of an 8-bit grid that covers what groups can hold, ``[out or 1]``."""
         scale = self.scale.to(torch.float32)
-        zeros = self.zeros.to(torch.float32) if self.zeros is not None else float(_CENTRE)
-        below = scale * zeros
+        below = scale * self.centres()
         reach = torch.maximum(below, scale * _LARGEST - below).amax(1)
         return (reach / _TOP).masked_fill(reach == 0, 1.0)
 
@@ -68,8 +73,7 @@ class Panels(Arranged):
         runs = scale.shape[1]
         nibbles = torch.stack([stored & 15, stored >> 4], 2)  # [in, panels, 2, half]
         values = nibbles.reshape(runs, length // runs, 2 * half * count).to(torch.float32)
-        zeros = self.zeros.to(torch.float32).t()[:, None] if self.zeros is not None else _CENTRE
-        return ((values - zeros) * scale.t()[:, None]).view(length, -1)
+        return ((values - self.centres().t()[:, None]) * scale.t()[:, None]).view(length, -1)
 
     @property
     def nbytes(self) -> int:

@@ -86,7 +86,7 @@ class TracedInt4(OnPanels):
         rows, activation = flat(x, spec.layout.stack[2]), spec.activation
         left, unit = rows.to(torch.bfloat16), None
         if activation is not None:
-            digits = digits_of_codes(rows, activation.scheme, activation.qparams(rows), None)
+            digits = _digits(rows, activation)
             left = (digits.digits.to(torch.int16) - digits.zero).to(torch.bfloat16)
             unit = digits.unit
         out = int4_mm(left, weight.codes, weight.group, weight.pairs).to(torch.float32)
