@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from mono_quant.configurable import Config, Configurable, Kinds
 from mono_quant.errors import InputError
-from mono_quant.numerics.blocks import block_counts, block_range
+from mono_quant.numerics.blocks import AT_ONCE, block_counts, block_range, row_parts
 from mono_quant.numerics.columns import ByColumn, columns_of
 from mono_quant.numerics.granularity import Granularity, Shape
 from mono_quant.numerics.metrics import tensor_bytes
@@ -69,7 +69,7 @@ class Scheme(Configurable, ABC):
         super().__init_subclass__()
         own = vars(cls).keys()
         if own & {"quantize", "dequantize"}:
-            for shorter in {"by_column", "approximate"} - own:
+            for shorter in {"by_column", "approximate", "quantize_rows"} - own:
                 setattr(cls, shorter, getattr(Scheme, shorter))
 
     @property
@@ -149,6 +149,30 @@ class Scheme(Configurable, ABC):
     @abstractmethod
     def dequantize(self, q: QTensor) -> Tensor:
         """Return the float32 values of the codes."""
+
+    @final
+    def quantize_stack(self, stack: Tensor, qparams: QParams) -> QTensor:
+        """Return what `quantize` does of a stack ``[G, out, in]``.
+
+        Some rows at a time, where no two share a scale: several times faster, and no float copy.
+        """
+        if not qparams.by_rows or stack.numel() <= AT_ONCE:
+            return self.quantize(stack, qparams)
+        return self.quantize_rows(stack, qparams)
+
+    def quantize_rows(self, stack: Tensor, qparams: QParams) -> QTensor:
+        """Return what `quantize` does of a stack of many values whose rows share no scale.
+
+        A scheme overrides it to use the same memory for all of them. With a `quantize` of its own,
+        an inherited one is not used.
+        """
+        codes: Tensor | None = None
+        for part in row_parts((stack.shape[0], stack.shape[1], stack.shape[2])):
+            found = self.quantize(stack[:, part], qparams.rows(part)).codes
+            codes = torch.empty_like(stack, dtype=found.dtype) if codes is None else codes
+            codes[:, part] = found
+        assert codes is not None  # a stack of many values has rows
+        return QTensor(codes, qparams, stack.dtype)
 
     def by_column(self, qparams: QParams, order: Tensor) -> ByColumn:
         """Return what quantizes single columns of a stack ``[G, out, in]``, as `quantize` would.

@@ -17,9 +17,9 @@ def stored_scale(scale: Tensor, dtype: torch.dtype, step: float) -> Tensor:
     if dtype == scale.dtype:
         return scale
     stored = scale.to(dtype)
-    error = (stored.to(torch.float32) - scale).abs()
-    allowed = max(torch.finfo(dtype).eps, step)
-    return stored if bool((error <= scale.abs() * allowed).all()) else scale
+    error = stored.to(torch.float32).sub_(scale).abs_()
+    beyond = error.sub_(scale.abs(), alpha=max(torch.finfo(dtype).eps, step))
+    return stored if not beyond.numel() or bool(beyond.amax() <= 0) else scale
 
 
 def divisor_of(scale: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mono_quant.base import Scheme
 from mono_quant.configurable import register
-from mono_quant.numerics.blocks import block_range
+from mono_quant.numerics.blocks import row_range
 from mono_quant.numerics.granularity import Shape
 from mono_quant.numerics.histogram import HistogramState, cells
 from mono_quant.numerics.values import QParams
@@ -102,7 +102,7 @@ class Auto(CountingObserver):
 
         The two are compared on the weight itself, by the squared error over all of its blocks.
         """
-        low, high = block_range(x, block_size)
+        low, high = row_range(x, block_size)
         if x.numel() == 0:
             return low, high
         searched = MSE().range_of(x, scheme, block_size)
@@ -116,7 +116,7 @@ class Auto(CountingObserver):
         """Return which of the two was taken for a weight, and what it gains."""
         if x.numel() == 0:
             return None
-        low, high = block_range(x, qparams.block_size)
+        low, high = row_range(x, qparams.block_size)
         whole = scheme.calculate_qparams(low, high, block_size=qparams.block_size)
         gain = _decibels(_missed(x, scheme, whole), _missed(x, scheme, qparams))
         shape = _shape(self.observe(x))

@@ -9,7 +9,7 @@ from torch import Tensor
 from mono_quant.base import Observer, Scheme
 from mono_quant.configurable import register
 from mono_quant.errors import InputError
-from mono_quant.numerics.blocks import block_range
+from mono_quant.numerics.blocks import row_range
 from mono_quant.numerics.extremes import check_ends, finite_ends
 from mono_quant.numerics.granularity import Shape
 
@@ -55,4 +55,4 @@ class MinMax(Observer[MinMaxState]):
 
     def range_of(self, x: Tensor, scheme: Scheme, block_size: Shape) -> tuple[Tensor, Tensor]:
         """Return the extremes of each block."""
-        return block_range(x, block_size)
+        return row_range(x, block_size)

@@ -8,7 +8,7 @@ from torch import Tensor
 from mono_quant.base import Observer, Scheme
 from mono_quant.configurable import register
 from mono_quant.errors import ConfigurationError, InputError
-from mono_quant.numerics.blocks import block_range
+from mono_quant.numerics.blocks import row_range
 from mono_quant.numerics.extremes import check_ends
 from mono_quant.numerics.granularity import Shape
 from mono_quant.observers.minmax import MinMax
@@ -100,7 +100,7 @@ class MovingAverage(Observer[MovingAverageState]):
 
     def range_of(self, x: Tensor, scheme: Scheme, block_size: Shape) -> tuple[Tensor, Tensor]:
         """Return the extremes of each block: a weight is one batch."""
-        return block_range(x, block_size)
+        return row_range(x, block_size)
 
     def _weight(self, batches: int) -> float:
         """Return the weight that a run of batches has against all that went before."""

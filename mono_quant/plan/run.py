@@ -37,6 +37,7 @@ from mono_quant.transforms.edits import put
 
 NOTHING: Mapping[str, PackedTensor] = MappingProxyType({})
 _MATRIX = 2
+_KEPT = (32 << 20) - (64 << 10)  # bytes, just below what glibc ever keeps (mallopt(3))
 
 
 class LayerRun(Generic[ModelT]):
@@ -138,6 +139,7 @@ def quantize_weights(
         label: of progress bars; None for none.
         statistics: what was gathered before; the data is then not asked.
     """
+    _keep_freed_memory()
     layers = by_layer(todo)
     bar = progress_bar(label, "layer", len(layers))
     with bar, calling(run.model, containers, layers):
@@ -163,6 +165,15 @@ def quantize_weights(
                 bar.update(len(by_layer(stage.weights)))
     if journal is not None:
         journal.close()
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep the memory of temporaries for those that come next.
+
+    It gives blocks back to the system at once unless one of their size was freed before. Asking for
+    them anew page by page then takes longer than the arithmetic does.
+    """
+    torch.empty(_KEPT, dtype=torch.uint8)
 
 
 def _quantize_stage(

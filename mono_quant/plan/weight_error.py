@@ -16,10 +16,10 @@ _FAINT = 1e-8
 """Columns fainter than this share of the mean energy count as if they had it."""
 
 _LOOKED_AT = 1 << 14
-"""Values whose rows are sorted by size, evenly spread rows of them: a median takes long."""
+"""Values that are sorted by size, about, of evenly spread rows: a median takes long."""
 
 _LEAST_ROWS = 64
-"""Rows that are looked at however long they are."""
+"""Rows that are looked at however long they are; of such rows evenly spread values."""
 
 _USUAL = (1e-24, 1e24)
 """Mean squares between which values that are a millionth of the usual have float32 squares."""
@@ -34,7 +34,7 @@ class WeightError:
         noise: sum of the squared errors of each column.
         by_row: sum of the squared values of each row, ``float64 [G, out]``.
         faint: sum of the squared errors of the smaller half of each row's values, as a share of
-            their squares, 0 to 1, of evenly spread rows, ``[G, n]``.
+            their squares, 0 to 1, of evenly spread rows and values, ``[G, n]``.
         apart: columns that share no scale with others, ``int64 [k]``; None if there are none.
     """
 
@@ -69,19 +69,22 @@ class WeightError:
         signal = torch.zeros(matrices, length, dtype=torch.float64, device=stack.device)
         noise = signal.clone()
         by_row = torch.zeros(matrices, rows, dtype=torch.float64, device=stack.device)
-        faint: list[Tensor] = []
-        every = _step(matrices, rows, length)
-        for part in row_parts(tuple(stack.shape)):
+        looked_at: list[Tensor] = []
+        down, across = _steps(matrices, rows, length)
+        room: Tensor | None = None
+        for part in row_parts((matrices, rows, length)):
             exact = stack[:, part].to(dtype)
             values = scheme.dequantize(q.rows(part)) if whole is None else whole[:, part]
-            squares = exact.square()
+            if room is None or room.shape[1:] != exact.shape:
+                room = torch.empty(2, *exact.shape, dtype=dtype, device=stack.device)
+            squares = torch.square(exact, out=room[0])
+            errors = torch.sub(exact, values, out=room[1]).square_()
             signal += squares.sum(1)
-            by_row[:, part] = squares.sum(2)
-            errors = (exact - values).square_()
             noise += errors.sum(1)
-            some = slice(-part.start % every, None, every)
-            faint.append(_lost_of_faint(squares[:, some], errors[:, some]))
-        return cls(signal, noise, by_row, torch.cat(faint, 1) if faint else by_row, apart)
+            by_row[:, part] = squares.sum(2)
+            looked_at.append(room[:, :, -part.start % down :: down, ::across].clone())
+        faint = _lost_of_faint(*torch.cat(looked_at, 2)) if looked_at else by_row
+        return cls(signal, noise, by_row, faint, apart)
 
     @property
     def rows(self) -> int:
@@ -151,13 +154,14 @@ class WeightError:
         return _over_median(self.by_row) if self.by_row.numel() >= _ENOUGH_ROWS else None
 
 
-def _step(matrices: int, rows: int, length: int) -> int:
-    """Return which rows are looked at closely: one of so many.
+def _steps(matrices: int, rows: int, length: int) -> tuple[int, int]:
+    """Return which rows are looked at closely, and which of their values: one of so many.
 
-    An odd number, which does not fall into step with heads of 64 rows.
+    Odd numbers, which do not fall into step with heads of 64 rows or groups of 64 values.
     """
-    enough = max(_LEAST_ROWS, _LOOKED_AT // max(1, matrices * length))
-    return rows // enough | 1
+    whole = max(1, matrices * length)
+    down = rows // max(_LEAST_ROWS, _LOOKED_AT // whole) | 1
+    return down, -(-rows // down) * whole // _LOOKED_AT | 1
 
 
 def _lost_of_faint(squares: Tensor, errors: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.numerics.granularity import Shape
 from mono_quant.numerics.values import QParams, QTensor
 from mono_quant.rounding.hessian import Factor, Hessian
-from mono_quant.rounding.nearest import to_nearest
 from mono_quant.rounding.rows import rows_where
 from mono_quant.rounding.scales import fit_scales
 
@@ -106,7 +105,7 @@ class GPTQ(Rounding):
         except ValueError as reason:
             raise InputError(str(reason)) from reason
         qparams = grid.qparams(weight)
-        plain = to_nearest(weight, scheme, qparams)
+        plain = scheme.quantize_stack(weight, qparams)
         codes = _compensated(weight, scheme, qparams, factor, self.block)
         moments = state.mean
 

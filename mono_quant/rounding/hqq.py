@@ -12,7 +12,6 @@ from mono_quant.configurable import register
 from mono_quant.errors import ConfigurationError, Mend
 from mono_quant.numerics.blocks import block_rows, row_parts
 from mono_quant.numerics.values import QParams, QTensor
-from mono_quant.rounding.nearest import to_nearest
 
 
 @register
@@ -88,7 +87,7 @@ class HQQ(Rounding):
         if self.zero_on_grid:
             qparams = _whole(scheme, qparams)
         if not weight.numel():
-            return to_nearest(weight, scheme, qparams)
+            return scheme.quantize_stack(weight, qparams)
         if qparams.by_rows:
             parts = row_parts(tuple(weight.shape))
             found = [self._moved(weight[:, part], scheme, qparams.rows(part)) for part in parts]
@@ -96,7 +95,7 @@ class HQQ(Rounding):
         else:
             zero_point = self._moved(weight, scheme, qparams)
         moved = QParams(qparams.scale, zero_point, qparams.block_size, qparams.extra)
-        return to_nearest(weight, scheme, moved)
+        return scheme.quantize_stack(weight, moved)
 
     def _moved(self, x: Tensor, scheme: Scheme, qparams: QParams) -> Tensor:
         """Return the best zero point of each block of `x`, shaped like the scales."""

@@ -13,7 +13,6 @@ from mono_quant.numerics.blocks import block_sum
 from mono_quant.numerics.granularity import Shape
 from mono_quant.numerics.values import QTensor
 from mono_quant.rounding.hessian import check_count
-from mono_quant.rounding.nearest import to_nearest
 from mono_quant.rounding.rows import rows_where
 
 
@@ -129,7 +128,7 @@ class ImportanceWeighted(Rounding):
         """
         scheme, state, qparams = grid.scheme, statistics.state(_POWER), grid.qparams(weight)
         if not weight.numel() or not state.count:
-            return to_nearest(weight, scheme, qparams)
+            return scheme.quantize_stack(weight, qparams)
         power = state.mean
         expected = (weight.shape[0], weight.shape[2])
         if power.shape != expected:
@@ -139,11 +138,11 @@ class ImportanceWeighted(Rounding):
         if not bool(power.isfinite().all()):
             raise InputError("the mean squares of its inputs are not finite")
         power = power.unsqueeze(1)
-        plain = to_nearest(weight, scheme, qparams)
+        plain = scheme.quantize_stack(weight, qparams)
         scales = self._scales(weight, scheme, plain, power)
         if scales is None:
             return plain
-        found = to_nearest(weight, scheme, scheme.rescaled(qparams, scales))
+        found = scheme.quantize_stack(weight, scheme.rescaled(qparams, scales))
         errors = [_squares(weight, scheme, q, power).sum(2, keepdim=True) for q in (found, plain)]
         if qparams.block_size[:2] != (1, 1):  # rows share scales
             return found if float(errors[0].sum()) < float(errors[1].sum()) else plain
@@ -160,7 +159,7 @@ class ImportanceWeighted(Rounding):
         best = before
         for factor in torch.linspace(self.smallest, self.largest, self.steps).tolist():
             tried = scheme.rescaled(plain.qparams, before * factor)
-            q = to_nearest(weight, scheme, tried)
+            q = scheme.quantize_stack(weight, tried)
             error = block_sum(_squares(weight, scheme, q, power), block_size)
             best = torch.where(error < least, before * factor, best)
             least = torch.minimum(error, least)

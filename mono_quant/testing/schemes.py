@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from mono_quant.base import PackedTensor, RangeEstimator, Scheme
 from mono_quant.errors import InputError
-from mono_quant.numerics.blocks import block_counts, block_range, block_sum, spread, to_blocks
+from mono_quant.numerics.blocks import (
+    AT_ONCE,
+    block_counts,
+    block_range,
+    block_sum,
+    spread,
+    to_blocks,
+)
 from mono_quant.numerics.granularity import Granularity, Shape
 from mono_quant.numerics.values import Layout, QParams, QTensor
 from mono_quant.observers import MSE, MinMax
@@ -192,6 +199,19 @@ def rows_are_decoded_alone(scheme: Scheme, x: Tensor) -> None:
         expect(same_bits(part, values[:, rows].contiguous()), f"rows {rows} decode otherwise")
 
 
+def rows_are_quantized_as_in_the_whole(scheme: Scheme, x: Tensor) -> None:
+    """Where it has a `quantize_rows` of its own, the codes are those of `quantize`."""
+    if type(scheme).quantize_rows is Scheme.quantize_rows:
+        raise DoesNotApply("it does not override quantize_rows")
+    stack = x.repeat(1, 1 + AT_ONCE // x.numel(), 1)  # more rows than it takes at once
+    qparams = _quantized(scheme, stack).qparams
+    if not qparams.by_rows:
+        raise DoesNotApply("rows share a scale")
+    found = scheme.quantize_rows(stack, qparams)
+    whole = scheme.quantize(stack, qparams).codes
+    expect(same_bits(found.codes, whole), "codes of many rows are others than those of the whole")
+
+
 def columns_are_quantized_as_in_the_whole(scheme: Scheme, x: Tensor) -> None:
     """Where it has a `by_column` of its own, columns in any order get the codes of the whole."""
     if type(scheme).by_column is Scheme.by_column:
@@ -218,6 +238,7 @@ ON_ANY_STACK: tuple[Callable[[Scheme, Tensor], None], ...] = (
     nothing_handed_in_is_changed,
     packing_loses_nothing,
     rows_are_decoded_alone,
+    rows_are_quantized_as_in_the_whole,
     columns_are_quantized_as_in_the_whole,
 )
 """Laws that hold of every scheme on every finite float32 stack that it takes."""

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mono_quant.numerics.blocks import block_counts, block_range, block_sum, spread, to_blocks
+from mono_quant.numerics.blocks import (
+    block_counts,
+    block_range,
+    block_sum,
+    row_range,
+    spread,
+    to_blocks,
+)
 from mono_quant.numerics.granularity import Shape
 from tests.helpers import for_each, noise
 
@@ -42,6 +49,22 @@ def test_ranges_and_sums_are_those_of_each_block_cut_out(shape: Shape, block: Sh
         assert float(low[place]) == min(values)
         assert float(high[place]) == max(values)
         assert float(total[place]) == pytest.approx(sum(values), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [
+        ((1, 4099, 128), (1, 1, 128)),
+        ((2, 2053, 128), (1, 1, 32)),
+        ((1, 4099, 128), (1, 4099, 128)),
+        ((1, 3, 128), (1, 1, 128)),
+        ((1, 4099, 0), (1, 1, 0)),
+    ],
+)
+def test_ranges_found_some_rows_at_a_time_are_the_same(shape: Shape, block: Shape) -> None:
+    x = noise(*shape)
+    for found, whole in zip(row_range(x, block), block_range(x, block), strict=True):
+        assert torch.equal(found, whole)
 
 
 @pytest.mark.parametrize(("shape", "block"), CASES)

@@ -21,7 +21,7 @@ from mono_quant import (
     QParams,
 )
 from mono_quant.configurable import Json
-from mono_quant.numerics.blocks import block_range
+from mono_quant.numerics.blocks import AT_ONCE, block_range
 from mono_quant.numerics.granularity import Shape
 from mono_quant.numerics.values import Layout
 from mono_quant.testing import check_stack
@@ -270,6 +270,20 @@ def test_a_remark_says_how_much_is_clipped() -> None:
     remark = scheme.remark(q)
     assert remark is not None
     assert remark.startswith("50% of its codes lie on the ends")
+
+
+@pytest.mark.parametrize("clipped", [0.1, 0.24, 0.3, 0.9])
+def test_of_many_codes_the_share_that_is_clipped_is_counted_where_some_are(clipped: float) -> None:
+    scheme = Affine(8)
+    x = torch.linspace(0, 1, 1 << 19).reshape(1, 512, -1)  # whole rows of it are clipped
+    assert x.numel() > AT_ONCE
+    high = torch.full((1, 512, 1), 1 - clipped)
+    q = scheme.quantize(x, scheme.calculate_qparams(-high, high, block_size=(1, 1, 1024)))
+    codes = q.codes.to(torch.int16)
+    share = float(((codes == 127) | (codes == -128)).double().mean())
+    expected = f"{share:.0%} of its codes lie on the ends of the grid" if share > 0.25 else None
+    assert scheme.remark(q) == expected
+    assert (clipped > 0.25) is (expected is not None)
 
 
 @pytest.mark.parametrize(("group", "bits"), [(32, 4.625), (64, 4.3125), (128, 4.15625)])

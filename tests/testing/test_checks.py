@@ -29,7 +29,7 @@ def test_a_verdict_has_a_line_for_each_law_and_counts_them() -> None:
     assert [one.law for one in found.broken] == ["bytes_are_those_foretold"]
     text = str(found).splitlines()
     assert text[0].startswith("Stingy(bits=4")
-    assert text[0].endswith(": 22 hold, 3 do not apply, 1 broken")
+    assert text[0].endswith(": 23 hold, 3 do not apply, 1 broken")
     assert len(text) == 1 + len(found.outcomes)
     (line,) = (line for line in text if "broken  " in line)
     assert line.split() == [
@@ -113,7 +113,7 @@ def test_a_law_that_does_not_apply_is_skipped_with_the_reason(tmp_path: Path) ->
     (tmp_path / "test_theirs.py").write_text(SUITE, encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert "23 passed, 3 skipped" in done.stdout
+    assert "24 passed, 3 skipped" in done.stdout
     assert "does not apply: it does not say decodes_rows" in done.stdout
 
 
