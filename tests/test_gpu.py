@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from mono_quant import (
     kernels,
     load_model,
 )
+from mono_quant.modules import layer as layer_module
 from tests.helpers import noise, same_bits, same_tensors, sqnr64
 
 pytestmark = [
@@ -226,20 +228,53 @@ def test_a_compiled_model_computes_the_same(name: str) -> None:
         assert decibels(torch.compile(model)(x), expected) > 30
 
 
-@pytest.mark.parametrize(("name", "product"), [("INT8 dynamic", "_int_mm"), ("FP8", "_scaled_mm")])
-def test_a_compiled_model_multiplies_codes(name: str, product: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "product", "count"),
+    [
+        ("INT8 dynamic", "_int_mm", 3),
+        ("FP8", "_scaled_mm", 3),
+        ("INT4", "_weight_int4pack_mm", 2),  # of the last layer, whose rows no tiles divide
+    ],
+)
+def test_a_compiled_model_multiplies_codes(name: str, product: str, count: int) -> None:
     source, x = case("dense")
     model = PLAIN[name].apply(source.to(GPU), progress=False).model
-    calls: list[str] = []
+    calls, traces = list[str](), list[int]()
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
         calls.extend(str(node.target) for node in graph.graph.nodes)
+        traces.append(len(inputs))
         return graph.forward
 
     torch.compiler.reset()
+    few = x[:4].to(GPU)
     with torch.no_grad():
-        torch.compile(model, fullgraph=True, backend=backend)(x.to(GPU))
-    assert sum(product in call for call in calls) == 3, calls
+        expected = model(few)  # puts codes in order, which the trace finds
+        call = torch.compile(model, fullgraph=True, backend=backend)
+        assert decibels(call(few), expected) > 30
+        assert decibels(call(few), expected) > 30
+        assert sum(product in call for call in calls) == count, calls
+        assert len(traces) == 1
+        state = {key: value.cpu() for key, value in model.state_dict().items()}
+        assert decibels(call(few), expected) > 30
+    assert same_tensors(model, PLAIN[name].apply(case("dense")[0].to(GPU), progress=False).model)
+    assert state.keys() == model.state_dict().keys()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of inductor
+@pytest.mark.parametrize("many", [False, True])
+def test_compiled_tiles_of_four_bits_serve_few_rows_and_many(
+    many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_module, "most_rows", lambda *_: 0 if many else sys.maxsize)
+    model = PLAIN["INT4"].apply(nn.Linear(512, 256, device=GPU), progress=False).model
+    x = noise(40, 512).to(GPU)
+    torch.compiler.reset()
+    with torch.no_grad():
+        with kernels.use("reference"):
+            expected = model(x)
+        found = torch.compile(model, fullgraph=True)(x)
+    assert decibels(found, expected) > 35
 
 
 def test_models_move_between_devices() -> None:

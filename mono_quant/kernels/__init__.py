@@ -220,7 +220,7 @@ def _traceable(
 ) -> Kernel:
     """Return the kernel for a trace that is compiled; the reference for one that is exported.
 
-    Whether 4-bit codes may be in panels, which the one of those wants, is the caller's to see.
+    Whether 4-bit codes may be in another order, as those of them want, is the caller's to see.
     """
     if is_exported() or gradient_asked(*others) or not _fastest_wanted():
         return REFERENCE
@@ -233,6 +233,7 @@ _TRACED: tuple[Kernel, ...] = (
     INTEGER_TRACED,
     DECOMPOSED_TRACED,
     INT4_TRACED,
+    CUDA_INT4,
     CUDA_INTEGER,
     CUDA_FLOAT8,
 )
@@ -298,6 +299,7 @@ def _fastest_whole(
 
 
 __all__ = [
+    "CUDA_INT4",
     "INT4_TRACED",
     "KERNELS",
     "REFERENCE",

@@ -16,7 +16,7 @@ from mono_quant.base import Arranged, ArrangingKernel, KernelSpec, PackedTensor
 from mono_quant.kernels.codes import flat, refuse, scales_and_zeros, shaped
 from mono_quant.kernels.cuda import trial
 from mono_quant.kernels.int4 import group_of, refuse_four_bits
-from mono_quant.kernels.ops import unfollowed
+from mono_quant.kernels.ops import unfollowed, untraced
 from mono_quant.numerics.packing import pack_bits
 
 _ROWS = 8  # of a tile
@@ -72,9 +72,15 @@ def _nibbles(codes: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), -1)
 
 
-@cache
+@untraced
 def _places(device: torch.device) -> Tensor:
-    """Return where in a tile each of its codes is, by row and column: what the operator shows.
+    """Return where in a tile each of its codes is, by row and column."""
+    return _found_places(device)
+
+
+@cache
+def _found_places(device: torch.device) -> Tensor:
+    """Return what the operator shows of the order of a tile.
 
     It is given the number of each place, four bits at a time.
     """

@@ -5,8 +5,9 @@ import sys
 import torch
 from torch import Tensor
 
-from mono_quant.base import Activation, KernelSpec, PackedTensor
+from mono_quant.base import Activation, Kernel, KernelSpec, PackedTensor
 from mono_quant.kernels.codes import SUMS, flat, refuse, shaped
+from mono_quant.kernels.cuda_tiles import CUDA_INT4, CUDA_TILES_DECODED, CudaTilesDecoded
 from mono_quant.kernels.digits import Digits, Factor, digits_of_codes, digits_of_floats
 from mono_quant.kernels.int4 import INT4, PANEL_BLOCKS, PANEL_BYTES, OnPanels
 from mono_quant.kernels.integer import INTEGER, refuse_weight
@@ -125,21 +126,40 @@ class TracedBytes(OnPanels):
         return shaped(_with_nan(out, rows, activation), None, x)
 
 
-def for_many(spec: KernelSpec) -> TracedPanels | TracedBytes:
-    """Return what computes many rows of inputs from panels: quantized ones as bytes, if it can."""
+TracedMany = TracedPanels | TracedBytes | CudaTilesDecoded
+"""What computes many rows of inputs from 4-bit codes in an order of a device."""
+
+
+def for_many(spec: KernelSpec, device: torch.device) -> TracedMany:
+    """Return what computes many rows of inputs in traces from 4-bit codes in a device's order.
+
+    On a CPU quantized inputs are multiplied as bytes, if it can.
+    """
+    if device.type == "cuda":
+        return CUDA_TILES_DECODED
     return PANELS_TRACED if spec.activation is None or int_mm_refusal() else BYTES_TRACED
 
 
 def most_rows(spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> int:
-    """Return for how many rows of inputs `Int4` is at least as fast here as what is for many."""
-    many = PANEL_BYTES if for_many(spec) is BYTES_TRACED else PANEL_BLOCKS
+    """Return for how many rows of inputs torch's own product of 4-bit codes serves traces.
+
+    For as many as it is at least as fast here as what is for many.
+    """
+    few, many = _eager(for_many(spec, device))
     most = 0
     for rows in _TIMED:
-        taken = seconds((INT4, many), spec, device, dtype, rows)
-        if taken[INT4.name] > taken[many.name]:
+        taken = seconds((few, many), spec, device, dtype, rows)
+        if taken[few.name] > taken[many.name]:
             return most
         most = rows
     return sys.maxsize
+
+
+def _eager(many: TracedMany) -> tuple[Kernel, Kernel]:
+    """Return what computes few rows and what computes many where nobody makes a trace."""
+    if many is CUDA_TILES_DECODED:
+        return CUDA_INT4, CUDA_TILES_DECODED
+    return INT4, PANEL_BYTES if many is BYTES_TRACED else PANEL_BLOCKS
 
 
 _TIMED = (1, 8, 64, LARGEST_BATCH)

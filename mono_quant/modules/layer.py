@@ -21,7 +21,6 @@ from mono_quant.base import (
     QuantizedModule,
 )
 from mono_quant.kernels import (
-    INT4_TRACED,
     REFERENCE,
     Site,
     for_many,
@@ -190,18 +189,19 @@ class QuantizedLayer(QuantizedModule):
             held.sum_up()
         spec, rows = self._spec(operation, name), operation.count(x)
         kernel = select(spec, x.device, x.dtype, rows, x, bias)
-        if kernel is INT4_TRACED:
-            panels = held.panels()
-            if panels is None:
+        if isinstance(kernel, ArrangingKernel):
+            arranged = held.laid_out()
+            if not isinstance(arranged, kernel.arrangement):
                 return REFERENCE(spec, x, held.peek(), bias)
-            many = rows > self._most_rows(name, x.dtype)
-            return (for_many(spec) if many else INT4_TRACED).product(spec, x, panels, bias)
+            many = rows > self._most_rows(name, x.device, x.dtype)
+            kernel = for_many(spec, x.device) if many else kernel
+            return kernel.product(spec, x, arranged, bias)
         return kernel(spec, x, held.peek() if kernel is REFERENCE else held.summed(), bias)
 
     @untraced
-    def _most_rows(self, name: str, dtype: torch.dtype) -> int:
+    def _most_rows(self, name: str, device: torch.device, dtype: torch.dtype) -> int:
         """Return what `most_rows` does; called while a trace is made, and no part of it."""
-        return most_rows(self._spec(MatrixProduct(), name), torch.device("cpu"), dtype)
+        return most_rows(self._spec(MatrixProduct(), name), device, dtype)
 
     def _shorten(
         self,

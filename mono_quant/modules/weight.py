@@ -18,9 +18,8 @@ from mono_quant.base import (
     Operation,
     PackedTensor,
 )
-from mono_quant.kernels import INT4_TRACED, SUMS, Row, memory, remembered_bytes, sums_of
+from mono_quant.kernels import CUDA_INT4, INT4_TRACED, SUMS, Row, memory, remembered_bytes, sums_of
 from mono_quant.kernels.ops import untraced
-from mono_quant.kernels.panels import Panels
 from mono_quant.modules.fixed import Fixed
 from mono_quant.operations import MatrixProduct
 
@@ -159,24 +158,31 @@ class QuantizedWeight(Fixed):
         tensors = {**weight.tensors, SUMS: sums}
         return PackedTensor(tensors, weight.scheme, weight.layout, weight.dtype)
 
-    def panels(self) -> Panels | None:
-        """Return the weight for a compiled trace in panels, or None where it may not be so.
+    def laid_out(self) -> Arranged | None:
+        """Return a 4-bit weight for a compiled trace in the order that its device's product reads.
 
-        They are made while the trace is. A state that is asked for puts codes back, and the next
-        call then traces anew.
+        It is put in that order while the trace is made. A state that is asked for puts codes back,
+        and the next call then traces anew.
+
+        Returns:
+            None where codes may not lie in another order.
         """
-        held = self._held if self._put_in_panels() else None
-        arranged = held.arranged if held is not None else None
-        return arranged if isinstance(arranged, Panels) else None
+        held = self._held if self._lay_out() else None
+        return held.arranged if held is not None else None
 
     @untraced
-    def _put_in_panels(self) -> bool:
-        """Put codes in panels if they may be; called while a trace is made, and no part of it."""
+    def _lay_out(self) -> bool:
+        """Put codes in order if they may be; called while a trace is made, and no part of it."""
         with _LOCK:
             if not self.is_arrangeable():
                 return False
-            self.arranged(INT4_TRACED, KernelSpec(MatrixProduct(), self.scheme, self.layout, None))
-        return True
+            spec = KernelSpec(MatrixProduct(), self.scheme, self.layout, None)
+            if cast("Tensor", self._buffers["_like"]).device.type == "cuda":
+                self.arranged(CUDA_INT4, spec)
+            else:
+                self.arranged(INT4_TRACED, spec)
+            _OPAQUE.discard(self)  # the trace has no need of canonical codes
+            return True
 
     @untraced
     def sum_up(self) -> bool:
@@ -321,8 +327,9 @@ class QuantizedWeight(Fixed):
         layers that share what is compiled then need not be traced each on its own.
         """
         with _LOCK:
-            if self in _OPAQUE:
+            if self in _OPAQUE or (self._held is not None and not self._held.arranged.traceable):
                 self._pinned = True
+                self._settle()
             for weight in list(_OPAQUE):
                 weight._settle()
         return True

@@ -20,6 +20,8 @@ from mono_quant.kernels import (
 from mono_quant.kernels import cuda as module
 from mono_quant.kernels import cuda_tiles as tiles_module
 from mono_quant.kernels.ops import int_mm_refusal, untraced
+from mono_quant.modules import layer as layer_module
+from mono_quant.modules import weight as weight_module
 from tests.helpers import noise, same_bits
 from tests.kernels.cases import CPU, EPS, INTEGERS, exact, layer, run, spec_of
 from tests.kernels.test_int4 import GRIDS, ROUND, SHAPE, parts
@@ -146,7 +148,7 @@ def test_four_bits_are_given_as_the_operator_takes_them(
 ) -> None:
     monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", documented_pack)
     monkeypatch.setattr(torch.ops.aten, "_weight_int4pack_mm", documented_mm)
-    monkeypatch.setattr(tiles_module, "_places", tiles_module._places.__wrapped__)
+    monkeypatch.setattr(tiles_module, "_found_places", tiles_module._found_places.__wrapped__)
     made = layer(GRIDS[grid], *SHAPE)
     size = parts(made)
     for rows in (1, 17):
@@ -161,6 +163,44 @@ def test_four_bits_are_given_as_the_operator_takes_them(
     tiles = INT4.arrange(spec_of(made), weight)
     assert same_bits(tiles.canonical(), weight.tensors["codes"])
     assert tiles.beside == tiles.pairs.nbytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("many", [False, True])
+def test_traces_read_tiles(grid: str, many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", documented_pack)
+    monkeypatch.setattr(torch.ops.aten, "_weight_int4pack_mm", documented_mm)
+    monkeypatch.setattr(tiles_module, "_found_places", tiles_module._found_places.__wrapped__)
+    monkeypatch.setattr(tiles_module, "refuse", lambda *_: None)  # this is no CUDA device
+    monkeypatch.setattr(tiles_module, "trial", lambda *_: None)
+    monkeypatch.setattr(kernels, "_TRACED", (INT4,))
+    monkeypatch.setattr(weight_module, "INT4_TRACED", INT4)
+    monkeypatch.setattr(layer_module, "for_many", lambda *_: DECODED)
+    monkeypatch.setattr(layer_module, "most_rows", lambda *_: 0 if many else 100)
+    made, other = layer(GRIDS[grid], *SHAPE), layer(GRIDS[grid], *SHAPE)
+    traces: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
+        traces.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    call, bias = torch.compile(made, fullgraph=True, backend=backend), made.get_parameter("bias")
+    with torch.no_grad():
+        x = noise(17, SHAPE[1])
+        assert same_bits(call(x), run(DECODED if many else INT4, made, x, bias))
+        x = noise(1, SHAPE[1])
+        expected = run(DECODED if many else INT4, made, x, bias)
+        assert same_bits(call(x), expected)
+        assert "codes" not in dict(made.named_buffers())
+        before = len(traces)
+        other._holder("weight")._steady()  # what a layer that is decoded in a trace asks for
+        assert same_bits(call(x), expected)
+        assert len(traces) == before
+        made.state_dict()  # puts canonical codes back, and the next call traces anew
+        assert same_bits(call(x), expected)
+        assert len(traces) <= before + 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
