@@ -417,6 +417,10 @@ class Kept:
         found: list[Tensor] = torch.load(part, weights_only=True)
         return found
 
+    def forget(self, place: int) -> None:
+        """Keep nothing of one batch any more."""
+        self._kept[place] = []
+
     def __iter__(self) -> Iterator[list[Tensor]]:
         """Yield them batch by batch."""
         return (self[place] for place in range(len(self)))

@@ -1,6 +1,6 @@
 """Running a model stage by stage, each on what the one before it returned."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import cast
 
@@ -45,18 +45,28 @@ class Calls:
             "tuple[tuple[object, ...], Mapping[str, object]]", each(self.forms[place], fill)
         )  # as they were taken apart
 
-    def before(self, stage: Stage, outputs: Kept) -> "Calls | None":
-        """Return what a stage is called with after this one returned `outputs`, if it follows.
+    def lead_to(self, stage: Stage) -> bool:
+        """Return whether it is known what a stage is called with after this one, if it follows.
 
-        None too where batches differ in form here, which two of them need not have shown.
+        Not where batches differ in form here, which two of them need not have shown.
         """
-        if stage.follows is None or any(form != self.forms[0] for form in self.forms):
-            return None
+        return stage.follows is not None and all(form == self.forms[0] for form in self.forms)
+
+    def after(self, stage: Stage, outputs: Iterable[list[Tensor]]) -> "Calls":
+        """Return what a stage that this one leads to is called with.
+
+        Each of these calls is forgotten as soon as its outputs are there.
+
+        Args:
+            stage: the one that follows.
+            outputs: what this one returns for each batch, in memory or as it is computed.
+        """
+        assert stage.follows is not None  # `lead_to` says so
         found = Calls()
-        for place in range(len(self)):
-            sources = self.tensors[place], outputs[place]
-            given = [sources[returned][number] for returned, number in stage.follows]
-            found.add(stage.form, given)
+        for place, returned in enumerate(outputs):
+            sources = self.tensors[place], returned
+            found.add(stage.form, [sources[which][number] for which, number in stage.follows])
+            self.tensors.forget(place)
         return found
 
 
@@ -122,13 +132,10 @@ class Relay:
             outputs: what the first returns as it is now, where that is known.
         """
         calls = self._calls
-        if calls is None or then is None or then.follows is None:
+        if calls is None or then is None or not calls.lead_to(then):
             self._calls = None
             return
-        if outputs is None:
-            outputs = Kept()
-            outputs.add_all(self.outputs(stage))
-        self._calls = calls.before(then, outputs)
+        self._calls = calls.after(then, self.outputs(stage) if outputs is None else outputs)
 
     def outputs(self, stage: Stage) -> Iterator[list[Tensor]]:
         """Yield what a stage that was visited returns for each batch, as it is now."""

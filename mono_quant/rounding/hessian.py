@@ -16,7 +16,7 @@ _TRIES = 3
 
 
 _STRIP = 192
-"""Columns whose products with those after them are found at once."""
+"""Rows or columns of a large matrix that are worked on at once, so that no second one is made."""
 
 
 def _products(rows: Tensor) -> Tensor:
@@ -121,14 +121,28 @@ class Factor:
             torch.linalg.cholesky_ex(lower, out=(lower, failed))
             if not bool(failed.any()):
                 lower /= lower.diagonal(dim1=1, dim2=2).unsqueeze(1).clone()  # which becomes ones
-                return cls(lower.to(torch.float32).flip(1, 2), order)
+                return cls(_turned(lower), order)
         raise ValueError(f"the second moments of its inputs are singular, damped by {added:.2g}")
 
 
 def _rearranged(gram: Tensor, order: Tensor) -> Tensor:
     """Return symmetric matrices with rows and columns in some order, ``float64 [G, in, in]``."""
-    rows = gram.gather(1, order.unsqueeze(2).expand_as(gram))
-    return rows.gather(2, order.unsqueeze(1).expand_as(gram)).to(torch.float64)
+    found = torch.empty(gram.shape, dtype=torch.float64, device=gram.device)
+    for start in range(0, gram.shape[1], _STRIP):
+        places = order[:, start : start + _STRIP, None]
+        rows = gram.gather(1, places.expand(-1, -1, gram.shape[2]))
+        found[:, start : start + _STRIP] = rows.gather(2, order[:, None].expand_as(rows))
+    return found
+
+
+def _turned(matrices: Tensor) -> Tensor:
+    """Return matrices with rows and columns in reverse, in float32."""
+    found = torch.empty(matrices.shape, device=matrices.device)
+    count = found.shape[1]
+    for start in range(0, count, _STRIP):
+        end = min(start + _STRIP, count)
+        found[:, start:end] = matrices[:, count - end : count - start].flip(1, 2)
+    return found
 
 
 @register
