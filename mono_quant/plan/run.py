@@ -17,6 +17,7 @@ from mono_quant.errors import InputError, Mend
 from mono_quant.evidence import LayerReport
 from mono_quant.gathering import Gathered, Gathering, Wanted
 from mono_quant.modules import tie
+from mono_quant.numerics.blocks import AT_ONCE
 from mono_quant.numerics.metrics import tensor_bytes
 from mono_quant.observers import MinMax
 from mono_quant.plan.blocks import BlockRun, on_floats, unlearned
@@ -37,7 +38,7 @@ from mono_quant.transforms.edits import put
 
 NOTHING: Mapping[str, PackedTensor] = MappingProxyType({})
 _MATRIX = 2
-_KEPT = (32 << 20) - (64 << 10)  # bytes, just below what glibc ever keeps (mallopt(3))
+_KEPT = 16 * AT_ONCE  # bytes: more than a temporary of rows that are worked on at once
 
 
 class LayerRun(Generic[ModelT]):
@@ -170,8 +171,8 @@ def quantize_weights(
 def _keep_freed_memory() -> None:
     """Have glibc keep the memory of temporaries for those that come next.
 
-    It gives blocks back to the system at once unless one of their size was freed before. Asking for
-    them anew page by page then takes longer than the arithmetic does.
+    It gives blocks back to the system at once unless one of their size was freed before (mallopt(3)
+    calls it a dynamic threshold). Asking for them anew page by page takes longer than arithmetic.
     """
     torch.empty(_KEPT, dtype=torch.uint8)
 
