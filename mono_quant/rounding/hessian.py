@@ -137,7 +137,7 @@ def _rearranged(gram: Tensor, order: Tensor) -> Tensor:
 
 def _turned(matrices: Tensor) -> Tensor:
     """Return matrices with rows and columns in reverse, in float32."""
-    found = torch.empty(matrices.shape, device=matrices.device)
+    found = torch.empty(matrices.shape, dtype=torch.float32, device=matrices.device)
     count = found.shape[1]
     for start in range(0, count, _STRIP):
         end = min(start + _STRIP, count)

@@ -23,7 +23,7 @@ from mono_quant.numerics.values import QParams, QTensor
 _TINY = torch.finfo(torch.float32).tiny
 _SMALLEST = 1e-30  # of a range whose scale, and the halves that it is made of, are no subnormals
 _SATURATED = 0.25
-_SPREAD = 13  # a prime: codes so far apart fall into step with no rows, groups or heads
+_SPREAD = 13  # codes between those that are looked at first; groups are not in step with it
 _WIDER = torch.int16
 """By way of which floats become unsigned bytes in half the time; below 128 signed bytes serve."""
 
@@ -271,7 +271,7 @@ class Affine(Scheme):
             rows = stack[:, part]
             parts = meet(rows, qparams.block_size, *(each[:, part] for each in grid))
             if room is None or room.shape != parts[0].shape:
-                room = torch.empty(parts[0].shape, device=stack.device)
+                room = torch.empty(parts[0].shape, dtype=torch.float32, device=stack.device)
             found = met(self._rounded(*parts, out=room), tuple(rows.shape))
             if self.symmetric or self.bits < 8:
                 signed[:, part] = found

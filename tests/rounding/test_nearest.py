@@ -61,6 +61,19 @@ def test_a_large_weight_is_rounded_in_parts_to_the_same_codes(scheme: Scheme) ->
     torch.testing.assert_close(error.noise, (exact - found).square().sum(1), rtol=1e-6, atol=0)
 
 
+def test_the_default_dtype_has_no_say() -> None:
+    scheme = Affine(4, symmetric=False, granularity=PerGroup(64))
+    weight = noise(1, 2053, 256)
+    grid = Grid(scheme, MinMax())
+    expected = RoundToNearest().round(weight, grid, Statistics())
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = RoundToNearest().round(weight, grid, Statistics())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same_bits(found.codes, expected.codes)
+
+
 def test_a_cast_is_the_cast_of_torch() -> None:
     weight = noise(1, 5, 64)
     q = RoundToNearest().round(weight, Grid(FloatCast(), MinMax()), Statistics())
