@@ -9,8 +9,7 @@ has none any more, `refuse` says so, and other kernels have their turn.
 """
 
 import warnings
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import cast
 
 import torch
@@ -26,7 +25,7 @@ _ROWS, _COLUMNS = 48, 512
 
 
 def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> torch.ScriptObject:
-    """Return a weight as `linear_by` takes it, which takes `packed_bytes`; opaque.
+    """Return a weight as `linear` takes it, which takes `packed_bytes`; opaque.
 
     Args:
         codes: ``int8 [out, in]``.
@@ -56,55 +55,52 @@ def unpack(packed: torch.ScriptObject) -> Tensor:
     return cast("Tensor", torch.ops.quantized.linear_unpack(packed)[0].int_repr())
 
 
-Linear = Callable[[Tensor, float, int], Tensor]
-"""Takes ``x [..., in]``, the scale of its grid and the code that means zero; see `linear_by`."""
+def linear(
+    x: Tensor, scale: float, zero: int, packed: torch.ScriptObject, top: int = TOP
+) -> Tensor:
+    """Return ``x @ weight.T`` as ``float32 [..., out]``, `x` on a grid; sums are exact.
 
-
-def linear_by(packed: torch.ScriptObject, top: int = TOP) -> Linear:
-    """Return what computes ``x @ weight.T`` as ``float32 [..., out]``, `x` on a grid, exactly.
-
-    It takes ``float32 [..., in]`` of two dimensions or more, contiguous, finite; the scale of the
-    grid; and the code that means zero, 0 to `top`. Codes are those of
-    ``torch.quantize_per_tensor``: the zero point is added, and the value rounded, in one step.
+    Codes are those of ``torch.quantize_per_tensor``: the zero point is added, and the value
+    rounded, in one step.
 
     Args:
+        x: ``float32 [..., in]`` of two dimensions or more, contiguous, finite.
+        scale: of the grid.
+        zero: the code that means zero, 0 to `top`.
         packed: by `pack`.
         top: the largest code: 255, or of grids of fewer bits 127 at most.
     """
     halved = saturates()
-
-    def clamped(x: Tensor, scale: float, zero: int) -> Tensor:
-        x = x.clamp(-zero * scale, (top - zero) * scale)  # which the operator does not clamp to
+    if top < TOP:  # which the operator does not clamp to
+        x = x.clamp(-zero * scale, (top - zero) * scale)
         if halved:  # so are the weight's scales
             x, scale = x.mul_(2), 2 * scale
-        return _product(packed, x, scale, zero)
-
-    if top < TOP:
-        return clamped
-    return partial(_of_halves if halved else _product, packed)
+    elif halved:
+        return _of_halves(x, scale, zero, packed)
+    return _product(x, scale, zero, packed)
 
 
-def _product(packed: torch.ScriptObject, x: Tensor, scale: float, zero: int) -> Tensor:
+def _product(x: Tensor, scale: float, zero: int, packed: torch.ScriptObject) -> Tensor:
     product: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
         x, scale, zero, packed
     )
     return product
 
 
-def _of_halves(packed: torch.ScriptObject, x: Tensor, scale: float, zero: int) -> Tensor:
-    """Return what `_product` does, each code the sum of two on a grid of twice the step.
+def _of_halves(x: Tensor, scale: float, zero: int, packed: torch.ScriptObject) -> Tensor:
+    """Return what `linear` does, each code the sum of two on a grid of twice the step.
 
     A quarter of that step below and above a value, it rounds to the halves of its code. One is
     added to the code where the zero point is odd.
     """
     if x.dim() == 2 and len(x) > _AT_ONCE:
         return torch.cat(
-            [_of_halves(packed, part, scale, zero) for part in torch.split(x, _AT_ONCE)]
+            [_of_halves(part, scale, zero, packed) for part in torch.split(x, _AT_ONCE)]
         )
     inside = x.clamp(-zero * scale, (TOP - zero) * scale)
     aside = _ASIDE if x.dim() == 2 else _ASIDE.view(2, *[1] * x.dim())
     halves = torch.add(inside, aside, alpha=scale)  # [2, ..., in]
-    low, high = _product(packed, halves, 2 * scale, (zero + 1) // 2).unbind()
+    low, high = _product(halves, 2 * scale, (zero + 1) // 2, packed).unbind()
     return torch.add(low, high)
 
 
@@ -113,7 +109,7 @@ _ASIDE = torch.tensor([-0.5, 0.5], device="cpu").view(2, 1, 1)
 
 
 def refuse() -> str | None:
-    """Return why `linear_by` cannot be used by this torch on this machine as it is set, or None."""
+    """Return why `linear` cannot be used by this torch on this machine as it is set, or None."""
     if reason := engine_refusal():
         return reason
     return (

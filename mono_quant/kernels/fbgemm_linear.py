@@ -65,13 +65,13 @@ class FbgemmRows(Arranged):
         tensors = {**self.weight.tensors, "codes": self.canonical()}
         return replace(self.weight, tensors=tensors)
 
-    def linear(self, activation: Activation) -> fbgemm.Linear:
-        """Return what multiplies inputs on a grid of `activation` by the weight."""
-        _, top = middle_and_top(activation)
-        pieces = [fbgemm.linear_by(piece, top) for piece in self.pieces]
-        if len(pieces) == 1:
-            return pieces[0]
-        return lambda x, scale, zero: torch.cat([piece(x, scale, zero) for piece in pieces], -1)
+    def times(self, rows: Tensor, scale: float, zero: int, top: int) -> Tensor:
+        """Return ``rows @ weight.T``, ``float32 [..., out]``; see `fbgemm.linear` for the rest."""
+        if len(self.pieces) == 1:
+            return fbgemm.linear(rows, scale, zero, self.pieces[0], top)
+        return torch.cat(
+            [fbgemm.linear(rows, scale, zero, piece, top) for piece in self.pieces], -1
+        )
 
 
 @final
@@ -140,8 +140,7 @@ class FbgemmLinear(ArrangingKernel[FbgemmRows]):
         assert activation is not None  # `supports` saw to it
         if not weight.pieces:
             return BLOCKS(spec, x, weight.unpacked(), bias)
-        linear, middle = weight.linear(activation), middle_of(activation)
-        alike = of_alike(rows, activation, linear, middle, bias)
+        alike = of_alike(rows, activation, weight, bias)
         if alike is not None:
             return shaped(alike, None, x)
         grids = _own_grids(rows, activation)
@@ -151,19 +150,14 @@ class FbgemmLinear(ArrangingKernel[FbgemmRows]):
 
 
 def of_alike(
-    rows: Tensor,
-    activation: Activation,
-    linear: fbgemm.Linear,
-    middle: int | None,
-    bias: Tensor | None,
+    rows: Tensor, activation: Activation, weight: FbgemmRows, bias: Tensor | None
 ) -> Tensor | None:
     """Return the product with rows that share a grid and the bias, ``float32 [..., out]``.
 
     Args:
         rows: ``float32 [M, in]``, or one row of any more dimensions; contiguous.
         activation: how they are quantized.
-        linear: multiplies by the weight.
-        middle: the code that means zero on a symmetric grid; None for others.
+        weight: packed.
         bias: ``[out]``, or None.
 
     Returns:
@@ -173,8 +167,8 @@ def of_alike(
     grid = one_grid(rows, activation)
     if grid is None or not is_usual(grid[0]):
         return None
-    scale, zero = grid
-    out = linear(rows, scale, zero if middle is None else middle)
+    middle, top = _middle_and_top(activation)
+    out = weight.times(rows, grid[0], middle if _is_symmetric(activation) else grid[1], top)
     return out if bias is None else out.add_(bias)
 
 
@@ -197,7 +191,7 @@ class _Grids:
 def _own_grids(rows: Tensor, activation: Activation) -> _Grids | None:
     """Return the grids of ``rows [M, in]``; None where there is no row or one is not finite."""
     few, symmetric = grids_of_few(rows, activation), _is_symmetric(activation)
-    middle, _ = middle_and_top(activation)
+    middle, _ = _middle_and_top(activation)
     if few is not None:
         unit, inverse, zero = few.unbind()
         return _Grids(unit, inverse, None if symmetric else zero.sub_(middle))
@@ -217,7 +211,7 @@ def _of_own(
     steps = rows * grids.inverse
     if grids.offset is not None:
         steps.add_(grids.offset)
-    out = weight.linear(activation)(steps, 1.0, middle_and_top(activation)[0])
+    out = weight.times(steps, 1.0, *_middle_and_top(activation))
     if grids.offset is not None:
         out.addcmul_(grids.offset, weight.sums, value=-1)
     if bias is None:
@@ -225,15 +219,10 @@ def _of_own(
     return torch.addcmul(bias.to(torch.float32), out, grids.unit, out=out)
 
 
-def middle_and_top(activation: Activation) -> tuple[int, int]:
+def _middle_and_top(activation: Activation) -> tuple[int, int]:
     """Return the code that means zero on a symmetric grid, from 0 on, and the largest one."""
     middle = 1 << (activation.scheme.code_bits or 8) - 1
     return middle, 2 * middle - 1
-
-
-def middle_of(activation: Activation) -> int | None:
-    """Return the code that means zero on a symmetric grid, from 0 on; None for others."""
-    return middle_and_top(activation)[0] if _is_symmetric(activation) else None
 
 
 def _is_symmetric(activation: Activation) -> bool:

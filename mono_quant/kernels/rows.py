@@ -9,7 +9,7 @@ from torch import Tensor
 from mono_quant.base import Activation, Arranged, Kernel, KernelSpec, PackedTensor
 from mono_quant.kernels.codes import DTYPES, constants, flat, shaped
 from mono_quant.kernels.digits import on_one_grid
-from mono_quant.kernels.fbgemm_linear import FBGEMM_LINEAR, FbgemmRows, middle_of, of_alike
+from mono_quant.kernels.fbgemm_linear import FBGEMM_LINEAR, FbgemmRows, of_alike
 from mono_quant.kernels.integer import INTEGER, of_one_row
 from mono_quant.kernels.ops import followed
 from mono_quant.kernels.packed_linear import PACKED_LINEAR, PackedRows, of_one_grid
@@ -56,11 +56,9 @@ class Row(ABC):
             grid: scale and zero point of the codes, as the layer has them now.
             bias: ``[out]``, or None.
         """
-        if (
-            codes is not self._codes
-            or grid[0] is not self._scale
-            or grid[1] is not self._zero_point
-        ):
+        if codes is not self._codes:
+            return None
+        if grid[0] is not self._scale or grid[1] is not self._zero_point:
             return None
         if x.numel() != self._length or x.shape[-1] != self._length:
             return None
@@ -118,18 +116,16 @@ class _Packed(Row):
 class _Rounded(Row):
     """What `FbgemmLinear` does."""
 
-    __slots__ = ("_linear", "_middle")
+    __slots__ = ("_weight",)
 
     def __init__(self, spec: KernelSpec, weight: FbgemmRows) -> None:
         super().__init__(spec, None, weight.weight)
-        self._linear = weight.linear(self._activation)
-        self._middle = middle_of(self._activation)
+        self._weight = weight
 
     def _product(self, x: Tensor, activation: Activation, bias: Tensor | None) -> Tensor | None:
         if x.dtype == torch.float32 and x.dim() > 1 and x.is_contiguous():  # it is one row as it is
-            return of_alike(x, activation, self._linear, self._middle, bias)
-        rows = flat(x, self._length)
-        product = of_alike(rows, activation, self._linear, self._middle, bias)
+            return of_alike(x, activation, self._weight, bias)
+        product = of_alike(flat(x, self._length), activation, self._weight, bias)
         return shaped(product, None, x) if product is not None else None
 
 

@@ -89,8 +89,7 @@ def _machine() -> Machine:
         calls.append(lambda: onednn.linear(left, (1.0, 0, 255), packed, scale, None, None))
     if fbgemm.refuse() is None:
         panels = fbgemm.pack(codes, torch.ones(_HOT), None)
-        linear = fbgemm.linear_by(panels, 127)
-        calls.append(lambda: linear(hot, 1.0, 64))
+        calls.append(lambda: fbgemm.linear(hot, 1.0, 64, panels, 127))
     for call in calls:
         call()
     product, total, floats, *integers = least_seconds(calls, _TURNS)
@@ -203,7 +202,7 @@ def _packed(codes: Tensor, weight: Tensor) -> Tensor:
 
 
 def _panels(top: int, x: Tensor, weight: torch.ScriptObject) -> Tensor:
-    return fbgemm.linear_by(weight, top)(x, 1.0, (top + 1) // 2)
+    return fbgemm.linear(x, 1.0, (top + 1) // 2, weight, top)
 
 
 def _product(
